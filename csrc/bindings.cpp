@@ -1,0 +1,108 @@
+// The module fastllm._C. Every kernel of kernels.def becomes a function that takes its record field by field; adding a kernel
+// adds nothing here. The functions trust their caller: shapes, dtypes and devices were checked in fastllm/ops.
+#include <pybind11/pybind11.h>
+#include <string.h>
+
+#include <deque>
+#include <new>
+#include <string>
+
+#include "cpu/runtime.h"
+#include "cuda/abi.h"
+
+namespace py = pybind11;
+using namespace fastllm;
+
+namespace {
+
+bool fill(const char* kinds, PyObject* const* args, int64_t* slots) {
+  for (int i = 0; kinds[i]; ++i) {
+    PyObject* a = args[i];
+    if (kinds[i] == 'd') {
+      double d = PyFloat_AsDouble(a);
+      memcpy(&slots[i], &d, 8);
+    } else if (kinds[i] == 'p') {
+      slots[i] = a == Py_None ? 0 : int64_t(PyLong_AsUnsignedLongLong(a));
+    } else {
+      slots[i] = PyLong_AsLongLong(a);
+    }
+    if (slots[i] == -1 && PyErr_Occurred()) return false;
+    if (kinds[i] == 'd' && PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+PyObject* call_kernel(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  const int index = int(PyLong_AsLong(self));
+  const Kernel& k = kKernels[index];
+  if (size_t(count) != strlen(k.kinds))
+    return PyErr_Format(PyExc_TypeError, "_C.%s takes %d arguments (%s), got %d", k.name, int(strlen(k.kinds)), k.kinds, int(count));
+  int64_t slots[32];
+  if (!fill(k.kinds, args, slots)) return nullptr;
+  int status;
+  PyThreadState* state = PyEval_SaveThread();
+  status = launch(index, slots);
+  PyEval_RestoreThread(state);
+  if (status < 0) return PyErr_NoMemory();
+  return PyLong_FromLong(status);
+}
+
+struct PlanHandle {
+  Plan* plan = plan_new();
+  ~PlanHandle() { plan_free(plan); }
+};
+
+const CudaTable* cuda = nullptr;
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  static std::deque<PyMethodDef> methods;    // PyCFunction objects keep pointers into it
+  for (int i = 0; i < kKernelCount; ++i) {
+    methods.push_back({kKernels[i].name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_kernel)), METH_FASTCALL, kKernels[i].kinds});
+    py::object index = py::int_(i);
+    m.attr(kKernels[i].name) = py::reinterpret_steal<py::object>(PyCFunction_New(&methods.back(), index.ptr()));
+  }
+  m.def("kernels", [] {
+    py::dict names;
+    for (int i = 0; i < kKernelCount; ++i) names[kKernels[i].name] = kKernels[i].kinds;
+    return names;
+  });
+  m.def("isa", [] { return isa_name(isa()); });
+  m.def("openmp_path", &openmp_path);
+  m.def("max_threads", &max_threads);
+  m.def("set_thread_limit", &set_thread_limit);
+
+  py::class_<PlanHandle>(m, "Plan")
+      .def(py::init<>())
+      .def("begin", [](PlanHandle& h) {
+        if (!plan_begin(h.plan)) throw std::runtime_error("a plan is being recorded on this thread already; end it first");
+      })
+      .def("end", [](PlanHandle&) { plan_end(); })
+      .def("__len__", [](const PlanHandle& h) { return plan_size(h.plan); })
+      .def("kernels", [](const PlanHandle& h) {
+        py::list names;
+        for (int64_t i = 0; i < plan_size(h.plan); ++i) names.append(plan_kernel(h.plan, i));
+        return names;
+      })
+      .def("replay", [](const PlanHandle& h, int threads, int64_t times) {
+        int status;
+        {
+          py::gil_scoped_release release;
+          status = plan_replay(h.plan, threads, times);
+        }
+        if (status < 0) throw std::bad_alloc();
+        return status;
+      }, py::arg("threads") = 0, py::arg("times") = 1);
+
+  m.def("load_cuda", [](const std::string& path) {    // device count, or minus the CUDA error; throws only for a broken file
+    cuda = open_cuda(path.c_str());
+    return cuda->device_count();
+  });
+  m.def("cuda_error", [](int code) { return std::string(cuda ? cuda->error_string(code) : "the CUDA library is not loaded"); });
+  m.def("cuda_runtime_version", [] { return cuda ? cuda->runtime_version : 0; });
+  m.def("cuda_copy", [](uintptr_t to, uintptr_t from, int64_t bytes, uintptr_t stream) {
+    if (!cuda) throw std::runtime_error("the CUDA library is not loaded; see `fastllm info`");
+    return cuda->copy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes, reinterpret_cast<void*>(stream));
+  });
+}

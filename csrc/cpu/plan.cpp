@@ -1,0 +1,98 @@
+// Launches, and plans: a plan is the list of the kernels that one step ran, with their argument records. Replay walks the
+// list inside one parallel region, with a barrier after each kernel, and never enters the Python interpreter. What changes
+// from step to step lives in memory that the records point to.
+#include "runtime.h"
+
+#include <string.h>
+#include <vector>
+
+#include "sync.h"
+
+namespace fastllm {
+
+struct Record {
+  int kernel;
+  int64_t slots[32];
+};
+struct Plan {
+  std::vector<Record> records;
+};
+
+namespace {
+
+thread_local Plan* recording = nullptr;
+
+constexpr int64_t kElementsPerThread = 16384;    // below this, waking another thread costs more than it saves
+
+struct Launch {
+  void (*run)(const void*, Team&) noexcept;
+  const void* args;
+};
+void run_one(void* context, Team& team) {
+  const Launch* l = static_cast<const Launch*>(context);
+  l->run(l->args, team);
+}
+
+struct Replay {
+  const Plan* plan;
+  int64_t times;
+};
+void run_plan(void* context, Team& team) {
+  const Replay* replay = static_cast<const Replay*>(context);
+  const Isa tier = isa();
+  for (int64_t i = 0; i < replay->times; ++i)
+    for (const Record& r : replay->plan->records) {
+      kKernels[r.kernel].run[tier](r.slots, team);
+      sync(team);
+    }
+}
+
+}  // namespace
+
+int launch(int kernel, const void* args) {
+  const Kernel& k = kKernels[kernel];
+  if (recording) {
+    Record r{kernel, {}};
+    memcpy(r.slots, args, 8 * strlen(k.kinds));
+    recording->records.push_back(r);
+  }
+  int64_t share = k.work(args) / kElementsPerThread;
+  int threads = max_threads();
+  if (share < threads) threads = share < 1 ? 1 : int(share);
+  int64_t bytes = k.scratch(args, threads);
+  char* buffer = bytes ? scratch(bytes) : nullptr;
+  if (bytes && !buffer) return -1;
+  int32_t status = kOk;
+  Launch l{k.run[isa()], args};
+  parallel(threads, buffer, &status, run_one, &l);
+  return status;
+}
+
+Plan* plan_new() { return new Plan(); }
+void plan_free(Plan* p) { delete p; }
+bool plan_begin(Plan* p) {
+  if (recording) return false;
+  recording = p;
+  return true;
+}
+void plan_end() { recording = nullptr; }
+int64_t plan_size(const Plan* p) { return int64_t(p->records.size()); }
+const char* plan_kernel(const Plan* p, int64_t i) { return kKernels[p->records[size_t(i)].kernel].name; }
+
+int plan_replay(const Plan* plan, int threads, int64_t times) {
+  int available = max_threads();
+  if (threads <= 0 || threads > available) threads = available;
+  int64_t bytes = 0;
+  for (const Record& r : plan->records) {
+    int64_t b = kKernels[r.kernel].scratch(r.slots, threads);
+    if (b > bytes) bytes = b;
+  }
+  char* buffer = bytes ? scratch(bytes) : nullptr;
+  if (bytes && !buffer) return -1;
+  int32_t status = kOk;
+  Replay replay{plan, times};
+  parallel(threads, buffer, &status, run_plan, &replay);
+  return status;
+}
+
+}  // namespace fastllm

@@ -1,0 +1,41 @@
+// The CPU runtime behind every kernel: ISA choice, the thread team, launches and plans. Not included by ISA files.
+#pragma once
+#include "../common.h"
+
+namespace fastllm {
+
+enum Isa : int { kGeneric, kAvx2, kAvx512, kIsaCount };
+
+struct Kernel {
+  const char* name;
+  const char* kinds;
+  void (*run[kIsaCount])(const void* args, Team& team) noexcept;    // null where this build lacks the tier
+  int64_t (*work)(const void* args);                                // elements touched, to choose a thread count
+  int64_t (*scratch)(const void* args, int64_t threads);
+};
+extern const Kernel kKernels[];
+extern const int kKernelCount;
+
+Isa isa();    // best tier that CPU and OS allow, lowered by FASTLLM_ISA
+const char* isa_name(Isa);
+
+// Threads: torch's own OpenMP pool, found in the process.
+const char* openmp_path();
+int max_threads();               // what torch.get_num_threads() says, under this thread's limit
+int set_thread_limit(int n);     // 0: none; returns the previous limit of the calling thread
+void parallel(int threads, char* scratch, int32_t* status, void (*body)(void*, Team&), void* context);
+char* scratch(int64_t bytes);    // grows, per calling thread, reused; null when out of memory
+
+// Runs the kernel now and, while a plan records, appends it to the plan. Returns a Status, or -1 when out of memory.
+int launch(int kernel, const void* args);
+
+struct Plan;
+Plan* plan_new();
+void plan_free(Plan*);
+bool plan_begin(Plan*);    // false when this thread records already
+void plan_end();
+int64_t plan_size(const Plan*);
+const char* plan_kernel(const Plan*, int64_t index);
+int plan_replay(const Plan*, int threads, int64_t times);    // Status, or -1 when out of memory
+
+}  // namespace fastllm

@@ -1,0 +1,136 @@
+// The thread team: torch's own OpenMP pool, entered through GOMP_parallel, the call that gcc itself emits and that libgomp,
+// libomp and libiomp5 all export. It is found among the libraries already mapped, so that nothing is linked, a wheel carries
+// no second runtime, and torch and fastllm never fight over the cores with two pools.
+#include "runtime.h"
+
+#include <new>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
+#endif
+
+namespace fastllm {
+namespace {
+
+struct OpenMP {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*thread_num)() = nullptr;
+  int (*num_threads)() = nullptr;
+  int (*max_threads)() = nullptr;
+  int (*in_parallel)() = nullptr;
+  char path[4096] = "";
+};
+
+// A forked child has the pool's book-keeping without its threads: entering it would hang, so a child runs serially.
+bool forked = false;
+thread_local int thread_limit = 0;
+
+#if defined(__linux__)
+struct Names {
+  char* path[16];
+  int count = 0;
+};
+
+int collect(dl_phdr_info* info, size_t, void* context) {    // names only: dlopen is not allowed under the loader's lock
+  Names* names = static_cast<Names*>(context);
+  if (!info->dlpi_name || !*info->dlpi_name || names->count == 16) return 0;
+  const char* base = strrchr(info->dlpi_name, '/');
+  base = base ? base + 1 : info->dlpi_name;
+  if (!strncmp(base, "libgomp", 7) || !strncmp(base, "libomp", 6) || !strncmp(base, "libiomp5", 8))
+    names->path[names->count++] = strdup(info->dlpi_name);
+  return 0;
+}
+
+template <class F> bool resolve(void* library, const char* name, F& f) {
+  f = reinterpret_cast<F>(dlsym(library, name));
+  return f != nullptr;
+}
+
+OpenMP find() {
+  Names names;
+  dl_iterate_phdr(collect, &names);
+  OpenMP best;
+  for (int i = 0; i < names.count; ++i) {
+    OpenMP o;
+    void* library = dlopen(names.path[i], RTLD_LAZY | RTLD_NOLOAD);
+    if (library && resolve(library, "GOMP_parallel", o.parallel) && resolve(library, "omp_get_thread_num", o.thread_num) &&
+        resolve(library, "omp_get_num_threads", o.num_threads) && resolve(library, "omp_get_max_threads", o.max_threads) &&
+        resolve(library, "omp_in_parallel", o.in_parallel)) {
+      strncpy(o.path, names.path[i], sizeof(o.path) - 1);
+      if (!best.parallel || strstr(o.path, "/torch")) best = o;    // where several are mapped, torch's own
+    }
+    free(names.path[i]);
+  }
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  return best;
+}
+#else
+OpenMP find() { return OpenMP(); }    // elsewhere: one thread, stated by `fastllm info`
+#endif
+
+const OpenMP& openmp() {
+  static const OpenMP found = find();
+  return found;
+}
+
+struct Job {
+  void (*body)(void*, Team&);
+  void* context;
+  char* scratch;
+  int32_t* status;
+  Barrier barrier;
+};
+
+void enter(void* p) {
+  Job* job = static_cast<Job*>(p);
+  Team team{openmp().thread_num(), openmp().num_threads(), &job->barrier, job->scratch, job->status};
+  job->body(job->context, team);
+}
+
+struct Arena {
+  char* data = nullptr;
+  int64_t size = 0;
+  ~Arena() { free(data); }
+};
+thread_local Arena arena;
+
+}  // namespace
+
+const char* openmp_path() { return openmp().path; }
+
+int max_threads() {
+  const OpenMP& o = openmp();
+  if (!o.parallel || forked || o.in_parallel()) return 1;
+  int n = o.max_threads();
+  return thread_limit > 0 && thread_limit < n ? thread_limit : n;
+}
+
+int set_thread_limit(int n) {
+  int previous = thread_limit;
+  thread_limit = n > 0 ? n : 0;
+  return previous;
+}
+
+void parallel(int threads, char* scratch, int32_t* status, void (*body)(void*, Team&), void* context) {
+  Job job{body, context, scratch, status, {0, 0}};
+  if (threads <= 1) {
+    Team team{0, 1, &job.barrier, scratch, status};
+    body(context, team);
+  } else {
+    openmp().parallel(enter, &job, unsigned(threads), 0);
+  }
+}
+
+char* scratch(int64_t bytes) {
+  if (bytes <= arena.size) return arena.data;
+  int64_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;    // grows by a quarter: few reallocations, little waste
+  free(arena.data);
+  arena.data = static_cast<char*>(aligned_alloc(4096, size_t(size)));
+  arena.size = arena.data ? size : 0;
+  return arena.data;
+}
+
+}  // namespace fastllm

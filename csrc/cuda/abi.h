@@ -1,0 +1,21 @@
+// The C ABI of the CUDA library (_cuda.so): one table of functions, fetched on first use. It carries its own static CUDA
+// runtime, so the core module links nothing of CUDA and imports on a machine without a driver. Functions return a
+// cudaError_t as int; the stream is passed in as a pointer.
+#pragma once
+#include <stdint.h>
+
+namespace fastllm {
+
+constexpr int kCudaAbi = 1;
+
+struct CudaTable {
+  int abi;
+  int runtime_version;
+  int (*device_count)();    // negative: minus a cudaError_t (no driver, driver too old)
+  const char* (*error_string)(int code);
+  int (*copy)(void* to, const void* from, int64_t bytes, void* stream);    // 16-byte aligned; the bandwidth ceiling
+};
+
+const CudaTable* open_cuda(const char* path);    // throws std::runtime_error when the file cannot be used
+
+}  // namespace fastllm

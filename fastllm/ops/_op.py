@@ -1,0 +1,221 @@
+"""What every op shares: its registration, its choice of a kernel, and its three ways in.
+
+An op file states its schema, reference, kernels, fake, and (where it trains) what is saved and its backward; `Op` does the
+rest. A call takes the cheapest way that is right:
+
+- eager, no gradient: straight to the kernel;
+- eager with gradient: an `autograd.Function` around the same kernel;
+- under compile, export, fake tensors, functorch or a dispatch mode: the registered torch op (`torch.ops.fastllm.<name>`),
+  inside an `autograd.Function` where a gradient is asked for. No autograd kernel is registered on it: that would cost
+  every call, compiled ones too, some 15 us.
+"""
+
+import functools
+import inspect
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common.h: DType
+
+_library = torch.library.Library("fastllm", "DEF")
+_PLAIN = (Tensor, torch.nn.Parameter)
+_is_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+
+
+class Kernel(NamedTuple):
+    """What runs an op on one kind of device, and why."""
+
+    run: Callable[..., Any]
+    name: str  # "C++ (avx512)", "Triton", "reference"
+    reason: str
+
+
+@functools.cache
+def forced_backend() -> str | None:
+    """FASTLLM_BACKEND=reference makes every op run its PyTorch reference (the oracle)."""
+    backend = os.environ.get("FASTLLM_BACKEND")
+    if backend not in (None, "", "reference"):
+        raise ValueError(f"FASTLLM_BACKEND={backend!r}: the only value is 'reference'; unset it to use the kernels")
+    return backend or None
+
+
+OPS: dict[str, "Op"] = {}
+
+
+@dataclass(eq=False)
+class Op:
+    """One registered op.
+
+    schema: torch schema without the namespace, "rms_norm(Tensor x, ...) -> (Tensor, Tensor)".
+    reference: plain PyTorch with the raw op's arguments and results, differentiable; shares no helper with the kernels.
+    cpu, triton: launchers with the same arguments, for validated input; None where there is no such kernel.
+    fake: shapes and dtypes of the results.
+    save(ctx, inputs, output), backward(ctx, *gradients): as in torch.autograd.Function; None for an op without its own
+        backward: asked for a gradient it runs its reference, and `fastllm info` says so.
+    """
+
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    cpu: Callable[..., Any] | None = None
+    triton: Callable[..., Any] | None = None
+    save: Callable[..., None] | None = None
+    backward: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.name = self.schema.split("(")[0]
+        _library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        self.raw = getattr(torch.ops.fastllm, self.name).default
+        for device in ("CPU", "CUDA"):
+            _library.impl(self.name, self._run, device)
+        _library.impl(self.name, self._run, "CompositeExplicitAutograd")  # every other device: the reference
+        torch.library.register_fake(f"fastllm::{self.name}", self.fake, lib=_library)
+        self._kernels: dict[str, Kernel] = {}
+        self._eager, self._traced = self._functions() if self.backward else (None, None)
+        OPS[self.name] = self
+
+    def kernel(self, device: str) -> Kernel:
+        """The kernel for a device type, chosen once."""
+        if device not in self._kernels:
+            self._kernels[device] = self._choose(device)
+        return self._kernels[device]
+
+    def _choose(self, device: str) -> Kernel:
+        if forced_backend():
+            return Kernel(self.reference, "reference", "FASTLLM_BACKEND=reference")
+        if device == "cpu":
+            if self.cpu:
+                return Kernel(self.cpu, f"C++ ({_C.isa()})", f"best tier of this processor, {_C.max_threads()} threads")
+            return Kernel(self.reference, "reference", "no CPU kernel")
+        if device == "cuda":
+            from . import _triton
+
+            if not self.triton:
+                return Kernel(self.reference, "reference", "no GPU kernel yet")
+            if not _triton.available():
+                return Kernel(self.reference, "reference", _triton.unavailable_reason())
+            return Kernel(self.triton, "Triton", "the GPU kernel of this op")
+        warnings.warn(
+            f"fastllm.{self.name}: no kernel for device {device!r}, running the PyTorch reference", stacklevel=5
+        )
+        return Kernel(self.reference, "reference", f"no kernel for device {device!r}")
+
+    def _run(self, *args: Any) -> Any:
+        for a in args:
+            if isinstance(a, Tensor):
+                return self.kernel(a.device.type).run(*args)
+        raise TypeError(f"fastllm.{self.name}: no tensor among the arguments")
+
+    def __call__(self, *args: Any) -> Any:
+        plain, grad, device = True, False, None
+        for a in args:
+            if isinstance(a, Tensor):
+                plain = plain and type(a) in _PLAIN
+                grad = grad or a.requires_grad
+                device = device or a.device.type
+        grad = grad and _grad_enabled()
+        if grad and not self.backward:
+            return self.reference(*args)
+        if (
+            plain
+            and not _is_compiling()
+            and not _dispatch_modes()
+            and _functorch_level() is None
+            and _tracing_state() is None
+        ):
+            if grad:
+                return self._eager.apply(*args)
+            return (self._kernels.get(device) or self.kernel(device)).run(*args)
+        if self._traced and (grad or (not _is_compiling() and _functorch_level() is not None)):
+            return self._traced.apply(*args)
+        return self.raw(*args)
+
+    def _functions(self) -> tuple[type, type]:
+        # plain functions in the closures: Dynamo traces into Traced and cannot wrap an Op
+        run, raw, save, derivative = self._run, self.raw, self.save, self.backward
+
+        class Eager(torch.autograd.Function):  # one forward with ctx: half the host time of the setup_context style
+            @staticmethod
+            def forward(ctx, *args):
+                output = run(*args)
+                save(ctx, args, output)
+                return output
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx, *gradients):
+                return derivative(ctx, *gradients)
+
+        class Traced(torch.autograd.Function):
+            generate_vmap_rule = True
+
+            @staticmethod
+            def forward(*args):
+                return raw(*args)
+
+            @staticmethod
+            def setup_context(ctx, inputs, output):
+                save(ctx, inputs, output)
+
+            @staticmethod
+            def backward(ctx, *gradients):
+                return derivative(ctx, *gradients)
+
+        Eager.__name__, Traced.__name__ = f"{self.name}_eager", f"{self.name}_traced"
+        return Eager, Traced
+
+
+# --------------------------------------------------------------------------------------------------------- validation
+
+
+def check(condition: bool, message: Callable[[], str], error: type[Exception] = ValueError) -> None:
+    """Raises `error` with the message unless the condition holds; the message is built only then."""
+    if not condition:
+        raise error(message())
+
+
+def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = tuple(DTYPES)) -> None:
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(
+            f"{op}: {name} is {str(tensor.dtype).removeprefix('torch.')}, allowed: {names}; convert it with .to(dtype)"
+        )
+
+
+def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Same dtype and device."""
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{op}: {name} is {tensor.dtype}, {other_name} is {other.dtype}; they must agree")
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device}, {other_name} on {other.device}; move one with .to(device)"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ for launchers
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., n] as [rows, n] with unit stride in n: a view where the strides allow it, else a copy."""
+    x = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def arguments(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)

@@ -1,0 +1,54 @@
+"""Triton, where it is installed: the import guard and what launchers share.
+
+`fastllm` imports without Triton; an op file writes `from ._triton import tl, triton` and decorates with `@triton.jit`
+through the stand-ins below, which keep the source of a kernel without compiling it.
+"""
+
+import functools
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    _missing = None
+except ImportError as error:  # not shipped for this platform
+    _missing = f"Triton is not installed ({error}); pip install triton"
+
+    class triton:
+        """Keeps op files importable where Triton is not installed."""
+
+        @staticmethod
+        def jit(function):
+            return function
+
+        @staticmethod
+        def cdiv(a: int, b: int) -> int:
+            return -(-a // b)
+
+        @staticmethod
+        def next_power_of_2(n: int) -> int:
+            return 1 << (n - 1).bit_length() if n > 1 else 1
+
+    class tl:
+        constexpr = None
+
+
+@functools.cache
+def available() -> bool:
+    return _missing is None and torch.cuda.is_available()
+
+
+def unavailable_reason() -> str:
+    return _missing or "no CUDA device"
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs(device: torch.device) -> int:
+    """How many programs fill the device once (4 on the interpreter, enough to test the reduction over programs)."""
+    return multiprocessors(device.index or 0) if device.type == "cuda" else 4

@@ -1,0 +1,211 @@
+"""rms_norm: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+With a residual, s = x + residual is normalised instead and returned beside y: the two reads and one write of a transformer
+block's addition come for free.
+
+Shapes: x, residual, y, s [..., N]; weight [N]. Dtypes: float32, bfloat16, float16, one for all.
+Rounding: s is rounded to the dtype before it is normalised; sums and products are fp32; y is rounded once, at the end.
+Backward, with h = s * rstd and g = dy * weight: dx = dresidual = rstd * (g - h * mean(g * h)) + ds, dweight = sum(dy * h),
+summed in fp32. A row's forward never depends on the other rows. A row of zeros gives zeros; a NaN stays in its row.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._op import DTYPES, Op, as_rows, check, check_dtype, check_like, pointer
+from ._triton import programs, tl, triton
+
+# ---------------------------------------------------------------------------------------------------------- reference
+
+
+def reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    s = x if residual is None else x + residual
+    rstd = torch.rsqrt(s.to(wide).square().mean(-1) + eps)
+    y = (s.to(wide) * rstd[..., None] * weight.to(wide)).to(x.dtype)
+    return y, s if residual is not None else x.new_empty(0), rstd
+
+
+def reference_backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(s.dtype, torch.float32)
+    h, g = s.to(wide) * rstd[..., None], dy.to(wide) * weight.to(wide)
+    dx = rstd[..., None] * (g - h * (g * h).mean(-1, keepdim=True))
+    if ds is not None:
+        dx = dx + ds.to(wide)
+    dweight = (dy.to(wide) * h).reshape(-1, s.shape[-1]).sum(0)
+    return dx.to(s.dtype).contiguous(), dweight.to(weight.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ Triton
+
+
+@triton.jit
+def forward_kernel(
+    y, s, rstd, x, residual, weight, cols, x_stride, residual_stride, eps,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    inside = col < cols
+    v = tl.load(x + row * x_stride + col, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        r = tl.load(residual + row * residual_stride + col, mask=inside, other=0.0)
+        v = (v.to(tl.float32) + r.to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(s + row * cols + col, v, mask=inside)
+    v = v.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(v * v, 0) / cols + eps)
+    tl.store(rstd + row, scale)
+    w = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * cols + col, (v * scale * w).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    dx, dweight, dy, ds, s, weight, rstd, rows, cols, dy_stride, ds_stride, s_stride,
+    HAS_DS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # One program takes every num_programs-th row and keeps its share of dweight in registers: one [programs, N] partial
+    # instead of atomics, so the sum has one order.
+    col = tl.arange(0, BLOCK)
+    inside = col < cols
+    w = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
+    partial = tl.zeros((BLOCK,), tl.float32)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        r = row.to(tl.int64)
+        d = tl.load(dy + r * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(rstd + r)
+        h = tl.load(s + r * s_stride + col, mask=inside, other=0.0).to(tl.float32) * scale
+        partial += d * h
+        g = d * w
+        out = (g - h * (tl.sum(g * h, 0) / cols)) * scale
+        if HAS_DS:
+            out += tl.load(ds + r * ds_stride + col, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + r * cols + col, out.to(dx.dtype.element_ty), mask=inside)
+    tl.store(dweight + tl.program_id(0).to(tl.int64) * cols + col, partial, mask=inside)
+
+
+def _warps(block: int, itemsize: int) -> int:
+    return min(16, max(1, block * itemsize // 1024))  # 32 bytes a thread: two 16-byte loads in flight
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+
+def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    s = torch.empty(x.shape if residual is not None else 0, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    return y, s, rstd
+
+
+def cpu(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    y, s, rstd = _outputs(x, residual)
+    if x.numel():
+        rows, other = as_rows(x), None if residual is None else as_rows(residual)
+        _C.rms_norm(
+            y.data_ptr(), s.data_ptr() if other is not None else 0, rstd.data_ptr(),
+            rows.data_ptr(), pointer(other), weight.contiguous().data_ptr(),
+            rows.shape[0], rows.shape[1], rows.stride(0), 0 if other is None else other.stride(0), DTYPES[x.dtype], eps,
+        )  # fmt: skip
+    return y, s, rstd
+
+
+def gpu(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    y, s, rstd = _outputs(x, residual)
+    if x.numel():
+        rows, other = as_rows(x), x if residual is None else as_rows(residual)
+        block = triton.next_power_of_2(rows.shape[1])
+        forward_kernel[(rows.shape[0],)](
+            y, s, rstd, rows, other, weight.contiguous(), rows.shape[1], rows.stride(0), other.stride(0), eps,
+            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block, x.element_size()),
+        )  # fmt: skip
+    return y, s, rstd
+
+
+def cpu_backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    dx = torch.empty(s.shape, dtype=s.dtype)
+    dweight = torch.zeros(weight.shape, dtype=torch.float32)
+    if s.numel():
+        d, e, rows = as_rows(dy), None if ds is None else as_rows(ds), as_rows(s)
+        _C.rms_norm_backward(
+            dx.data_ptr(), dweight.data_ptr(),
+            d.data_ptr(), pointer(e), rows.data_ptr(), weight.contiguous().data_ptr(), rstd.data_ptr(),
+            rows.shape[0], rows.shape[1], d.stride(0), 0 if e is None else e.stride(0), rows.stride(0), DTYPES[s.dtype],
+        )  # fmt: skip
+    return dx, dweight.to(weight.dtype)
+
+
+def gpu_backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    if not s.numel():
+        return dx, torch.zeros_like(weight)
+    d, rows = as_rows(dy), as_rows(s)
+    e = d if ds is None else as_rows(ds)
+    count = min(programs(s.device), rows.shape[0])
+    partial = torch.empty(count, rows.shape[1], dtype=torch.float32, device=s.device)
+    block = triton.next_power_of_2(rows.shape[1])
+    backward_kernel[(count,)](
+        dx, partial, d, e, rows, weight.contiguous(), rstd,
+        rows.shape[0], rows.shape[1], d.stride(0), e.stride(0), rows.stride(0),
+        HAS_DS=ds is not None, BLOCK=block, num_warps=_warps(block, s.element_size()),
+    )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+# -------------------------------------------------------------------------------------------------------- registration
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, _, residual = inputs
+    _, s, rstd = output
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(s if ctx.has_residual else x, weight, rstd)
+    ctx.mark_non_differentiable(rstd, *([] if ctx.has_residual else [s]))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, ds, _):
+    s, weight, rstd = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(s)
+    dx, dweight = backward(dy, ds if ctx.has_residual else None, s, weight, rstd)
+    return dx, dweight, None, dx if ctx.has_residual else None
+
+
+forward = Op(
+    "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor, Tensor, Tensor)",
+    reference=reference,
+    fake=lambda x, weight, eps, residual: _outputs(x, residual),
+    cpu=cpu,
+    triton=gpu,
+    save=_save,
+    backward=_backward,
+)
+backward = Op(
+    "rms_norm_backward(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    reference=reference_backward,
+    fake=lambda dy, ds, s, weight, rstd: (
+        torch.empty_like(s, memory_format=torch.contiguous_format),
+        torch.empty_like(weight),
+    ),
+    cpu=cpu_backward,
+    triton=gpu_backward,
+)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None):
+    """Root-mean-square norm of x [..., N] by weight [N]; with a residual [..., N], of x + residual.
+
+    Returns y [..., N], or (y, x + residual) when a residual is given. Raises ValueError for shapes or devices that do not
+    fit, TypeError for dtypes. See the head of this file for rounding.
+    """
+    check_dtype("rms_norm", "x", x)
+    check_like("rms_norm", "weight", weight, "x", x)
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight {tuple(weight.shape)} must be the last dimension of x {tuple(x.shape)}")
+    if residual is not None:
+        check_like("rms_norm", "residual", residual, "x", x)
+        check(residual.shape == x.shape, lambda: f"rms_norm: residual {tuple(residual.shape)} != x {tuple(x.shape)}")
+    y, s, _ = forward(x, weight, eps, residual)
+    return y if residual is None else (y, s)

@@ -1,0 +1,164 @@
+"""The build: `fastllm._C` (CPU core, pybind11) and, where nvcc is present, `fastllm/_cuda.so` (plain C ABI, static cudart).
+
+Environment: FASTLLM_CUDA=auto|0|1, FASTLLM_CUDA_ARCHS="80;90+PTX", CUDA_HOME, CXX, CXXFLAGS, MAX_JOBS,
+FASTLLM_BUILD_DIR, FASTLLM_DEBUG=1 (-O0 -g), FASTLLM_SANITIZE=address,undefined.
+Every file of csrc/cpu that holds kernels is compiled once for each instruction-set tier; ninja rebuilds what changed.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+RUNTIME = {"registry", "threads", "plan", "cuda_loader"}  # compiled once; the other files of csrc/cpu once per tier
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX2 = "-mavx2 -mfma -mf16c -mbmi -mbmi2"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512"
+TIERS = {"generic": "", "avx2": AVX2, "avx512": AVX512} if X86 else {"generic": ""}
+
+
+def check_platform() -> None:
+    if sys.platform == "win32":
+        sys.exit("fastllm builds on Linux and macOS; on Windows, install it inside WSL.")
+
+
+def find_nvcc() -> str | None:
+    mode = os.environ.get("FASTLLM_CUDA", "auto").lower()
+    if mode not in ("auto", "0", "1"):
+        sys.exit(f"FASTLLM_CUDA={mode!r} is not one of auto, 0, 1.")
+    if mode == "0":
+        return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [f"{home}/bin/nvcc" for home in homes if home] + [shutil.which("nvcc")]
+    candidates += [f"{path}/nvidia/cu13/bin/nvcc" for path in sys.path]  # the nvidia-cuda-nvcc package
+    nvcc = next((c for c in candidates if c and os.access(c, os.X_OK)), None)
+    if mode == "1" and not nvcc:
+        sys.exit("FASTLLM_CUDA=1, but there is no nvcc; set CUDA_HOME or install the CUDA toolkit.")
+    return nvcc
+
+
+def gencode(nvcc: str, spec: str) -> str:
+    """`80;90+PTX` as nvcc flags, leaving out what this nvcc does not know."""
+    known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
+    flags = []
+    for arch in spec.replace(",", ";").split(";"):
+        number = arch.removesuffix("+PTX")
+        if f"sm_{number}" in known:
+            codes = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
+            flags.append(f"-gencode=arch=compute_{number},code={codes}")
+    return " ".join(flags)
+
+
+def ninja_path() -> str:
+    try:
+        import ninja
+
+        path = Path(ninja.BIN_DIR) / "ninja"
+        if path.exists():
+            return str(path)
+    except ImportError:
+        pass
+    return shutil.which("ninja") or sys.exit("ninja is missing: pip install ninja.")
+
+
+def core_rules(suffix: str) -> list[str]:
+    import pybind11
+
+    optimise = "-O0 -g" if os.environ.get("FASTLLM_DEBUG") else "-O3 -g0 -DNDEBUG"
+    sanitize = os.environ.get("FASTLLM_SANITIZE")
+    sanitize = f"-fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
+    mac = sys.platform == "darwin"
+    link = "-undefined dynamic_lookup" if mac else "-Wl,--gc-sections -Wl,-O1 -Wl,--exclude-libs,ALL"
+    strip = "" if mac or sanitize or os.environ.get("FASTLLM_DEBUG") else "-Wl,-s"
+    lines = [
+        f"cxx = {os.environ.get('CXX', 'c++')}",
+        # -ffp-contract=off: an FMA happens where the kernel says so, or results would depend on the compiler
+        f"cflags = {optimise} {sanitize} -std=c++17 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
+        " -ffp-contract=off -fno-math-errno -fno-trapping-math -ffunction-sections -fdata-sections"
+        f" -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized {'-DFASTLLM_X86' if X86 else ''} {os.environ.get('CXXFLAGS', '')}",
+        "rule cxx",
+        "  command = $cxx -MMD -MF $out.d $cflags $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx -shared $in -o $out {sanitize} {link} {strip} {'' if mac else '-ldl -lpthread'}",
+    ]
+    objects = []
+
+    def compile_one(source: Path, name: str, flags: str) -> None:
+        lines.extend([f"build {name}.o: cxx {source}", f"  flags = {flags}"])
+        objects.append(f"{name}.o")
+
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        if source.stem in RUNTIME:
+            compile_one(source, source.stem, "")
+            continue
+        for tier, flags in TIERS.items():
+            compile_one(source, f"{source.stem}.{tier}", f"{flags} -DFASTLLM_TIER={tier}")
+    includes = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
+    compile_one(ROOT / "csrc/bindings.cpp", "bindings", includes)
+    return [*lines, f"build _C{suffix}: link {' '.join(objects)}"]
+
+
+def cuda_rules(nvcc: str) -> list[str]:
+    lines = [
+        "rule nvcc",
+        f"  command = {nvcc} -MD -MF $out.d -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -lineinfo"
+        " --expt-relaxed-constexpr $arch -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule nvlink",
+        f"  command = {nvcc} -shared -cudart static $in -o $out -Xlinker=-s -Xlinker=--exclude-libs,ALL",
+    ]
+    objects = []
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        # wgmma, setmaxnreg and TMA exist for sm_90a alone
+        spec = "90a" if source.stem.endswith("_sm90a") else os.environ.get("FASTLLM_CUDA_ARCHS", "80;90+PTX")
+        lines.extend([f"build cuda_{source.stem}.o: nvcc {source}", f"  arch = {gencode(nvcc, spec)}"])
+        objects.append(f"cuda_{source.stem}.o")
+    return [*lines, f"build _cuda.so: nvlink {' '.join(objects)}"]
+
+
+class NinjaBuild(build_ext):
+    def run(self) -> None:
+        check_platform()
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        build = Path(os.environ.get("FASTLLM_BUILD_DIR", ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}"))
+        build = build.resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        nvcc = find_nvcc()
+        lines = ["ninja_required_version = 1.5", *core_rules(suffix), *(cuda_rules(nvcc) if nvcc else [])]
+        rules, text = build / "build.ninja", "\n".join(lines) + "\n"
+        if not rules.exists() or rules.read_text() != text:
+            rules.write_text(text)
+        targets = [f"_C{suffix}", *(["_cuda.so"] if nvcc else [])]
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.check_call([ninja_path(), "-C", str(build), *jobs, *targets])
+        package = ROOT / "fastllm" if self.inplace else Path(self.build_lib) / "fastllm"
+        package.mkdir(parents=True, exist_ok=True)
+        for target in targets:  # to a temporary name first: a process that has the old file mapped keeps it
+            shutil.copy2(build / target, package / f".{target}.new")
+            os.replace(package / f".{target}.new", package / target)
+        if not nvcc:
+            (package / "_cuda.so").unlink(missing_ok=True)
+
+    def get_outputs(self) -> list[str]:
+        package = Path(self.build_lib) / "fastllm"
+        names = [f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", "_cuda.so"]
+        return [str(package / name) for name in names if (package / name).exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}  # an editable install asks for it; the libraries lie in the package already
+
+    def get_source_files(self) -> list[str]:
+        return [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()]
+
+
+setup(ext_modules=[Extension("fastllm._C", [])], cmdclass={"build_ext": NinjaBuild})

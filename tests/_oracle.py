@@ -1,0 +1,162 @@
+"""The oracle: what every op must satisfy, driven by its suite in fastllm/bench/cases.
+
+- forward and every gradient against float64: our error is at most twice that of plain PyTorch at the same dtype;
+- nothing is written outside the outputs (guard bands around every allocation), no input is changed;
+- opcheck on the registered op; compile(fullgraph) gives the eager result;
+- the contract: a row alone equals the same row in its batch, bit for bit, and so do 1 and 2 threads.
+"""
+
+import contextlib
+import zlib
+
+import pytest
+import torch
+
+from fastllm import _C
+from fastllm.bench.case import Case, Make, Suite, as_tuple
+
+GUARD = 64  # elements before and after each allocation
+SENTINEL = 113
+
+
+def cases(suite: Suite) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", suite.correct, ids=[c.label for c in suite.correct])
+
+
+def dtypes(suite: Suite) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("dtype", suite.dtypes, ids=[str(d).removeprefix("torch.") for d in suite.dtypes])
+
+
+def draw(suite: Suite, case: Case, dtype: torch.dtype, device: str = "cpu") -> dict:
+    return case.inputs(Make(device, dtype, seed=zlib.crc32(f"{suite.op} {case.label}".encode())))
+
+
+def _floating(inputs: dict, dtype: torch.dtype) -> dict:
+    return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def _with_gradient(function, inputs: dict, names: list[str], upstream: tuple):
+    """Outputs and the gradients of sum(output * upstream) with respect to the named inputs."""
+    inputs = {k: v.detach().requires_grad_() if k in names else v for k, v in inputs.items()}
+    outputs = as_tuple(function(**inputs))
+    total = sum((o.to(u.dtype) * u).sum() for o, u in zip(outputs, upstream, strict=True))
+    gradients = torch.autograd.grad(total, [inputs[n] for n in names])
+    return [o.detach() for o in outputs], list(gradients)
+
+
+def assert_close(label: str, ours, plain, exact, dtype: torch.dtype, factor: float = 2.0) -> None:
+    """|ours - exact| <= factor * |plain - exact| + half a unit of the dtype + two of fp32, in the largest and the mean error."""
+    assert ours.shape == exact.shape, f"{label}: shape {tuple(ours.shape)}, want {tuple(exact.shape)}"
+    if not exact.numel():
+        return
+    ours, plain = ours.double(), plain.double()
+    assert torch.equal(ours.isnan(), exact.isnan()), f"{label}: NaN in other places than the reference"
+    finite = exact.isfinite()
+    assert torch.equal(ours[~finite & ~exact.isnan()], exact[~finite & ~exact.isnan()]), f"{label}: infinities differ"
+    ours, plain, exact = ours[finite], plain[finite], exact[finite]
+    if not exact.numel():
+        return
+    unit = torch.finfo(dtype).eps / 2 + 2 * torch.finfo(torch.float32).eps
+    for name, reduce in (("largest", torch.Tensor.max), ("mean", torch.Tensor.mean)):
+        error, theirs = reduce((ours - exact).abs()).item(), reduce((plain - exact).abs()).item()
+        allowed = factor * theirs + unit * reduce(exact.abs()).item()
+        assert error <= allowed, (
+            f"{label}: {name} error {error:.3e} exceeds {allowed:.3e} (plain PyTorch: {theirs:.3e})"
+        )
+
+
+def check_forward_and_gradients(suite: Suite, case: Case, dtype: torch.dtype, device: str = "cpu", run=None) -> None:
+    run = run or suite.run
+    inputs = draw(suite, case, dtype, device)
+    before = {k: v.clone() for k, v in inputs.items() if torch.is_tensor(v)}
+    exact = as_tuple(suite.reference(**_floating(inputs, torch.float64)))
+    generator = torch.Generator().manual_seed(1)
+    upstream = tuple(torch.randn(e.shape, generator=generator).to(device, dtype) for e in exact)
+    names = [n for n in suite.gradients if n in inputs]
+
+    ours = as_tuple(run(**inputs))
+    plain = as_tuple(suite.reference(**inputs))
+    for i, (o, p, e) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert o.dtype == p.dtype, f"output {i}: dtype {o.dtype}, want {p.dtype}"
+        assert_close(f"output {i}", o, p, e, dtype)
+    if names:
+        _, exact_g = _with_gradient(
+            suite.reference, _floating(inputs, torch.float64), names, tuple(u.double() for u in upstream)
+        )
+        _, plain_g = _with_gradient(suite.reference, inputs, names, upstream)
+        outputs, ours_g = _with_gradient(run, inputs, names, upstream)
+        for o, again in zip(ours, outputs, strict=True):
+            assert torch.equal(o, again) or o.isnan().any(), "forward with and without gradient differ"
+        for name, o, p, e in zip(names, ours_g, plain_g, exact_g, strict=True):
+            assert o.dtype == inputs[name].dtype, f"d{name}: dtype {o.dtype}"
+            assert_close(f"d{name}", o, p, e, dtype)
+    for name, value in before.items():
+        assert torch.equal(inputs[name], value) or value.isnan().any(), f"input {name} was changed"
+
+
+@contextlib.contextmanager
+def guarded_allocations():
+    """Every CPU tensor that torch.empty gives out lies between guard bands; leaving the block checks them."""
+    original, bands = torch.empty, []
+
+    def empty(*size, **options):
+        probe = original(*size, **{**options, "device": "meta"})
+        if torch.device(options.get("device") or "cpu").type != "cpu" or probe.dtype == torch.bool:
+            return original(*size, **options)
+        whole = torch.full((probe.numel() + 2 * GUARD,), SENTINEL, dtype=probe.dtype)
+        bands.append(whole)
+        return whole[GUARD : GUARD + probe.numel()].view(probe.shape)
+
+    torch.empty = empty
+    try:
+        yield
+    finally:
+        torch.empty = original
+    for whole in bands:
+        assert (whole[:GUARD] == SENTINEL).all() and (whole[-GUARD:] == SENTINEL).all(), "written outside an output"
+
+
+def check_guards(suite: Suite, case: Case, dtype: torch.dtype) -> None:
+    inputs = draw(suite, case, dtype)
+    expected = as_tuple(suite.run(**inputs))
+    with guarded_allocations():
+        outputs = as_tuple(suite.run(**inputs))
+        names = [n for n in suite.gradients if n in inputs]
+        if names:
+            _with_gradient(suite.run, inputs, names, tuple(torch.ones_like(o) for o in outputs))
+    for o, e in zip(outputs, expected, strict=True):
+        assert torch.equal(o, e) or e.isnan().any(), "an unaligned output changes the result"
+
+
+def check_contract(suite: Suite, case: Case, dtype: torch.dtype) -> None:
+    inputs = draw(suite, case, dtype)
+    names = [n for n in suite.rows if n in inputs]
+    count = inputs[names[0]].shape[0]
+    whole = as_tuple(suite.run(**inputs))
+    for i in sorted({0, count // 2, count - 1}) if count else ():
+        alone = as_tuple(suite.run(**{k: v[i : i + 1] if k in names else v for k, v in inputs.items()}))
+        for w, a in zip(whole, alone, strict=True):
+            assert torch.equal(w[i : i + 1], a) or a.isnan().any(), f"row {i} alone differs from the row in its batch"
+    previous = _C.set_thread_limit(1)
+    try:
+        serial = as_tuple(suite.run(**inputs))
+    finally:
+        _C.set_thread_limit(previous)
+    for w, s in zip(whole, serial, strict=True):
+        assert torch.equal(w, s) or w.isnan().any(), "1 thread and all threads differ"
+
+
+def check_compile(suite: Suite, case: Case, dtype: torch.dtype = torch.float32) -> None:
+    inputs = draw(suite, case, dtype)
+    names = [n for n in suite.gradients if n in inputs]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **kw: suite.run(**kw), fullgraph=True)
+    with torch.no_grad():
+        for c, e in zip(as_tuple(compiled(**inputs)), as_tuple(suite.run(**inputs)), strict=True):
+            assert torch.equal(c, e), "compiled and eager forward differ"
+    if names:
+        upstream = tuple(torch.ones_like(o) for o in as_tuple(suite.run(**inputs)))
+        _, compiled_g = _with_gradient(compiled, inputs, names, upstream)
+        _, eager_g = _with_gradient(suite.run, inputs, names, upstream)
+        for name, c, e in zip(names, compiled_g, eager_g, strict=True):
+            torch.testing.assert_close(c, e, msg=lambda m, n=name: f"compiled d{n}: {m}")

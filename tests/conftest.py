@@ -1,0 +1,24 @@
+"""Test-wide set-up: shared helpers importable, and no test that leans on another's global state."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config, items):
+    """GPU and slow tests run when asked for with -m."""
+    expression = config.getoption("-m")
+    for mark in ("gpu", "slow"):
+        if mark not in expression:
+            selected = [i for i in items if mark not in i.keywords]
+            config.hook.pytest_deselected(items=[i for i in items if mark in i.keywords])
+            items[:] = selected
