@@ -1,29 +1,10 @@
 // rms_norm: s = x + residual; rstd = 1/sqrt(mean(s^2) + eps); y = s * rstd * weight.
 // Sums and products in fp32, one rounding to the output's dtype. s is rounded to that dtype before it is normalised, so that
 // a separate addition followed by a norm gives the same bits.
-#include "simd.h"
+#include "rms_norm.h"
 
 namespace fastllm {
 namespace {
-
-constexpr int64_t kChains = 4;    // independent accumulators: hides the FMA's latency
-
-// Sum of squares of a row, in one fixed order whatever surrounds the row.
-template <class T> FL_INLINE float sum_of_squares(const T* x, int64_t n) {
-  vf acc[kChains];
-  for (auto& a : acc) a = set1(0);
-  int64_t i = 0;
-  for (; i + kChains * kLanes <= n; i += kChains * kLanes)
-    for (int64_t c = 0; c < kChains; ++c) {
-      const vf v = load(x + i + c * kLanes);
-      acc[c] = fma(v, v, acc[c]);
-    }
-  for (int64_t c = 0; i < n; i += kLanes, ++c) {
-    const vf v = load(x + i, first(n - i));
-    acc[c] = fma(v, v, acc[c]);
-  }
-  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-}
 
 template <class T> void add_row(T* s, const T* x, const T* residual, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -42,16 +23,9 @@ template <class T> void forward(const RmsNormArgs& a, Team& team) {
       add_row(s, x, static_cast<const T*>(a.residual) + r * a.residual_stride, a.cols);
       x = s;
     }
-    const float rstd = 1.0f / sqrtf(sum_of_squares(x, a.cols) / float(a.cols) + float(a.eps));
+    const float rstd = reciprocal_rms(x, a.cols, a.eps);
     if (a.rstd) a.rstd[r] = rstd;
-    T* y = static_cast<T*>(a.y) + r * a.cols;
-    const vf scale = set1(rstd);
-    int64_t i = 0;
-    for (; i + kLanes <= a.cols; i += kLanes) store(y + i, load(x + i) * scale * load(weight + i));
-    if (i < a.cols) {
-      const vm m = first(a.cols - i);
-      store(y + i, load(x + i, m) * scale * load(weight + i, m), m);
-    }
+    scale_row(static_cast<T*>(a.y) + r * a.cols, x, weight, rstd, a.cols);
   }
 }
 

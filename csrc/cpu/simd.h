@@ -100,6 +100,8 @@ FL_INLINE void store(f16* p, vf a, vm m) { _mm256_mask_storeu_epi16(p, m.v, _mm5
 // Per 32-bit lane: acc + sum of four products u8 (weights) x s8 (activations, the same four for every lane).
 FL_INLINE vi dot4(vi acc, vi weights, vi activations) { return {_mm512_dpbusd_epi32(acc.v, weights.v, activations.v)}; }
 
+FL_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
 // ------------------------------------------------------------------------------------------------------------- AVX2
 #elif defined(__AVX2__)
 
@@ -185,6 +187,7 @@ FL_INLINE __m256i dot4_half(__m256i acc, __m256i w, __m256i x) {
   return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones)));
 }
 FL_INLINE vi dot4(vi acc, vi w, vi x) { return {dot4_half(acc.a, w.a, x.a), dot4_half(acc.b, w.b, x.b)}; }
+FL_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 // ---------------------------------------------------------------------------------------------------------- generic
 #else
@@ -293,6 +296,7 @@ FL_INLINE vi dot4(vi acc, vi w, vi x) {
   }
   return acc;
 }
+FL_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 #undef FL_EACH
 
 #endif
@@ -372,6 +376,9 @@ FL_INLINE vf exp(vf x) {
   p = fma(p, f * f, f) + set1(1.0f);
   return select(is_nan(x), x, ldexp2(p, n));
 }
+
+// x * sigmoid(x). exp(-x) overflows to inf for very negative x and the quotient is -0, the right limit.
+FL_INLINE vf silu(vf x) { return x / (set1(1.0f) + exp(set1(0.0f) - x)); }
 
 // Calls f with a value of the element type that a DType names; only its type matters.
 template <class F> FL_INLINE void with_dtype(int64_t dtype, F f) {
