@@ -69,6 +69,31 @@ static inline int64_t scratch_bytes(const LinearArgs& a, int64_t threads) {
   return 4 * (normalised + threads * linear_thread_floats(a));
 }
 
+// ---- quant_linear: the same with weights of 4 or 8 bits in groups of 32; layout in cpu/quant_linear.cpp -----------------
+struct QuantLinearArgs {
+  float* y;
+  const float* x;
+  const uint8_t* weight;    // panels
+  const float *bias, *residual, *norm;
+  int64_t rows, cols, depth, x_stride, y_stride, residual_stride, swiglu, bits, has_min;
+  double eps;
+};
+static inline int64_t work(const QuantLinearArgs& a) { return a.rows * a.cols * a.depth / 16; }
+static inline int64_t activation_bytes(int64_t rows, int64_t depth) { return rows * (depth + depth / 32 * 8); }
+static inline int64_t scratch_bytes(const QuantLinearArgs& a, int64_t threads) {
+  const int64_t depth = (a.depth + 31) / 32 * 32;
+  return threads * depth * 4 + (a.rows <= 4 ? threads : 1) * activation_bytes(a.rows, depth);
+}
+
+// Rows of a quantised weight as floats: y[i, :] = dequantised row ids[i].
+struct QuantEmbeddingArgs {
+  float* y;
+  const int64_t* ids;
+  const uint8_t* weight;
+  int64_t count, rows, depth, bits, has_min;
+};
+static inline int64_t work(const QuantEmbeddingArgs& a) { return a.count * a.depth; }
+
 struct PackPanelsArgs {
   float* panels;    // panel p at p * panel_stride
   const float* weight;

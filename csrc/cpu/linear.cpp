@@ -34,15 +34,15 @@ struct Tile {
 template <int R, int P> FL_INLINE void multiply(vf (&acc)[R][P], const Tile& t, int64_t depth) {
   for (int64_t k = 0; k < depth; ++k) {
     vf w[P];
-#pragma GCC unroll 16
+    FL_UNROLL
     for (int p = 0; p < P; ++p) {
       w[p] = load(t.panel[p] + k * kLanes);
       if (R == 1) prefetch(reinterpret_cast<const char*>(t.panel[p] + k * kLanes) + kAhead);
     }
-#pragma GCC unroll 16
+    FL_UNROLL
     for (int r = 0; r < R; ++r) {
       const vf v = set1(t.x[r * t.x_stride + k]);
-#pragma GCC unroll 16
+      FL_UNROLL
       for (int p = 0; p < P; ++p) acc[r][p] = fma(v, w[p], acc[r][p]);
     }
   }
@@ -58,13 +58,13 @@ FL_INLINE void finish(const LinearArgs& a, vf v, int64_t row, int64_t n) {
 
 // Panels come in units: one panel, or for swiglu a gate panel and the up panel behind it, whose product is one output panel.
 template <int R, int P> FL_INLINE void finish_all(const LinearArgs& a, vf (&acc)[R][P], int64_t row, const int64_t (&panel)[P]) {
-#pragma GCC unroll 16
+  FL_UNROLL
   for (int r = 0; r < R; ++r) {
     if (a.swiglu) {
-#pragma GCC unroll 16
+      FL_UNROLL
       for (int p = 0; p + 1 < P; p += 2) finish(a, silu(acc[r][p]) * acc[r][p + 1], row + r, panel[p] / 2 * kLanes);
     } else {
-#pragma GCC unroll 16
+      FL_UNROLL
       for (int p = 0; p < P; ++p) finish(a, acc[r][p], row + r, panel[p] * kLanes);
     }
   }
@@ -95,15 +95,15 @@ template <int R, int P> void stream(const LinearArgs& a, const float* x, int64_t
 template <int R, int P>
 FL_INLINE void tile(const LinearArgs& a, const Tile& t, float* rest, int64_t row, const int64_t (&panel)[P], int64_t k, int64_t depth) {
   vf acc[R][P];
-#pragma GCC unroll 16
+  FL_UNROLL
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
+    FL_UNROLL
     for (int p = 0; p < P; ++p) acc[r][p] = k ? load(rest + (r * P + p) * kLanes) : set1(0);
   multiply<R, P>(acc, t, depth);
   if (k + depth == a.depth) return finish_all<R, P>(a, acc, row, panel);
-#pragma GCC unroll 16
+  FL_UNROLL
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
+    FL_UNROLL
     for (int p = 0; p < P; ++p) store(rest + (r * P + p) * kLanes, acc[r][p]);
 }
 
@@ -137,16 +137,16 @@ void block(const LinearArgs& a, const float* x, int64_t x_stride, const float* p
 FL_INLINE void transpose(float* to, const float* from, int64_t stride) {    // 16 x 16
 #if defined(__AVX512F__)
   __m512 a[16], b[16];
-#pragma GCC unroll 16
+  FL_UNROLL
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * stride);
-#pragma GCC unroll 16
+  FL_UNROLL
   for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-#pragma GCC unroll 16
+  FL_UNROLL
   for (int i = 0; i < 16; i += 4) {    // a[i + j]: column 4q + j of rows i..i+3, in 128-bit lane q
     a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44), a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
     a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44), a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
   }
-#pragma GCC unroll 16
+  FL_UNROLL
   for (int j = 0; j < 4; ++j) {
     const __m512 even0 = _mm512_shuffle_f32x4(a[j], a[j + 4], 0x88), odd0 = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xdd);
     const __m512 even1 = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x88), odd1 = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xdd);

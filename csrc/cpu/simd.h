@@ -19,6 +19,13 @@
 #error "FASTLLM_TIER names the instruction-set tier; setup.py sets it"
 #endif
 #define FL_INLINE [[maybe_unused]] static inline __attribute__((always_inline))
+#if defined(__AVX2__)
+#define FL_INLINE_MEMBER inline __attribute__((always_inline))
+#define FL_UNROLL _Pragma("GCC unroll 16")
+#else    // the generic tier lowers each vector to many instructions: unrolled as well, it would take minutes to compile
+#define FL_INLINE_MEMBER __attribute__((noinline))
+#define FL_UNROLL
+#endif
 
 namespace fastllm {
 namespace {
@@ -190,70 +197,89 @@ FL_INLINE vi dot4(vi acc, vi w, vi x) { return {dot4_half(acc.a, w.a, x.a), dot4
 FL_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 // ---------------------------------------------------------------------------------------------------------- generic
-#else
+#else    // the compiler's own vectors, lowered to what the processor has
 
+typedef float float16_t_ __attribute__((vector_size(64)));
+typedef int32_t int16_t_ __attribute__((vector_size(64)));
 struct vf {
-  float v[16];
+  float16_t_ v;
 };
 struct vi {
-  int32_t v[16];
+  int16_t_ v;
 };
 struct vm {
-  uint32_t v;
-};
+  int16_t_ v;
+};    // all ones or zero, a lane
 
-#define FL_EACH for (int i = 0; i < 16; ++i)
-FL_INLINE vm first(int64_t n) { return {n >= 16 ? 0xffffu : (1u << n) - 1}; }
-FL_INLINE uint32_t bits(vm m) { return m.v; }
-FL_INLINE vf set1(float x) { vf r; FL_EACH r.v[i] = x; return r; }
-FL_INLINE vf load(const float* p) { vf r; FL_EACH r.v[i] = p[i]; return r; }
-FL_INLINE void store(float* p, vf a) { FL_EACH p[i] = a.v[i]; }
-FL_INLINE vf operator+(vf a, vf b) { vf r; FL_EACH r.v[i] = a.v[i] + b.v[i]; return r; }
-FL_INLINE vf operator-(vf a, vf b) { vf r; FL_EACH r.v[i] = a.v[i] - b.v[i]; return r; }
-FL_INLINE vf operator*(vf a, vf b) { vf r; FL_EACH r.v[i] = a.v[i] * b.v[i]; return r; }
-FL_INLINE vf operator/(vf a, vf b) { vf r; FL_EACH r.v[i] = a.v[i] / b.v[i]; return r; }
-FL_INLINE vf fma(vf a, vf b, vf c) { vf r; FL_EACH r.v[i] = a.v[i] * b.v[i] + c.v[i]; return r; }
-FL_INLINE vf max(vf a, vf b) { vf r; FL_EACH r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return r; }
-FL_INLINE vf min(vf a, vf b) { vf r; FL_EACH r.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return r; }
-FL_INLINE vf round(vf a) {    // to nearest even below 2^22 by the magic number, identity above
+FL_INLINE vm first(int64_t n) {
+  const int16_t_ lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return {lane < int32_t(n < 16 ? n : 16)};
+}
+FL_INLINE uint32_t bits(vm m) {
+  uint32_t b = 0;
+  for (int i = 0; i < 16; ++i) b |= uint32_t(m.v[i] & 1) << i;
+  return b;
+}
+FL_INLINE vf set1(float x) { return {x - float16_t_{}}; }
+FL_INLINE vf load(const float* p) {
   vf r;
-  FL_EACH {
-    const float magic = __builtin_copysignf(12582912.0f, a.v[i]);
-    r.v[i] = __builtin_fabsf(a.v[i]) < 4194304.0f ? (a.v[i] + magic) - magic : a.v[i];
-  }
+  memcpy(&r, p, 64);
   return r;
 }
-FL_INLINE vf select(vm m, vf yes, vf no) { vf r; FL_EACH r.v[i] = m.v >> i & 1 ? yes.v[i] : no.v[i]; return r; }
-FL_INLINE vm operator<(vf a, vf b) { vm r{0}; FL_EACH r.v |= uint32_t(a.v[i] < b.v[i]) << i; return r; }
-FL_INLINE vm operator>=(vf a, vf b) { vm r{0}; FL_EACH r.v |= uint32_t(a.v[i] >= b.v[i]) << i; return r; }
-FL_INLINE vm is_nan(vf a) { vm r{0}; FL_EACH r.v |= uint32_t(a.v[i] != a.v[i]) << i; return r; }
+FL_INLINE void store(float* p, vf a) { memcpy(p, &a, 64); }
+FL_INLINE vf operator+(vf a, vf b) { return {a.v + b.v}; }
+FL_INLINE vf operator-(vf a, vf b) { return {a.v - b.v}; }
+FL_INLINE vf operator*(vf a, vf b) { return {a.v * b.v}; }
+FL_INLINE vf operator/(vf a, vf b) { return {a.v / b.v}; }
+FL_INLINE vf fma(vf a, vf b, vf c) { return {a.v * b.v + c.v}; }
+FL_INLINE vf max(vf a, vf b) { return {a.v > b.v ? a.v : b.v}; }
+FL_INLINE vf min(vf a, vf b) { return {a.v < b.v ? a.v : b.v}; }
+FL_INLINE vf select(vm m, vf yes, vf no) { return {m.v ? yes.v : no.v}; }
+FL_INLINE vm operator<(vf a, vf b) { return {a.v < b.v}; }
+FL_INLINE vm operator>=(vf a, vf b) { return {a.v >= b.v}; }
+FL_INLINE vm is_nan(vf a) { return {a.v != a.v}; }
 
-FL_INLINE vi seti(int32_t x) { vi r; FL_EACH r.v[i] = x; return r; }
-FL_INLINE vi loadi(const void* p) { vi r; memcpy(r.v, p, 64); return r; }
-FL_INLINE void storei(void* p, vi a) { memcpy(p, a.v, 64); }
-FL_INLINE vi operator+(vi a, vi b) { vi r; FL_EACH r.v[i] = a.v[i] + b.v[i]; return r; }
-FL_INLINE vi operator-(vi a, vi b) { vi r; FL_EACH r.v[i] = a.v[i] - b.v[i]; return r; }
-FL_INLINE vi operator&(vi a, vi b) { vi r; FL_EACH r.v[i] = a.v[i] & b.v[i]; return r; }
-template <int n> FL_INLINE vi shift_left(vi a) { vi r; FL_EACH r.v[i] = int32_t(uint32_t(a.v[i]) << n); return r; }
-template <int n> FL_INLINE vi shift_right(vi a) { vi r; FL_EACH r.v[i] = int32_t(uint32_t(a.v[i]) >> n); return r; }
-FL_INLINE vf to_float(vi a) { vf r; FL_EACH r.v[i] = float(a.v[i]); return r; }
-FL_INLINE vi to_int(vf a) { a = round(a); vi r; FL_EACH r.v[i] = int32_t(a.v[i]); return r; }
-FL_INLINE vi as_int(vf a) { vi r; memcpy(r.v, a.v, 64); return r; }
-FL_INLINE vf as_float(vi a) { vf r; memcpy(r.v, a.v, 64); return r; }
+FL_INLINE vi seti(int32_t x) { return {x - int16_t_{}}; }
+FL_INLINE vi loadi(const void* p) {
+  vi r;
+  memcpy(&r, p, 64);
+  return r;
+}
+FL_INLINE void storei(void* p, vi a) { memcpy(p, &a, 64); }
+FL_INLINE vi operator+(vi a, vi b) { return {a.v + b.v}; }
+FL_INLINE vi operator-(vi a, vi b) { return {a.v - b.v}; }
+FL_INLINE vi operator&(vi a, vi b) { return {a.v & b.v}; }
+template <int n> FL_INLINE vi shift_left(vi a) { return {a.v << n}; }
+template <int n> FL_INLINE vi shift_right(vi a) { return {(a.v >> n) & int32_t(0xffffffffu >> n)}; }
+FL_INLINE vf to_float(vi a) { return {__builtin_convertvector(a.v, float16_t_)}; }
+FL_INLINE vi as_int(vf a) {
+  vi r;
+  memcpy(&r, &a, 64);
+  return r;
+}
+FL_INLINE vf as_float(vi a) {
+  vf r;
+  memcpy(&r, &a, 64);
+  return r;
+}
+FL_INLINE vf round(vf a) {    // to nearest even below 2^22 by the magic number, identity above
+  const vi sign = as_int(a) & seti(int32_t(0x80000000u));
+  const vf magic = as_float({as_int(set1(12582912.0f)).v | sign.v}), size = as_float(as_int(a) & seti(0x7fffffff));
+  return select(size < set1(4194304.0f), (a + magic) - magic, a);
+}
+FL_INLINE vi to_int(vf a) { return {__builtin_convertvector(round(a).v, int16_t_)}; }
 
 FL_INLINE vf load(const bf16* p) {
   vi r;
-  FL_EACH r.v[i] = int32_t(uint32_t(p[i].bits) << 16);
+  for (int i = 0; i < 16; ++i) r.v[i] = int32_t(uint32_t(p[i].bits) << 16);
   return as_float(r);
 }
 FL_INLINE void store(bf16* p, vf a) {
-  FL_EACH {
-    uint32_t u;
-    memcpy(&u, &a.v[i], 4);
-    p[i].bits = uint16_t(a.v[i] != a.v[i] ? (u >> 16 | 0x40) : (u + 0x7fff + (u >> 16 & 1)) >> 16);
-  }
+  const vi u = as_int(a), even = u + (shift_right<16>(u) & seti(1)) + seti(0x7fff);
+  const vi r = shift_right<16>({is_nan(a).v ? u.v | 0x400000 : even.v});
+  for (int i = 0; i < 16; ++i) p[i].bits = uint16_t(r.v[i]);
 }
-FL_INLINE float widen(f16 h) {
+[[maybe_unused]] static float widen(f16 h) {
   const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, magnitude = uint32_t(h.bits & 0x7fff) << 13;
   float x;
   if ((h.bits & 0x7c00) == 0x7c00) {    // infinity and NaN keep their payload
@@ -269,7 +295,7 @@ FL_INLINE float widen(f16 h) {
   memcpy(&x, &u, 4);
   return x;
 }
-FL_INLINE f16 narrow(float x) {
+[[maybe_unused]] static f16 narrow(float x) {
   uint32_t u;
   memcpy(&u, &x, 4);
   const uint16_t sign = uint16_t(u >> 16 & 0x8000);
@@ -286,18 +312,20 @@ FL_INLINE f16 narrow(float x) {
   }
   return {uint16_t(sign | ((u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13))};
 }
-FL_INLINE vf load(const f16* p) { vf r; FL_EACH r.v[i] = widen(p[i]); return r; }
-FL_INLINE void store(f16* p, vf a) { FL_EACH p[i] = narrow(a.v[i]); }
+FL_INLINE vf load(const f16* p) {
+  float t[16];
+  for (int i = 0; i < 16; ++i) t[i] = widen(p[i]);
+  return load(t);
+}
+FL_INLINE void store(f16* p, vf a) {
+  for (int i = 0; i < 16; ++i) p[i] = narrow(a.v[i]);
+}
 
 FL_INLINE vi dot4(vi acc, vi w, vi x) {
-  FL_EACH {
-    const uint32_t u = uint32_t(w.v[i]), s = uint32_t(x.v[i]);
-    for (int k = 0; k < 32; k += 8) acc.v[i] += int32_t(u >> k & 255) * int32_t(int8_t(s >> k & 255));
-  }
-  return acc;
+  return {acc.v + (w.v & 255) * (x.v << 24 >> 24) + (w.v >> 8 & 255) * (x.v << 16 >> 24) + (w.v >> 16 & 255) * (x.v << 8 >> 24) +
+          (w.v >> 24 & 255) * (x.v >> 24)};
 }
 FL_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
-#undef FL_EACH
 
 #endif
 // ------------------------------------------------------------------------------------------------- built from the above
@@ -352,8 +380,7 @@ FL_INLINE vf ldexp2(vf x, vf n) {
 #if defined(__AVX2__)
   const vi half = {_mm256_srai_epi32(i.a, 1), _mm256_srai_epi32(i.b, 1)};
 #else
-  vi half;
-  for (int k = 0; k < 16; ++k) half.v[k] = i.v[k] >> 1;
+  const vi half = {i.v >> 1};
 #endif
   const vi bias = seti(127);
   return x * as_float(shift_left<23>(half + bias)) * as_float(shift_left<23>(i - half + bias));

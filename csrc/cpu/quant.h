@@ -1,0 +1,91 @@
+// Groups of 32 quantised weights of 16 rows, and their exact integer dot product with s8 activations, tier by tier.
+#pragma once
+#include "simd.h"
+
+namespace fastllm {
+namespace {
+
+constexpr int64_t kGroup = 32;
+
+FL_INLINE int64_t padded(int64_t depth) { return (depth + kGroup - 1) / kGroup * kGroup; }
+
+FL_INLINE int32_t sum(vi a) {
+  int32_t t[16];
+  storei(t, a);
+  int32_t s = 0;
+  for (int i = 0; i < 16; ++i) s += t[i];
+  return s;
+}
+
+FL_INLINE void store_s8(int8_t* p, vi a) {    // values within s8
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v));
+#else
+  int32_t t[16];
+  storei(t, a);
+  for (int i = 0; i < 16; ++i) p[i] = int8_t(t[i]);
+#endif
+}
+
+FL_INLINE vi broadcast4(const int8_t* x) {    // four activations to every lane
+  int32_t v;
+  memcpy(&v, x, 4);
+  return seti(v);
+}
+
+template <int kBits> struct Quants;
+
+// dot(x, start): start + sum over the group of quant * x, per row.
+template <> struct Quants<8> {
+  const uint8_t* w;
+  FL_INLINE_MEMBER void load(const uint8_t* p) { w = p; }
+  FL_INLINE_MEMBER vi dot(const int8_t* x, vi start) const {
+    vi even = start, odd = seti(0);
+    FL_UNROLL
+    for (int c = 0; c < 8; c += 2) {
+      even = dot4(even, loadi(w + c * 64), broadcast4(x + c * 4));
+      odd = dot4(odd, loadi(w + c * 64 + 64), broadcast4(x + c * 4 + 4));
+    }
+    return even + odd;
+  }
+};
+
+template <> struct Quants<4> {
+  vi low[4], high[4];    // k 8c..8c+3 and k 8c+4..8c+7
+  FL_INLINE_MEMBER void load(const uint8_t* w) {
+    const vi nibble = seti(0x0f0f0f0f);
+    FL_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      const vi q = loadi(w + c * 64);
+      low[c] = q & nibble;
+      high[c] = shift_right<4>(q) & nibble;
+    }
+  }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // |pair sum| <= 2 * 15 * 127, so eight of them fit 16 bits: one widening at the end of the group.
+  FL_INLINE_MEMBER vi dot(const int8_t* x, vi start) const {
+    vi t = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    FL_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      const vi x0 = broadcast4(x + c * 8), x1 = broadcast4(x + c * 8 + 4);
+      t.a = _mm256_add_epi16(t.a, _mm256_add_epi16(_mm256_maddubs_epi16(low[c].a, x0.a), _mm256_maddubs_epi16(high[c].a, x1.a)));
+      t.b = _mm256_add_epi16(t.b, _mm256_add_epi16(_mm256_maddubs_epi16(low[c].b, x0.b), _mm256_maddubs_epi16(high[c].b, x1.b)));
+    }
+    const __m256i ones = _mm256_set1_epi16(1);
+    return start + vi{_mm256_madd_epi16(t.a, ones), _mm256_madd_epi16(t.b, ones)};
+  }
+#else
+  FL_INLINE_MEMBER vi dot(const int8_t* x, vi start) const {
+    vi even = start, odd = seti(0);
+    FL_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      even = dot4(even, low[c], broadcast4(x + c * 8));
+      odd = dot4(odd, high[c], broadcast4(x + c * 8 + 4));
+    }
+    return even + odd;
+  }
+#endif
+};
+
+}  // namespace
+}  // namespace fastllm
