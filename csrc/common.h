@@ -99,6 +99,14 @@ struct PackPanelsArgs {
   const float* weight;
   int64_t cols, depth, weight_stride, panel_stride;
 };
+// Rows of a packed weight: y[i, :] = row ids[i].
+struct PanelRowsArgs {
+  float* y;
+  const int64_t* ids;
+  const float* panels;
+  int64_t count, rows, depth;
+};
+static inline int64_t work(const PanelRowsArgs& a) { return a.count * a.depth; }
 static inline int64_t work(const PackPanelsArgs& a) { return a.cols * a.depth; }
 
 }  // namespace fastllm

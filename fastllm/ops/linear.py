@@ -35,22 +35,34 @@ class Panels:
     rows: int
     swiglu: bool = False
 
+    @staticmethod
+    def nbytes_for(rows: int, depth: int, swiglu: bool = False) -> int:
+        halves = 2 if swiglu else 1
+        return halves * -(-rows // halves // 16) * depth * 64
+
     @classmethod
-    def pack(cls, weight: Tensor, swiglu: bool = False) -> "Panels":
-        """weight [N, K] (swiglu: [2F, K], gate rows first), any float dtype; raises ValueError for another rank."""
-        if weight.dim() != 2:
-            raise ValueError(f"Panels.pack: weight has shape {tuple(weight.shape)}; it must be [N, K]")
+    def pack(cls, weight: Tensor, swiglu: bool = False, out: Tensor | None = None) -> "Panels":
+        """weight [N, K] (swiglu: [2F, K], gate rows first), any float dtype; into `out` (uint8 [nbytes_for(...)]) when given.
+
+        Raises ValueError for another rank, or an odd N with swiglu.
+        """
+        if weight.dim() != 2 or (swiglu and weight.shape[0] % 2):
+            raise ValueError(f"Panels.pack: weight has shape {tuple(weight.shape)}; it must be [N, K], N even for swiglu")
         weight = weight.detach().float().contiguous()
         rows, depth = weight.shape
         halves = weight.chunk(2) if swiglu else (weight,)
-        count = -(-halves[0].shape[0] // 16)
-        data = torch.empty(count * len(halves), depth, 16)
+        shape = (-(-halves[0].shape[0] // 16) * len(halves), depth, 16)
+        data = torch.empty(shape) if out is None else out.view(torch.float32).view(shape)
         for i, half in enumerate(halves):
             stride = depth * 16 * len(halves)
             _C.pack_panels(
                 data.data_ptr() + i * depth * 64, half.data_ptr(), half.shape[0], depth, half.stride(0), stride
             )
         return cls(data, rows, swiglu)
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """Rows of the weight (not of a swiglu one): ids int64 [...] -> [..., K]. IndexError for an id outside [0, N)."""
+        return forward_rows(ids, self.data, self.rows)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -126,8 +138,23 @@ def cpu_panels(x, panels, rows, bias, norm, eps, residual, swiglu) -> Tensor:
     return _launch(x, panels, None, rows // (1 + swiglu), bias, norm, eps, residual, swiglu)
 
 
+def cpu_rows(ids: Tensor, panels: Tensor, rows: int) -> Tensor:
+    y = torch.empty((*ids.shape, panels.shape[1]))
+    ids = ids.contiguous()
+    if _C.panel_rows(y.data_ptr(), ids.data_ptr(), panels.data_ptr(), ids.numel(), rows, panels.shape[1]):
+        bad = ids[(ids < 0) | (ids >= rows)]
+        raise IndexError(f"embedding: id {bad.flatten()[0].item()} is outside the vocabulary [0, {rows})")
+    return y
+
+
 # -------------------------------------------------------------------------------------------------------- registration
 
+forward_rows = Op(
+    "panel_rows(Tensor ids, Tensor panels, int rows) -> Tensor",
+    reference=lambda ids, panels, rows: panels[ids // 16, :, ids % 16],
+    fake=lambda ids, panels, rows: panels.new_empty((*ids.shape, panels.shape[1])),
+    cpu=cpu_rows,
+)
 forward = Op(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, Tensor? residual, bool swiglu) -> Tensor",
     reference=reference,

@@ -83,10 +83,26 @@ class QWeight:
         if not weight.isfinite().all():
             raise ValueError("QWeight.quantize: weight has NaN or infinite entries; quantised weights cannot hold them")
         q = cls.empty(*weight.shape, bits, has_min=False, swiglu=swiglu)
-        q.data.zero_()
-        for first in range(0, weight.shape[0], 2048):  # in pieces: the float copies stay small
-            q.fill(first, *quantize_rows(weight[first : first + 2048].float(), bits))
+        q.data.zero_()  # rows that only pad a panel
+        q.fill_quantized(0, weight)
         return q
+
+    def fill_quantized(self, first: int, weight: Tensor) -> int:
+        """Quantises float rows into [first, first + n); returns first + n. In pieces: the float copies stay small."""
+        for start in range(0, weight.shape[0], 2048):
+            self.fill(first + start, *quantize_rows(weight[start : start + 2048].float(), self.bits))
+        return first + weight.shape[0]
+
+    def widen(self, quants: Tensor, scale: Tensor, minimum: Tensor | None, bits: int):
+        """Quants of a narrower stored format in this one, without loss: for weights whose parts are stored differently."""
+        zero, own = 2 ** (bits - 1), 2 ** (self.bits - 1)
+        if minimum is None and self.has_min:
+            return quants, scale, scale * -zero  # a power of two: exact in float16
+        return quants + (own - zero if minimum is None else 0), scale, minimum
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """Dequantised rows: ids int64 [...] -> float32 [..., K]. IndexError for an id outside [0, N)."""
+        return embedding_rows(ids, self)
 
     def dequantize(self, ids: Tensor | None = None) -> Tensor:
         """float32 [N, K], or the rows `ids`; exact."""

@@ -1,0 +1,37 @@
+"""One block of memory for all packed weights: huge pages where the system gives them, filled tensor by tensor.
+
+Panels are read once per token from end to end; with 4 KiB pages the page walks alone would cost bandwidth.
+"""
+
+import mmap
+
+import torch
+from torch import Tensor
+
+HUGE = 2 << 20
+
+
+class Arena:
+    """Gives out aligned uint8 tensors from one mapping of `nbytes`; they keep it alive."""
+
+    def __init__(self, nbytes: int):
+        """MemoryError when the system refuses the mapping."""
+        try:
+            self._map = mmap.mmap(-1, nbytes + 2 * HUGE)
+        except OSError as error:
+            raise MemoryError(f"no {nbytes / 1e9:.2f} GB for the weights: {error}") from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(self._map, dtype=torch.uint8)
+        start = -whole.data_ptr() % HUGE
+        self._free = whole[start:]
+        self.nbytes = nbytes
+        self.used = 0
+
+    def take(self, nbytes: int, align: int = 4096) -> Tensor:
+        """uint8 [nbytes], aligned."""
+        start = -(-self.used // align) * align
+        if start + nbytes > self._free.numel():
+            raise MemoryError(f"arena of {self.nbytes} bytes is full: {self.used} used, {nbytes} more asked for")
+        self.used = start + nbytes
+        return self._free[start : self.used]

@@ -1,0 +1,335 @@
+"""Loads models from files: GGUF as stored, HF safetensors folders; tensor by tensor, into panels or into Parameters.
+
+A foreign file is a name table: for each of our parameters, the tensors of the file that make it up, stacked by rows.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import Panels, QWeight
+from ..ops.quant_linear import STORED, unpack_stored
+from .arena import Arena
+from .decoder import Decoder, DecoderConfig
+from .gguf import GGUFFile, check_supported, llama_unpermute_rows
+
+# ours -> (the file's names, how the rows of q and k are ordered there)
+GGUF_LAYER = {
+    "attn_norm": ("attn_norm",),
+    "qkv": ("attn_q", "attn_k", "attn_v"),
+    "out": ("attn_output",),
+    "mlp_norm": ("ffn_norm",),
+    "gate_up": ("ffn_gate", "ffn_up"),
+    "down": ("ffn_down",),
+}
+GGUF_TOP = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}
+HF_LAYER = {
+    "attn_norm": ("input_layernorm",),
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "mlp_norm": ("post_attention_layernorm",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+HF_TOP = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+GGUF_ARCHITECTURES = ("llama",)
+HF_ARCHITECTURES = ("LlamaForCausalLM",)
+
+
+def _unknown(what: str, known: Iterable[str], path: Path) -> ValueError:
+    near = difflib.get_close_matches(what, list(known), n=3, cutoff=0.0)
+    return ValueError(f"{path}: architecture {what!r} is not supported; supported: {', '.join(known)}; nearest: {near[0]}")
+
+
+class Source(Protocol):
+    """A file of weights under the file's own names."""
+
+    config: DecoderConfig
+
+    def names(self, ours: str) -> tuple[str, ...]: ...
+    def kind(self, name: str) -> str: ...
+    def float_rows(self, name: str) -> Tensor: ...
+    def stored_rows(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]: ...
+    def release(self, name: str) -> None: ...
+
+
+class GGUFSource:
+    """Weights of a GGUF of the Llama family."""
+
+    def __init__(self, file: GGUFFile):
+        self.file = file
+        if file.architecture not in GGUF_ARCHITECTURES:
+            raise _unknown(file.architecture, GGUF_ARCHITECTURES, file.path)
+        meta = file.metadata
+        self.config = self._config(meta)
+        check_supported(file.tensors.values())
+
+    def _config(self, meta: Any) -> DecoderConfig:
+        def get(key: str, default: Any = None) -> Any:
+            value = meta.get(f"llama.{key}", default)
+            if value is None:
+                raise ValueError(f"{self.file.path}: the metadata lacks llama.{key}; the file is incomplete")
+            return value
+
+        scaling = meta.get("llama.rope.scaling.type", "none")
+        if scaling != "none" or "rope_freqs.weight" in self.file.tensors:
+            raise ValueError(f"{self.file.path}: rope scaling {scaling!r} is not supported; plain rope is")
+        heads, dim = int(get("attention.head_count")), int(get("embedding_length"))
+        if "token_embd.weight" not in self.file.tensors:
+            raise ValueError(f"{self.file.path}: there is no tensor 'token_embd.weight'; the file is incomplete")
+        return DecoderConfig(
+            vocab=self.file.tensors["token_embd.weight"].shape[0],
+            layers=int(get("block_count")),
+            dim=dim,
+            ffn=int(get("feed_forward_length")),
+            heads=heads,
+            kv_heads=int(get("attention.head_count_kv", heads)),
+            head_dim=int(meta.get("llama.attention.key_length", dim // max(heads, 1))),
+            max_position=int(get("context_length")),
+            rope_theta=float(get("rope.freq_base", 10000.0)),
+            eps=float(get("attention.layer_norm_rms_epsilon")),
+            tied="output.weight" not in self.file.tensors,
+        )
+
+    def names(self, ours: str) -> tuple[str, ...]:
+        if ours in GGUF_TOP:
+            return (f"{GGUF_TOP[ours]}.weight",)
+        _, index, part = ours.split(".")
+        return tuple(f"blk.{index}.{n}.weight" for n in GGUF_LAYER[part])
+
+    def kind(self, name: str) -> str:
+        return self._info(name).type
+
+    def _info(self, name: str):
+        info = self.file.tensors.get(name)
+        if info is None:
+            raise ValueError(f"{self.file.path}: there is no tensor {name!r}; the file is incomplete or of another model")
+        return info
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._info(name).shape)
+
+    def _order(self, name: str) -> Tensor | None:
+        for part, heads in (("attn_q", self.config.heads), ("attn_k", self.config.kv_heads)):
+            if f".{part}." in name:
+                return llama_unpermute_rows(self.shape(name)[0], heads)
+        return None
+
+    def float_rows(self, name: str) -> Tensor:
+        values, order = self.file.dequantize(name), self._order(name)
+        return values if order is None else values[order]
+
+    def stored_rows(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        blocks, order = self.file.rows(name), self._order(name)
+        return unpack_stored(blocks if order is None else blocks[order.numpy()], self.kind(name))
+
+    def release(self, name: str) -> None:
+        self.file.release(name)
+
+
+class FolderSource:
+    """Weights of an HF folder: config.json and safetensors, one file or sharded."""
+
+    def __init__(self, folder: Path):
+        from safetensors import SafetensorError, safe_open
+
+        self.folder = folder
+        try:
+            self.hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder}/config.json cannot be read: {error}") from error
+        architecture = (self.hf.get("architectures") or ["(none named)"])[0]
+        if architecture not in HF_ARCHITECTURES:
+            raise _unknown(architecture, HF_ARCHITECTURES, folder)
+        self.where: dict[str, Any] = {}
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder} has no .safetensors file; pickled checkpoints are refused, since loading one runs code")
+        for file in files:
+            try:
+                handle = safe_open(str(file), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} cannot be read: {error}; fetch it again") from error
+            self.where.update(dict.fromkeys(handle.keys(), handle))
+        self.config = self._config()
+
+    def _config(self) -> DecoderConfig:
+        hf = self.hf
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise ValueError(f"{self.folder}: rope scaling {rope!r} is not supported; plain rope is")
+        if hf.get("attention_bias") or hf.get("mlp_bias"):
+            raise ValueError(f"{self.folder}: projections with a bias are not supported for Llama")
+        try:
+            heads = hf["num_attention_heads"]
+            return DecoderConfig(
+                vocab=hf["vocab_size"],
+                layers=hf["num_hidden_layers"],
+                dim=hf["hidden_size"],
+                ffn=hf["intermediate_size"],
+                heads=heads,
+                kv_heads=hf.get("num_key_value_heads") or heads,
+                head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+                max_position=hf["max_position_embeddings"],
+                rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+                eps=hf["rms_norm_eps"],
+                tied=bool(hf.get("tie_word_embeddings")),
+            )
+        except KeyError as error:
+            raise ValueError(f"{self.folder}/config.json lacks {error}; the file is incomplete") from error
+
+    def names(self, ours: str) -> tuple[str, ...]:
+        if ours in HF_TOP:
+            return (f"{HF_TOP[ours]}.weight",)
+        _, index, part = ours.split(".")
+        return tuple(f"model.layers.{index}.{n}.weight" for n in HF_LAYER[part])
+
+    def _handle(self, name: str) -> Any:
+        if name not in self.where:
+            raise ValueError(f"{self.folder}: there is no tensor {name!r}; a shard is missing or it is another model")
+        return self.where[name]
+
+    def kind(self, name: str) -> str:
+        return self._handle(name).get_slice(name).get_dtype()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def float_rows(self, name: str) -> Tensor:
+        return self._handle(name).get_tensor(name).float()
+
+    def release(self, name: str) -> None:
+        pass
+
+
+def open_source(path: str | Path) -> GGUFSource | FolderSource:
+    """A .gguf file or an HF folder; ValueError says what is wrong with it."""
+    path = Path(path)
+    return FolderSource(path) if path.is_dir() else GGUFSource(GGUFFile(path))
+
+
+# --------------------------------------------------------------------------------------------------------------- load
+
+
+def load(path: str | Path) -> nn.Module:
+    """The model in a .gguf file or an HF folder, its weights float32 Parameters (a GGUF is dequantised)."""
+    source = open_source(path)
+    model = _skeleton(source.config)
+    for ours, module in _modules(model):
+        module.weight = nn.Parameter(_checked(source, ours, module))
+    if source.config.tied:
+        model.head.weight = model.embedding.weight
+    return model.eval()
+
+
+def load_packed(path: str | Path, quantize: str | None = None, as_float: bool = False) -> Decoder:
+    """The model with weights packed for decoding on a CPU, in one arena, read tensor by tensor.
+
+    quantize: None keeps what is stored (Q4_0, Q4_1, Q8_0 without loss; other types become float32 panels); "int8", "int4"
+    quantise float weights to groups of 32. as_float: float32 panels whatever is stored. A file of 5 bits or less is never
+    quantised again: ValueError.
+    """
+    if quantize not in (None, "int8", "int4"):
+        raise ValueError(f"quantize={quantize!r}; allowed: None, 'int8', 'int4'")
+    if quantize and as_float:
+        raise ValueError(f"quantize={quantize!r} and float32 weights exclude each other; give one of the two")
+    source = open_source(path)
+    model = _skeleton(source.config)
+    forms = {ours: _form(source, ours, module, quantize, as_float) for ours, module in _modules(model)}
+    arena = Arena(sum(-(-f.nbytes // 4096) * 4096 for f in forms.values() if f))
+    for ours, module in _modules(model):
+        form = forms[ours]
+        if form is None:
+            module.weight = nn.Parameter(_checked(source, ours, module), requires_grad=False)
+        else:
+            module.pack(form.build(source, ours, arena.take(form.nbytes)))
+        for name in source.names(ours):
+            source.release(name)
+    if source.config.tied:
+        model.head.pack(model.embedding.weight)
+    model.arena = arena
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a weight is held: float32 panels, or quantised with bits and minima, made from stored or from float rows."""
+
+    rows: int
+    depth: int
+    swiglu: bool
+    bits: int = 32
+    has_min: bool = False
+    stored: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        if self.bits == 32:
+            return Panels.nbytes_for(self.rows, self.depth, self.swiglu)
+        return QWeight.nbytes_for(self.rows, self.depth, self.bits, self.has_min, self.swiglu)
+
+    def build(self, source: Any, ours: str, out: Tensor) -> Panels | QWeight:
+        if self.bits == 32:
+            weight = torch.cat([source.float_rows(n) for n in source.names(ours)])
+            return Panels.pack(weight, self.swiglu, out)
+        packed = QWeight.empty(self.rows, self.depth, self.bits, self.has_min, self.swiglu, out)  # the arena is zeros
+        first = 0
+        for name in source.names(ours):
+            if self.stored:
+                parts = packed.widen(*source.stored_rows(name), STORED[source.kind(name)][0])
+                packed.fill(first, *parts)
+                first += len(parts[0])
+            else:
+                first = packed.fill_quantized(first, source.float_rows(name))
+        return packed
+
+
+def _form(source: Any, ours: str, module: nn.Module, quantize: str | None, as_float: bool) -> Form | None:
+    shape = module.weight.shape
+    if len(shape) == 1:
+        return None
+    swiglu = getattr(module, "swiglu", False)
+    kinds = [source.kind(n) for n in source.names(ours)]
+    stored = all(k in STORED for k in kinds)
+    if quantize:
+        if any(k in ("Q4_0", "Q4_1", "Q4_K", "Q5_0") for k in kinds) and quantize == "int4":
+            raise ValueError(
+                f"{source.names(ours)[0]} is stored as {kinds[0]}: quantising 5 bits or fewer again only loses quality; "
+                "leave quantize out to run the file as stored, or take a file with more bits"
+            )
+        return Form(*shape, swiglu, bits=8 if quantize == "int8" else 4)
+    if as_float or not stored or shape[1] % 32:
+        return Form(*shape, swiglu)
+    bits, has_min = max(STORED[k][0] for k in kinds), any(STORED[k][1] for k in kinds)
+    return Form(*shape, swiglu, bits, has_min, stored=True)
+
+
+def _skeleton(config: DecoderConfig) -> Decoder:
+    with torch.device("meta"):
+        model = Decoder(config)
+    from ..ops import rope_table
+
+    model.rope = rope_table(config.max_position, config.head_dim, config.rope_theta)
+    return model
+
+
+def _modules(model: Decoder) -> list[tuple[str, nn.Module]]:
+    """Every module with a weight of the file, by our name; the head only where it has its own."""
+    layers = [
+        (f"layers.{i}.{part}", getattr(layer, part)) for i, layer in enumerate(model.layers) for part in GGUF_LAYER
+    ]
+    head = [] if model.config.tied else [("head", model.head)]
+    return [("embedding", model.embedding), *layers, ("norm", model.norm), *head]
+
+
+def _checked(source: Any, ours: str, module: nn.Module) -> Tensor:
+    weight = torch.cat([source.float_rows(n) for n in source.names(ours)])
+    if weight.shape != module.weight.shape:
+        raise ValueError(f"{source.names(ours)}: shape {tuple(weight.shape)}, the config wants {tuple(module.weight.shape)}")
+    return weight
