@@ -109,4 +109,37 @@ struct PanelRowsArgs {
 static inline int64_t work(const PanelRowsArgs& a) { return a.count * a.depth; }
 static inline int64_t work(const PackPanelsArgs& a) { return a.cols * a.depth; }
 
+// ---- swiglu: y = gate * sigmoid(gate) * up ----------------------------------------------------------------------------
+struct SwigluArgs {
+  void* y;    // [rows, cols] contiguous
+  const void *gate, *up;
+  int64_t rows, cols, gate_stride, up_stride, dtype;
+};
+static inline int64_t work(const SwigluArgs& a) { return a.rows * a.cols * 4; }
+
+struct SwigluBackwardArgs {
+  void *dgate, *dup;    // [rows, cols] contiguous
+  const void *dy, *gate, *up;
+  int64_t rows, cols, dy_stride, gate_stride, up_stride, dtype;
+};
+static inline int64_t work(const SwigluBackwardArgs& a) { return a.rows * a.cols * 6; }
+
+// ---- embedding: y[t] = weight[ids[t]] ----------------------------------------------------------------------------------
+struct EmbeddingArgs {
+  void* y;            // [count, cols] contiguous; a row whose id is out of range becomes NaN
+  const void* ids;    // [count], read again at every replay
+  const void* weight;
+  int64_t count, cols, vocabulary, ids_stride, weight_stride, wide_ids, dtype;    // wide_ids: int64 ids, else int32
+};
+static inline int64_t work(const EmbeddingArgs& a) { return a.count * a.cols; }
+
+struct EmbeddingBackwardArgs {
+  void* dweight;    // [vocabulary, cols] contiguous; every row is written once
+  const void *dy, *ids;
+  int64_t count, cols, vocabulary, dy_stride, ids_stride, wide_ids, dtype;
+};
+static inline int64_t work(const EmbeddingBackwardArgs& a) { return (a.count + a.vocabulary) * a.cols; }
+// The chains of positions that hold the same id (first and next), and the counter that hands out work.
+static inline int64_t scratch_bytes(const EmbeddingBackwardArgs& a, int64_t) { return (a.vocabulary + a.count + 8) * 8; }
+
 }  // namespace fastllm

@@ -15,7 +15,7 @@ import torch
 from fastllm import _C
 from fastllm.bench.case import Case, Make, Suite, as_tuple
 
-GUARD = 64  # elements before and after each allocation
+GUARDS = 64, 65  # elements before and after each allocation: aligned outputs, and such as are not
 SENTINEL = 113
 
 
@@ -45,7 +45,7 @@ def _with_gradient(function, inputs: dict, names: list[str], upstream: tuple):
 
 
 def assert_close(label: str, ours, plain, exact, dtype: torch.dtype, factor: float = 2.0) -> None:
-    """|ours - exact| <= factor * |plain - exact| + half a unit of the dtype + two of fp32, in the largest and the mean error."""
+    """|ours - exact| <= factor * |plain - exact| + half a unit of the dtype + two of fp32, largest and mean."""
     assert ours.shape == exact.shape, f"{label}: shape {tuple(ours.shape)}, want {tuple(exact.shape)}"
     if not exact.numel():
         return
@@ -95,37 +95,43 @@ def check_forward_and_gradients(suite: Suite, case: Case, dtype: torch.dtype, de
 
 
 @contextlib.contextmanager
-def guarded_allocations():
-    """Every CPU tensor that torch.empty gives out lies between guard bands; leaving the block checks them."""
-    original, bands = torch.empty, []
+def guarded_allocations(guard: int):
+    """Every CPU tensor that torch.empty or empty_like gives out lies between guard bands; leaving the block checks
+    them."""
+    original, original_like, bands = torch.empty, torch.empty_like, []
 
     def empty(*size, **options):
         probe = original(*size, **{**options, "device": "meta"})
         if torch.device(options.get("device") or "cpu").type != "cpu" or probe.dtype == torch.bool:
             return original(*size, **options)
-        whole = torch.full((probe.numel() + 2 * GUARD,), SENTINEL, dtype=probe.dtype)
+        whole = torch.full((probe.numel() + 2 * guard,), SENTINEL, dtype=probe.dtype)
         bands.append(whole)
-        return whole[GUARD : GUARD + probe.numel()].view(probe.shape)
+        return whole[guard : guard + probe.numel()].view(probe.shape)
 
-    torch.empty = empty
+    def empty_like(x, **options):
+        return empty(x.shape, **{"dtype": x.dtype, "device": x.device, **options})
+
+    torch.empty, torch.empty_like = empty, empty_like
     try:
         yield
     finally:
-        torch.empty = original
+        torch.empty, torch.empty_like = original, original_like
     for whole in bands:
-        assert (whole[:GUARD] == SENTINEL).all() and (whole[-GUARD:] == SENTINEL).all(), "written outside an output"
+        assert (whole[:guard] == SENTINEL).all() and (whole[-guard:] == SENTINEL).all(), "written outside an output"
 
 
 def check_guards(suite: Suite, case: Case, dtype: torch.dtype) -> None:
     inputs = draw(suite, case, dtype)
     expected = as_tuple(suite.run(**inputs))
-    with guarded_allocations():
-        outputs = as_tuple(suite.run(**inputs))
-        names = [n for n in suite.gradients if n in inputs]
-        if names:
-            _with_gradient(suite.run, inputs, names, tuple(torch.ones_like(o) for o in outputs))
-    for o, e in zip(outputs, expected, strict=True):
-        assert torch.equal(o, e) or e.isnan().any(), "an unaligned output changes the result"
+    names = [n for n in suite.gradients if n in inputs]
+    upstream = tuple(torch.ones_like(e) for e in expected)
+    for guard in GUARDS:
+        with guarded_allocations(guard):
+            outputs = as_tuple(suite.run(**inputs))
+            if names:
+                _with_gradient(suite.run, inputs, names, upstream)
+        for o, e in zip(outputs, expected, strict=True):
+            assert torch.equal(o, e) or e.isnan().any(), "an unaligned output changes the result"
 
 
 def check_contract(suite: Suite, case: Case, dtype: torch.dtype) -> None:

@@ -355,6 +355,38 @@ FL_INLINE void store(bf16* p, vf a, vm m) { store_masked(p, a, m); }
 FL_INLINE void store(f16* p, vf a, vm m) { store_masked(p, a, m); }
 #endif
 
+FL_INLINE vf abs(vf a) { return as_float(as_int(a) & seti(0x7fffffff)); }
+
+// Stores past the cache, for outputs too large to stay in it: the line is not read first. `p` is aligned to the vector's bytes
+// in memory (64 for fp32, 32 for 16-bit types). Call fence() before another thread may read.
+FL_INLINE void stream(float* p, vf a) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, a.v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, a.a), _mm256_stream_ps(p + 8, a.b);
+#else
+  store(p, a);
+#endif
+}
+template <class T> FL_INLINE void stream(T* p, vf a) {
+#if defined(__AVX2__)
+  alignas(32) T buffer[16];
+  store(buffer, a);
+  _mm256_stream_si256((__m256i*)p, *(const __m256i*)buffer);
+#else
+  store(p, a);
+#endif
+}
+FL_INLINE void fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+// Whether stream() suits an output of contiguous rows: it may (alignment), and it pays (nothing that large stays cached).
+FL_INLINE bool streams(const void* p, int64_t rows, int64_t row_bytes) {
+  return rows * row_bytes >= (int64_t(4) << 20) && (uintptr_t(p) | uintptr_t(row_bytes)) % 64 == 0;
+}
+
 // Reductions: one tree (halves folded onto each other) for every tier, so that the order of additions is known.
 FL_INLINE float sum(vf a) {
   float t[16];

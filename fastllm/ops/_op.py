@@ -35,11 +35,19 @@ _tracing_state = torch._C._get_tracing_state
 
 
 class Kernel(NamedTuple):
-    """What runs an op on one kind of device, and why."""
+    """What runs an op on one kind of device, and why.
 
-    run: Callable[..., Any]
+    A launcher may have an argument `train=False` and leave out, when it is False, what only the backward reads (None in its
+    place): `infer` is the launcher as it is, for calls that want no gradient, and `run` has train=True.
+    """
+
+    infer: Callable[..., Any]
     name: str  # "C++ (avx512)", "Triton", "reference"
     reason: str
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        return functools.partial(self.infer, train=True) if "train" in arguments(self.infer) else self.infer
 
 
 @functools.cache
@@ -60,7 +68,8 @@ class Op:
 
     schema: torch schema without the namespace, "rms_norm(Tensor x, ...) -> (Tensor, Tensor)".
     reference: plain PyTorch with the raw op's arguments and results, differentiable; shares no helper with the kernels.
-    cpu, triton: launchers with the same arguments, for validated input; None where there is no such kernel.
+    cpu, triton: launchers with the same arguments, for validated input; None where there is no such kernel. A launcher may
+        have one more, `train=False`: see Kernel.
     fake: shapes and dtypes of the results.
     save(ctx, inputs, output), backward(ctx, *gradients): as in torch.autograd.Function; None for an op without its own
         backward: asked for a gradient it runs its reference, and `fastllm info` says so.
@@ -82,14 +91,20 @@ class Op:
             _library.impl(self.name, self._run, device)
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")  # every other device: the reference
         torch.library.register_fake(f"fastllm::{self.name}", self.fake, lib=_library)
+        kinds = [str(a.type) for a in self.raw._schema.arguments]
+        self._tensors = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
+        self._lists = [i for i, kind in enumerate(kinds) if kind.startswith("List") and "Tensor" in kind]
         self._kernels: dict[str, Kernel] = {}
+        self._run_on: dict[str, Callable[..., Any]] = {}
+        self._infer_on: dict[str, Callable[..., Any]] = {}
         self._eager, self._traced = self._functions() if self.backward else (None, None)
         OPS[self.name] = self
 
     def kernel(self, device: str) -> Kernel:
         """The kernel for a device type, chosen once."""
         if device not in self._kernels:
-            self._kernels[device] = self._choose(device)
+            kernel = self._kernels[device] = self._choose(device)
+            self._run_on[device], self._infer_on[device] = kernel.run, kernel.infer
         return self._kernels[device]
 
     def _choose(self, device: str) -> Kernel:
@@ -112,20 +127,28 @@ class Op:
         )
         return Kernel(self.reference, "reference", f"no kernel for device {device!r}")
 
+    def _flat(self, args: tuple) -> list:
+        return [args[i] for i in self._tensors] + [t for i in self._lists for t in args[i]]
+
     def _run(self, *args: Any) -> Any:
-        for a in args:
-            if isinstance(a, Tensor):
-                return self.kernel(a.device.type).run(*args)
-        raise TypeError(f"fastllm.{self.name}: no tensor among the arguments")
+        device = next(t for t in self._flat(args) if t is not None).device.type
+        return (self._run_on.get(device) or self.kernel(device).run)(*args)
 
     def __call__(self, *args: Any) -> Any:
-        plain, grad, device = True, False, None
-        for a in args:
-            if isinstance(a, Tensor):
-                plain = plain and type(a) in _PLAIN
-                grad = grad or a.requires_grad
-                device = device or a.device.type
-        grad = grad and _grad_enabled()
+        values, positions = args, self._tensors
+        if self._lists:
+            values = self._flat(args)
+            positions = range(len(values))
+        plain, grad, first, ask = True, False, None, _grad_enabled()
+        for i in positions:
+            t = values[i]
+            if t is not None:
+                if first is None:
+                    first = t
+                if type(t) not in _PLAIN:
+                    plain = False
+                if ask and t.requires_grad:
+                    grad = True
         if grad and not self.backward:
             return self.reference(*args)
         if (
@@ -137,7 +160,8 @@ class Op:
         ):
             if grad:
                 return self._eager.apply(*args)
-            return (self._kernels.get(device) or self.kernel(device)).run(*args)
+            device = "cpu" if first.is_cpu else first.device.type
+            return (self._infer_on.get(device) or self.kernel(device).infer)(*args)
         if self._traced and (grad or (not _is_compiling() and _functorch_level() is not None)):
             return self._traced.apply(*args)
         return self.raw(*args)
@@ -209,8 +233,23 @@ def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tenso
 
 def as_rows(x: Tensor) -> Tensor:
     """[..., n] as [rows, n] with unit stride in n: a view where the strides allow it, else a copy."""
-    x = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def row_stride(x: Tensor) -> tuple[Tensor, int]:
+    """The same for a launcher that counts rows itself: (what to point at, elements from row to row). A contiguous tensor
+    needs no view, and a view costs a microsecond."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    x = as_rows(x)
+    return x, x.stride(0)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Contiguous and uninitialised, with the shape, dtype and device of x."""
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._op import DTYPES, Op, as_rows, check, check_dtype, check_like, pointer
+from ._op import DTYPES, Op, as_rows, check, check_dtype, check_like, empty_like, pointer, row_stride
 from ._triton import programs, tl, triton
 
 # ---------------------------------------------------------------------------------------------------------- reference
@@ -92,23 +92,29 @@ def _warps(block: int, itemsize: int) -> int:
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 
-def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    s = torch.empty(x.shape if residual is not None else 0, dtype=x.dtype, device=x.device)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    return y, s, rstd
+def _outputs(x: Tensor, residual: Tensor | None, train: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    s = rstd = None  # left out where nothing reads them
+    if train:
+        rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if residual is not None:
+        s = empty_like(x)
+    elif train:
+        s = torch.empty(0, dtype=x.dtype, device=x.device)
+    return empty_like(x), s, rstd
 
 
-def cpu(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    y, s, rstd = _outputs(x, residual)
-    if x.numel():
-        rows, other = as_rows(x), None if residual is None else as_rows(residual)
+def cpu(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, train: bool = False):
+    y, s, rstd = outputs = _outputs(x, residual, train)
+    count, cols = x.numel(), x.shape[-1]
+    if count:
+        (x, stride), weight = row_stride(x), weight.contiguous()
+        other, other_stride = (None, 0) if residual is None else row_stride(residual)
         _C.rms_norm(
-            y.data_ptr(), s.data_ptr() if other is not None else 0, rstd.data_ptr(),
-            rows.data_ptr(), pointer(other), weight.contiguous().data_ptr(),
-            rows.shape[0], rows.shape[1], rows.stride(0), 0 if other is None else other.stride(0), DTYPES[x.dtype], eps,
+            y.data_ptr(), 0 if residual is None else s.data_ptr(), pointer(rstd),
+            x.data_ptr(), pointer(other), weight.data_ptr(),
+            count // cols, cols, stride, other_stride, DTYPES[x.dtype], eps,
         )  # fmt: skip
-    return y, s, rstd
+    return outputs
 
 
 def gpu(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,20 +130,21 @@ def gpu(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple
 
 
 def cpu_backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(s.shape, dtype=s.dtype)
+    dx, count, cols = empty_like(s), s.numel(), s.shape[-1]
     dweight = torch.zeros(weight.shape, dtype=torch.float32)
-    if s.numel():
-        d, e, rows = as_rows(dy), None if ds is None else as_rows(ds), as_rows(s)
+    if count:
+        (d, d_stride), (s, s_stride), weight = row_stride(dy), row_stride(s), weight.contiguous()
+        e, e_stride = (None, 0) if ds is None else row_stride(ds)
         _C.rms_norm_backward(
             dx.data_ptr(), dweight.data_ptr(),
-            d.data_ptr(), pointer(e), rows.data_ptr(), weight.contiguous().data_ptr(), rstd.data_ptr(),
-            rows.shape[0], rows.shape[1], d.stride(0), 0 if e is None else e.stride(0), rows.stride(0), DTYPES[s.dtype],
+            d.data_ptr(), pointer(e), s.data_ptr(), weight.data_ptr(), rstd.data_ptr(),
+            count // cols, cols, d_stride, e_stride, s_stride, DTYPES[s.dtype],
         )  # fmt: skip
     return dx, dweight.to(weight.dtype)
 
 
 def gpu_backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    dx = empty_like(s)
     if not s.numel():
         return dx, torch.zeros_like(weight)
     d, rows = as_rows(dy), as_rows(s)
@@ -202,7 +209,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | No
     """
     check_dtype("rms_norm", "x", x)
     check_like("rms_norm", "weight", weight, "x", x)
-    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+    if weight.dim() != 1 or x.dim() == 0 or weight.shape[0] != x.shape[-1]:
         raise ValueError(f"rms_norm: weight {tuple(weight.shape)} must be the last dimension of x {tuple(x.shape)}")
     if residual is not None:
         check_like("rms_norm", "residual", residual, "x", x)

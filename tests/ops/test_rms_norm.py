@@ -1,5 +1,6 @@
 """rms_norm: the oracle's table, and what only this op must promise."""
 
+import _contract
 import _oracle
 import pytest
 import torch
@@ -41,9 +42,15 @@ def test_opcheck(residual):
     torch.library.opcheck(OPS["rms_norm_backward"].raw, (torch.randn_like(y), r, s if residual else x, weight, rstd))
 
 
+@_oracle.dtypes(SUITE)
+@pytest.mark.parametrize("cols", [1, 7, 100, 576, 4097])
+def test_bits_of_the_contract(cols, dtype):
+    x, w = torch.randn(3, cols).to(dtype), torch.randn(cols).to(dtype)
+    assert torch.equal(ops.rms_norm(x, w), _contract.rms_norm(x, w))
+
+
 def test_residual_equals_addition_then_norm():
-    x, r, w = (torch.randn(5, 300).bfloat16() for _ in range(2)), None, torch.randn(300).bfloat16()
-    x, r = x
+    x, r, w = torch.randn(5, 300).bfloat16(), torch.randn(5, 300).bfloat16(), torch.randn(300).bfloat16()
     y, s = ops.rms_norm(x, w, residual=r)
     assert torch.equal(s, x + r) and torch.equal(y, ops.rms_norm(x + r, w))
 

@@ -1,0 +1,1 @@
+"""Decoding: cache, capture and replay of a step, the engine."""

@@ -1,0 +1,76 @@
+"""Capture and replay of a decode step: one `capture(step)` for every device.
+
+On a CPU a capture is our own plan: while `step` runs once, each kernel's entry stores its function and its arguments; replay
+walks the list in one parallel region without entering Python. A capture is right only if the kernels are all that the step
+does, so any compute op that is not ours is refused, also inside our launchers (a hidden copy would not be replayed).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import _C
+from ..ops._op import OPS
+
+_ALLOCATES = {"aten::empty", "aten::empty_strided"}
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps all that a step allocates, so that the pointers in the records stay valid, and refuses foreign compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Any] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastllm":
+            with self:  # the launcher's own torch calls are looked at too
+                output = OPS[func._schema.name.split("::")[1]]._run(*args)
+            self.kept.append((args, output))
+            return output
+        returns = func._schema.returns
+        is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        if not is_view and func._schema.name not in _ALLOCATES:
+            raise RuntimeError(
+                f"{func} cannot be captured: a replayed step runs fastllm's kernels only. Move it out of the step, or make its "
+                "operands contiguous if it is a copy"
+            )
+        output = func(*args, **(kwargs or {}))
+        self.kept.append(output)
+        return output
+
+
+class Captured:
+    """A recorded step: `outputs` is what it returned, overwritten by every `replay`."""
+
+    def __init__(self, plan: "_C.Plan", kept: list[Any], outputs: Any):
+        self._plan, self._kept, self.outputs = plan, kept, outputs
+
+    def replay(self, threads: int = 0) -> int:
+        """Runs the step again with what its inputs hold now. Returns a kernel status (0: fine); threads 0: all."""
+        return self._plan.replay(threads)
+
+    def __len__(self) -> int:
+        """How many kernels the step runs."""
+        return len(self._plan)
+
+    def kernels(self) -> list[str]:
+        return self._plan.kernels()
+
+
+def capture(step: Callable[[], Any]) -> Captured:
+    """Runs `step` once and records its kernels. What it reads that changes from step to step must lie in tensors that stay.
+
+    RuntimeError when the step computes anything with other than fastllm's ops.
+    """
+    plan, recorder = _C.Plan(), _Recorder()
+    with torch.no_grad(), recorder:
+        plan.begin()
+        try:
+            outputs = step()
+        finally:
+            plan.end()
+    return Captured(plan, recorder.kept, outputs)
+
