@@ -51,6 +51,14 @@ def forced_backend() -> str | None:
     return backend or None
 
 
+def check_isa() -> None:
+    """FASTLLM_ISA lowers the instruction set; a wish that this processor cannot grant is an error, at import."""
+    wish = os.environ.get("FASTLLM_ISA")
+    if wish and _C.isa() != wish:
+        raise ValueError(f"FASTLLM_ISA={wish!r}: this processor runs {', '.join(_C.isas())}; unset it to use the best")
+
+
+check_isa()
 OPS: dict[str, "Op"] = {}
 
 
