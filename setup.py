@@ -1,9 +1,9 @@
-"""The build: `fastllm._C` (CPU core, pybind11) and, where nvcc is present, `fastllm/_cuda.so` (plain C ABI, static cudart).
+"""The build: `fastllm._C` (CPU core, pybind11) and, with nvcc, `fastllm/_cuda.so` (plain C ABI, static cudart).
 
 Environment: FASTLLM_CUDA=auto|0|1, FASTLLM_CUDA_ARCHS="80;90+PTX", CUDA_HOME, CXX, CXXFLAGS, MAX_JOBS,
 FASTLLM_BUILD_DIR, FASTLLM_DEBUG=1 (-O0 -g), FASTLLM_SANITIZE=address,undefined.
-Every file of csrc/cpu that holds kernels is compiled once for each instruction-set tier; ninja rebuilds what changed. Paths
-in its rules are relative, so a copied tree keeps its objects.
+Every file of csrc/cpu that holds kernels is compiled once for each instruction-set tier; ninja rebuilds what changed.
+Paths in its rules are relative, so a copied tree keeps its objects.
 """
 
 import os
@@ -87,7 +87,8 @@ def core_rules(suffix: str, build: Path) -> list[str]:
         # -ffp-contract=off: an FMA happens where the kernel says so, or results would depend on the compiler
         f"cflags = {optimise} {sanitize} -std=c++17 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
         " -ffp-contract=off -fno-math-errno -fno-trapping-math -ffunction-sections -fdata-sections"
-        f" -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized {'-DFASTLLM_X86' if X86 else ''} {os.environ.get('CXXFLAGS', '')}",
+        f" -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized"
+        f" {'-DFASTLLM_X86' if X86 else ''} {os.environ.get('CXXFLAGS', '')}",
         "rule cxx",
         "  command = $cxx -MMD -MF $out.d $cflags $flags -c $in -o $out",
         "  depfile = $out.d",
@@ -126,7 +127,8 @@ def cuda_rules(nvcc: str, build: Path) -> list[str]:
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         # wgmma, setmaxnreg and TMA exist for sm_90a alone
         spec = "90a" if source.stem.endswith("_sm90a") else os.environ.get("FASTLLM_CUDA_ARCHS", "80;90+PTX")
-        lines.extend([f"build cuda_{source.stem}.o: nvcc {os.path.relpath(source, build)}", f"  arch = {gencode(nvcc, spec)}"])
+        lines.append(f"build cuda_{source.stem}.o: nvcc {os.path.relpath(source, build)}")
+        lines.append(f"  arch = {gencode(nvcc, spec)}")
         objects.append(f"cuda_{source.stem}.o")
     return [*lines, f"build _cuda.so: nvlink {' '.join(objects)}"]
 

@@ -45,7 +45,7 @@ def _with_gradient(function, inputs: dict, names: list[str], upstream: tuple):
 
 
 def assert_close(label: str, ours, plain, exact, dtype: torch.dtype, factor: float = 2.0) -> None:
-    """|ours - exact| <= factor * |plain - exact| + half a unit of the dtype + two of fp32, in the largest and the mean error."""
+    """|ours - exact| <= factor * |plain - exact| + half a unit of the dtype + two of fp32: largest and mean error."""
     assert ours.shape == exact.shape, f"{label}: shape {tuple(ours.shape)}, want {tuple(exact.shape)}"
     if not exact.numel():
         return
