@@ -80,7 +80,11 @@ def core_rules(suffix: str, build: Path) -> list[str]:
     sanitize = os.environ.get("FASTLLM_SANITIZE")
     sanitize = f"-fsanitize={sanitize} -fno-sanitize-recover=all -fno-omit-frame-pointer -g" if sanitize else ""
     mac = sys.platform == "darwin"
-    link = "-undefined dynamic_lookup" if mac else "-Wl,--gc-sections -Wl,-O1 -Wl,--exclude-libs,ALL"
+    exports = build / "exports.map"  # the compiler gives instances of std templates default visibility
+    exports.write_text("{ global: PyInit__C; local: *; };\n")
+    link = f"-Wl,--gc-sections -Wl,-O1 -Wl,--version-script={exports.name}"
+    if mac:
+        link = "-undefined dynamic_lookup -Wl,-exported_symbol,_PyInit__C"
     strip = "" if mac or sanitize or os.environ.get("FASTLLM_DEBUG") else "-Wl,-s"
     lines = [
         f"cxx = {cxx}",

@@ -6,7 +6,7 @@ transformer block's addition come for free.
 Shapes: x, residual, y, s [..., N]; weight [N]. Dtypes: float32, bfloat16, float16, one for all.
 Rounding: s is rounded to the dtype before it is normalised; sums and products are fp32; y is rounded once, at the end.
 Backward, with h = s * rstd and g = dy * weight: dx = rstd * (g - h * mean(g * h)) + ds, dweight = sum(dy * h)
-in fp32; dresidual = dx. A row's forward never depends on the other rows. A row of zeros gives zeros; a NaN stays in its row.
+in fp32, dresidual = dx. A row's forward never depends on other rows. Zeros give zeros; a NaN stays in its row.
 """
 
 import torch
