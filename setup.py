@@ -1,7 +1,7 @@
 """The build: `fastllm._C` (CPU core, pybind11) and, with nvcc, `fastllm/_cuda.so` (plain C ABI, static cudart).
 
 Environment: FASTLLM_CUDA=auto|0|1, FASTLLM_CUDA_ARCHS="80;90+PTX", CUDA_HOME, CXX, CXXFLAGS, MAX_JOBS,
-FASTLLM_BUILD_DIR, FASTLLM_DEBUG=1 (-O0 -g), FASTLLM_SANITIZE=address,undefined.
+FASTLLM_BUILD_DIR, FASTLLM_DEBUG=1 (-O0 -g), FASTLLM_SANITIZE=address,undefined (-O1 -g).
 Every file of csrc/cpu that holds kernels is compiled once for each instruction-set tier; ninja rebuilds what changed.
 Paths in its rules are relative, so a copied tree keeps its objects.
 """
@@ -76,8 +76,11 @@ def core_rules(suffix: str, build: Path) -> list[str]:
     cxx = os.environ.get("CXX", "c++")
     if not shutil.which(cxx.split()[0]):
         sys.exit(f"{cxx} is not there: install a C++17 compiler (g++ or clang++), or name one in CXX.")
-    optimise = "-O0 -g" if os.environ.get("FASTLLM_DEBUG") else "-O3 -g0 -DNDEBUG"
-    sanitize = os.environ.get("FASTLLM_SANITIZE")
+    include = Path(sysconfig.get_paths()["include"])
+    if not (include / "Python.h").exists():
+        sys.exit(f"Python.h is not in {include}: install Python's headers (Debian: python3-dev).")
+    debug, sanitize = os.environ.get("FASTLLM_DEBUG"), os.environ.get("FASTLLM_SANITIZE")
+    optimise = "-O0 -g" if debug else "-O1" if sanitize else "-O3 -g0 -DNDEBUG"  # sanitized at -O3: minutes a file
     sanitize = f"-fsanitize={sanitize} -fno-sanitize-recover=all -fno-omit-frame-pointer -g" if sanitize else ""
     mac = sys.platform == "darwin"
     exports = build / "exports.map"  # the compiler gives instances of std templates default visibility
@@ -85,13 +88,13 @@ def core_rules(suffix: str, build: Path) -> list[str]:
     link = f"-Wl,--gc-sections -Wl,-O1 -Wl,--version-script={exports.name}"
     if mac:
         link = "-undefined dynamic_lookup -Wl,-exported_symbol,_PyInit__C"
-    strip = "" if mac or sanitize or os.environ.get("FASTLLM_DEBUG") else "-Wl,-s"
+    strip = "" if mac or sanitize or debug else "-Wl,-s"
     lines = [
         f"cxx = {cxx}",
         # -ffp-contract=off: an FMA happens where the kernel says so, or results would depend on the compiler
         f"cflags = {optimise} {sanitize} -std=c++17 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
         " -ffp-contract=off -fno-math-errno -fno-trapping-math -ffunction-sections -fdata-sections"
-        f" -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized"
+        " -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized"
         f" {'-DFASTLLM_X86' if X86 else ''} {os.environ.get('CXXFLAGS', '')}",
         "rule cxx",
         "  command = $cxx -MMD -MF $out.d $cflags $flags -c $in -o $out",
@@ -112,7 +115,7 @@ def core_rules(suffix: str, build: Path) -> list[str]:
             continue
         for tier, flags in TIERS.items():
             compile_one(source, f"{source.stem}.{tier}", f"{flags} {KERNEL_FLAGS} -DFASTLLM_TIER={tier}")
-    includes = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
+    includes = f"-I{include} -I{pybind11.get_include()}"
     compile_one(ROOT / "csrc/bindings.cpp", "bindings", includes)
     return [*lines, f"build _C{suffix}: link {' '.join(objects)}"]
 
