@@ -1,8 +1,9 @@
-"""The build: `fastllm._C` (CPU core, pybind11) and, where nvcc is present, `fastllm/_cuda.so` (plain C ABI, static cudart).
+"""The build: `fastllm._C` (CPU core, pybind11) and, with nvcc, `fastllm/_cuda.so` (plain C ABI, static cudart).
 
 Environment: FASTLLM_CUDA=auto|0|1, FASTLLM_CUDA_ARCHS="80;90+PTX", CUDA_HOME, CXX, CXXFLAGS, MAX_JOBS,
-FASTLLM_BUILD_DIR, FASTLLM_DEBUG=1 (-O0 -g), FASTLLM_SANITIZE=address,undefined.
+FASTLLM_BUILD_DIR, FASTLLM_DEBUG=1 (-O0 -g), FASTLLM_SANITIZE=address,undefined (-O1 -g).
 Every file of csrc/cpu that holds kernels is compiled once for each instruction-set tier; ninja rebuilds what changed.
+Paths in its rules are relative, so a copied tree keeps its objects.
 """
 
 import os
@@ -22,6 +23,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = "-mavx2 -mfma -mf16c -mbmi -mbmi2"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512"
 TIERS = {"generic": "", "avx2": AVX2, "avx512": AVX512} if X86 else {"generic": ""}
+KERNEL_FLAGS = "-fno-exceptions -fno-rtti"  # both would leave weak symbols in objects that differ in their instructions
 
 
 def check_platform() -> None:
@@ -50,10 +52,10 @@ def gencode(nvcc: str, spec: str) -> str:
     flags = []
     for arch in spec.replace(",", ";").split(";"):
         number = arch.removesuffix("+PTX")
-        if f"sm_{number}" in known:
+        if f"sm_{number.rstrip('af')}" in known:  # the list has sm_90 for 90, 90a
             codes = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
             flags.append(f"-gencode=arch=compute_{number},code={codes}")
-    return " ".join(flags)
+    return " ".join(flags) or sys.exit(f"FASTLLM_CUDA_ARCHS={spec!r}: {nvcc} knows {', '.join(known)}.")
 
 
 def ninja_path() -> str:
@@ -68,21 +70,32 @@ def ninja_path() -> str:
     return shutil.which("ninja") or sys.exit("ninja is missing: pip install ninja.")
 
 
-def core_rules(suffix: str) -> list[str]:
+def core_rules(suffix: str, build: Path) -> list[str]:
     import pybind11
 
-    optimise = "-O0 -g" if os.environ.get("FASTLLM_DEBUG") else "-O3 -g0 -DNDEBUG"
-    sanitize = os.environ.get("FASTLLM_SANITIZE")
-    sanitize = f"-fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
+    cxx = os.environ.get("CXX", "c++")
+    if not shutil.which(cxx.split()[0]):
+        sys.exit(f"{cxx} is not there: install a C++17 compiler (g++ or clang++), or name one in CXX.")
+    include = Path(sysconfig.get_paths()["include"])
+    if not (include / "Python.h").exists():
+        sys.exit(f"Python.h is not in {include}: install Python's headers (Debian: python3-dev).")
+    debug, sanitize = os.environ.get("FASTLLM_DEBUG"), os.environ.get("FASTLLM_SANITIZE")
+    optimise = "-O0 -g" if debug else "-O1" if sanitize else "-O3 -g0 -DNDEBUG"  # sanitized at -O3: minutes a file
+    sanitize = f"-fsanitize={sanitize} -fno-sanitize-recover=all -fno-omit-frame-pointer -g" if sanitize else ""
     mac = sys.platform == "darwin"
-    link = "-undefined dynamic_lookup" if mac else "-Wl,--gc-sections -Wl,-O1 -Wl,--exclude-libs,ALL"
-    strip = "" if mac or sanitize or os.environ.get("FASTLLM_DEBUG") else "-Wl,-s"
+    exports = build / "exports.map"  # the compiler gives instances of std templates default visibility
+    exports.write_text("{ global: PyInit__C; local: *; };\n")
+    link = f"-Wl,--gc-sections -Wl,-O1 -Wl,--version-script={exports.name}"
+    if mac:
+        link = "-undefined dynamic_lookup -Wl,-exported_symbol,_PyInit__C"
+    strip = "" if mac or sanitize or debug else "-Wl,-s"
     lines = [
-        f"cxx = {os.environ.get('CXX', 'c++')}",
+        f"cxx = {cxx}",
         # -ffp-contract=off: an FMA happens where the kernel says so, or results would depend on the compiler
         f"cflags = {optimise} {sanitize} -std=c++17 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
         " -ffp-contract=off -fno-math-errno -fno-trapping-math -ffunction-sections -fdata-sections"
-        f" -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized {'-DFASTLLM_X86' if X86 else ''} {os.environ.get('CXXFLAGS', '')}",
+        " -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized"
+        f" {'-DFASTLLM_X86' if X86 else ''} {os.environ.get('CXXFLAGS', '')}",
         "rule cxx",
         "  command = $cxx -MMD -MF $out.d $cflags $flags -c $in -o $out",
         "  depfile = $out.d",
@@ -93,7 +106,7 @@ def core_rules(suffix: str) -> list[str]:
     objects = []
 
     def compile_one(source: Path, name: str, flags: str) -> None:
-        lines.extend([f"build {name}.o: cxx {source}", f"  flags = {flags}"])
+        lines.extend([f"build {name}.o: cxx {os.path.relpath(source, build)}", f"  flags = {flags}"])
         objects.append(f"{name}.o")
 
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
@@ -101,13 +114,13 @@ def core_rules(suffix: str) -> list[str]:
             compile_one(source, source.stem, "")
             continue
         for tier, flags in TIERS.items():
-            compile_one(source, f"{source.stem}.{tier}", f"{flags} -DFASTLLM_TIER={tier}")
-    includes = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
+            compile_one(source, f"{source.stem}.{tier}", f"{flags} {KERNEL_FLAGS} -DFASTLLM_TIER={tier}")
+    includes = f"-I{include} -I{pybind11.get_include()}"
     compile_one(ROOT / "csrc/bindings.cpp", "bindings", includes)
     return [*lines, f"build _C{suffix}: link {' '.join(objects)}"]
 
 
-def cuda_rules(nvcc: str) -> list[str]:
+def cuda_rules(nvcc: str, build: Path) -> list[str]:
     lines = [
         "rule nvcc",
         f"  command = {nvcc} -MD -MF $out.d -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -lineinfo"
@@ -121,7 +134,8 @@ def cuda_rules(nvcc: str) -> list[str]:
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         # wgmma, setmaxnreg and TMA exist for sm_90a alone
         spec = "90a" if source.stem.endswith("_sm90a") else os.environ.get("FASTLLM_CUDA_ARCHS", "80;90+PTX")
-        lines.extend([f"build cuda_{source.stem}.o: nvcc {source}", f"  arch = {gencode(nvcc, spec)}"])
+        lines.append(f"build cuda_{source.stem}.o: nvcc {os.path.relpath(source, build)}")
+        lines.append(f"  arch = {gencode(nvcc, spec)}")
         objects.append(f"cuda_{source.stem}.o")
     return [*lines, f"build _cuda.so: nvlink {' '.join(objects)}"]
 
@@ -134,7 +148,8 @@ class NinjaBuild(build_ext):
         build = build.resolve()
         build.mkdir(parents=True, exist_ok=True)
         nvcc = find_nvcc()
-        lines = ["ninja_required_version = 1.5", *core_rules(suffix), *(cuda_rules(nvcc) if nvcc else [])]
+        lines = ["ninja_required_version = 1.5", *core_rules(suffix, build)]
+        lines += cuda_rules(nvcc, build) if nvcc else []
         rules, text = build / "build.ninja", "\n".join(lines) + "\n"
         if not rules.exists() or rules.read_text() != text:
             rules.write_text(text)
@@ -161,4 +176,5 @@ class NinjaBuild(build_ext):
         return [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()]
 
 
-setup(ext_modules=[Extension("fastllm._C", [])], cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":  # pip runs this file so; a test imports it
+    setup(ext_modules=[Extension("fastllm._C", [])], cmdclass={"build_ext": NinjaBuild})

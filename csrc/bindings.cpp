@@ -37,7 +37,7 @@ PyObject* call_kernel(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const Kernel& k = kKernels[index];
   if (size_t(count) != strlen(k.kinds))
     return PyErr_Format(PyExc_TypeError, "_C.%s takes %d arguments (%s), got %d", k.name, int(strlen(k.kinds)), k.kinds, int(count));
-  int64_t slots[32];
+  int64_t slots[kMaxFields];
   if (!fill(k.kinds, args, slots)) return nullptr;
   int status;
   PyThreadState* state = PyEval_SaveThread();
@@ -48,8 +48,24 @@ PyObject* call_kernel(PyObject* self, PyObject* const* args, Py_ssize_t count) {
 }
 
 struct PlanHandle {
-  Plan* plan = plan_new();
-  ~PlanHandle() { plan_free(plan); }
+  std::shared_ptr<Plan> plan = plan_new();
+
+  void begin() const {
+    if (!plan_begin(plan)) throw std::runtime_error("this thread or this plan records already; end that recording first");
+  }
+  void end() const {
+    if (!plan_end(plan)) throw std::runtime_error("this thread does not record into this plan");
+  }
+  int replay(int threads, int64_t times) const {
+    if (plan_recording(plan.get())) throw std::runtime_error("the plan still records; end the recording before a replay");
+    int status;
+    {
+      py::gil_scoped_release release;
+      status = plan_replay(plan.get(), threads, times);
+    }
+    if (status < 0) throw std::bad_alloc();
+    return status;
+  }
 };
 
 const CudaTable* cuda = nullptr;
@@ -57,6 +73,7 @@ const CudaTable* cuda = nullptr;
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  openmp_path();    // finds the pool now, and with it learns of every fork from here on
   static std::deque<PyMethodDef> methods;    // PyCFunction objects keep pointers into it
   for (int i = 0; i < kKernelCount; ++i) {
     methods.push_back({kKernels[i].name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_kernel)), METH_FASTCALL, kKernels[i].kinds});
@@ -69,31 +86,31 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("isa", [] { return isa_name(isa()); });
+  m.def("isas", [] {    // what this processor can run, the best one last
+    py::list names;
+    for (int i = 0; i <= best_isa(); ++i) names.append(isa_name(Isa(i)));
+    return names;
+  });
   m.def("openmp_path", &openmp_path);
   m.def("max_threads", &max_threads);
   m.def("set_thread_limit", &set_thread_limit);
 
   py::class_<PlanHandle>(m, "Plan")
       .def(py::init<>())
-      .def("begin", [](PlanHandle& h) {
-        if (!plan_begin(h.plan)) throw std::runtime_error("a plan is being recorded on this thread already; end it first");
+      .def("begin", &PlanHandle::begin)
+      .def("end", &PlanHandle::end)
+      .def("__enter__", [](py::object self) {
+        self.cast<const PlanHandle&>().begin();
+        return self;
       })
-      .def("end", [](PlanHandle&) { plan_end(); })
-      .def("__len__", [](const PlanHandle& h) { return plan_size(h.plan); })
+      .def("__exit__", [](const PlanHandle& h, const py::args&) { plan_end(h.plan); })
+      .def("__len__", [](const PlanHandle& h) { return plan_size(h.plan.get()); })
       .def("kernels", [](const PlanHandle& h) {
         py::list names;
-        for (int64_t i = 0; i < plan_size(h.plan); ++i) names.append(plan_kernel(h.plan, i));
+        for (int64_t i = 0; i < plan_size(h.plan.get()); ++i) names.append(plan_kernel(h.plan.get(), i));
         return names;
       })
-      .def("replay", [](const PlanHandle& h, int threads, int64_t times) {
-        int status;
-        {
-          py::gil_scoped_release release;
-          status = plan_replay(h.plan, threads, times);
-        }
-        if (status < 0) throw std::bad_alloc();
-        return status;
-      }, py::arg("threads") = 0, py::arg("times") = 1);
+      .def("replay", &PlanHandle::replay, py::arg("threads") = 0, py::arg("times") = 1);
 
   m.def("load_cuda", [](const std::string& path) {    // device count, or minus the CUDA error; throws only for a broken file
     cuda = open_cuda(path.c_str());

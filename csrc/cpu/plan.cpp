@@ -4,6 +4,8 @@
 #include "runtime.h"
 
 #include <string.h>
+
+#include <new>
 #include <vector>
 
 #include "sync.h"
@@ -12,15 +14,16 @@ namespace fastllm {
 
 struct Record {
   int kernel;
-  int64_t slots[32];
+  int64_t slots[kMaxFields];
 };
 struct Plan {
   std::vector<Record> records;
+  bool recording = false;
 };
 
 namespace {
 
-thread_local Plan* recording = nullptr;
+thread_local std::weak_ptr<Plan> recorded;    // weak: a plan that is dropped while it records leaves the thread clean
 
 constexpr int64_t kElementsPerThread = 16384;    // below this, waking another thread costs more than it saves
 
@@ -51,11 +54,6 @@ void run_plan(void* context, Team& team) {
 
 int launch(int kernel, const void* args) {
   const Kernel& k = kKernels[kernel];
-  if (recording) {
-    Record r{kernel, {}};
-    memcpy(r.slots, args, 8 * strlen(k.kinds));
-    recording->records.push_back(r);
-  }
   int64_t share = k.work(args) / kElementsPerThread;
   int threads = max_threads();
   if (share < threads) threads = share < 1 ? 1 : int(share);
@@ -65,17 +63,31 @@ int launch(int kernel, const void* args) {
   int32_t status = kOk;
   Launch l{k.run[isa()], args};
   parallel(threads, buffer, &status, run_one, &l);
+  if (const std::shared_ptr<Plan> plan = recorded.lock()) {
+    Record r{kernel, {}};
+    memcpy(r.slots, args, 8 * strlen(k.kinds));
+    try {
+      plan->records.push_back(r);
+    } catch (const std::bad_alloc&) {
+      return -1;
+    }
+  }
   return status;
 }
 
-Plan* plan_new() { return new Plan(); }
-void plan_free(Plan* p) { delete p; }
-bool plan_begin(Plan* p) {
-  if (recording) return false;
-  recording = p;
+std::shared_ptr<Plan> plan_new() { return std::make_shared<Plan>(); }
+bool plan_begin(const std::shared_ptr<Plan>& plan) {
+  if (!recorded.expired() || plan->recording) return false;
+  recorded = plan;
+  return plan->recording = true;
+}
+bool plan_end(const std::shared_ptr<Plan>& plan) {
+  if (recorded.lock() != plan) return false;
+  recorded.reset();
+  plan->recording = false;
   return true;
 }
-void plan_end() { recording = nullptr; }
+bool plan_recording(const Plan* p) { return p->recording; }
 int64_t plan_size(const Plan* p) { return int64_t(p->records.size()); }
 const char* plan_kernel(const Plan* p, int64_t i) { return kKernels[p->records[size_t(i)].kernel].name; }
 

@@ -27,7 +27,9 @@ namespace avx512 {
 #define ENTRIES(name, Args) {ENTRY(generic, name, Args), nullptr, nullptr}
 #endif
 
-#define KERNEL(name, Args, kinds) static_assert(sizeof(Args) == 8 * (sizeof(kinds) - 1), #name ": kinds and record differ");
+#define KERNEL(name, Args, kinds) \
+  static_assert(sizeof(Args) == 8 * (sizeof(kinds) - 1), #name ": kinds and record differ"); \
+  static_assert(sizeof(kinds) - 1 <= kMaxFields, #name ": more fields than a plan's record holds");
 #include "kernels.def"
 #undef KERNEL
 
@@ -45,7 +47,7 @@ static const char* const kIsaNames[] = {"generic", "avx2", "avx512"};
 
 const char* isa_name(Isa i) { return kIsaNames[i]; }
 
-static Isa detect() {
+Isa best_isa() {
   Isa best = kGeneric;
 #ifdef FASTLLM_X86
   __builtin_cpu_init();    // also asks the OS (XGETBV) whether it saves the wide registers
@@ -56,14 +58,17 @@ static Isa detect() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
     best = kAvx512;
 #endif
-  if (const char* wish = getenv("FASTLLM_ISA"))
-    for (int i = 0; i < best; ++i)
-      if (!strcmp(wish, kIsaNames[i])) return Isa(i);
   return best;
 }
 
 Isa isa() {
-  static const Isa chosen = detect();
+  static const Isa chosen = [] {
+    const Isa best = best_isa();
+    if (const char* wish = getenv("FASTLLM_ISA"))
+      for (int i = 0; i < best; ++i)
+        if (!strcmp(wish, kIsaNames[i])) return Isa(i);
+    return best;    // a wish that cannot be granted is refused in Python, at import
+  }();
   return chosen;
 }
 

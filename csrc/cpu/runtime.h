@@ -1,8 +1,12 @@
 // The CPU runtime behind every kernel: ISA choice, the thread team, launches and plans. Not included by ISA files.
 #pragma once
+#include <memory>
+
 #include "../common.h"
 
 namespace fastllm {
+
+constexpr int kMaxFields = 32;    // of an argument record
 
 enum Isa : int { kGeneric, kAvx2, kAvx512, kIsaCount };
 
@@ -16,7 +20,8 @@ struct Kernel {
 extern const Kernel kKernels[];
 extern const int kKernelCount;
 
-Isa isa();    // best tier that CPU and OS allow, lowered by FASTLLM_ISA
+Isa best_isa();    // what CPU and OS allow
+Isa isa();         // the tier that runs: the best one, lowered by FASTLLM_ISA
 const char* isa_name(Isa);
 
 // Threads: torch's own OpenMP pool, found in the process.
@@ -29,11 +34,12 @@ char* scratch(int64_t bytes);    // grows, per calling thread, reused; null when
 // Runs the kernel now and, while a plan records, appends it to the plan. Returns a Status, or -1 when out of memory.
 int launch(int kernel, const void* args);
 
+// Plans. The recording thread holds no reference: dropping a plan that records ends its recording.
 struct Plan;
-Plan* plan_new();
-void plan_free(Plan*);
-bool plan_begin(Plan*);    // false when this thread records already
-void plan_end();
+std::shared_ptr<Plan> plan_new();
+bool plan_begin(const std::shared_ptr<Plan>&);    // appends; false when this thread or this plan records already
+bool plan_end(const std::shared_ptr<Plan>&);      // false when this thread does not record into it
+bool plan_recording(const Plan*);
 int64_t plan_size(const Plan*);
 const char* plan_kernel(const Plan*, int64_t index);
 int plan_replay(const Plan*, int threads, int64_t times);    // Status, or -1 when out of memory

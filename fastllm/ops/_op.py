@@ -1,11 +1,11 @@
 """What every op shares: its registration, its choice of a kernel, and its three ways in.
 
-An op file states its schema, reference, kernels, fake, and (where it trains) what is saved and its backward; `Op` does the
-rest. A call takes the cheapest way that is right:
+An op file states its schema, reference, kernels, fake, and (where it trains) what is saved and its backward; `Op` does
+the rest. A call takes the cheapest way that is right:
 
 - eager, no gradient: straight to the kernel;
 - eager with gradient: an `autograd.Function` around the same kernel;
-- under compile, export, fake tensors, functorch or a dispatch mode: the registered torch op (`torch.ops.fastllm.<name>`),
+- under compile, export, fake tensors, functorch or a dispatch mode: the registered op (`torch.ops.fastllm.<name>`),
   inside an `autograd.Function` where a gradient is asked for. No autograd kernel is registered on it: that would cost
   every call, compiled ones too, some 15 us.
 """
@@ -59,6 +59,14 @@ def forced_backend() -> str | None:
     return backend or None
 
 
+def check_isa() -> None:
+    """FASTLLM_ISA lowers the instruction set; a wish that this processor cannot grant is an error, at import."""
+    wish = os.environ.get("FASTLLM_ISA")
+    if wish and _C.isa() != wish:
+        raise ValueError(f"FASTLLM_ISA={wish!r}: this processor runs {', '.join(_C.isas())}; unset it to use the best")
+
+
+check_isa()
 OPS: dict[str, "Op"] = {}
 
 

@@ -1,12 +1,12 @@
 """rms_norm: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-With a residual, s = x + residual is normalised instead and returned beside y: the two reads and one write of a transformer
-block's addition come for free.
+With a residual, s = x + residual is normalised instead and returned beside y: the two reads and one write of a
+transformer block's addition come for free.
 
 Shapes: x, residual, y, s [..., N]; weight [N]. Dtypes: float32, bfloat16, float16, one for all.
 Rounding: s is rounded to the dtype before it is normalised; sums and products are fp32; y is rounded once, at the end.
-Backward, with h = s * rstd and g = dy * weight: dx = dresidual = rstd * (g - h * mean(g * h)) + ds, dweight = sum(dy * h),
-summed in fp32. A row's forward never depends on the other rows. A row of zeros gives zeros; a NaN stays in its row.
+Backward, with h = s * rstd and g = dy * weight: dx = rstd * (g - h * mean(g * h)) + ds, dweight = sum(dy * h)
+in fp32, dresidual = dx. A row's forward never depends on other rows. Zeros give zeros; a NaN stays in its row.
 """
 
 import torch
@@ -204,8 +204,8 @@ backward = Op(
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None):
     """Root-mean-square norm of x [..., N] by weight [N]; with a residual [..., N], of x + residual.
 
-    Returns y [..., N], or (y, x + residual) when a residual is given. Raises ValueError for shapes or devices that do not
-    fit, TypeError for dtypes. See the head of this file for rounding.
+    Returns y [..., N], or (y, x + residual) when a residual is given. Raises ValueError for shapes or devices that do
+    not fit, TypeError for dtypes. See the head of this file for rounding.
     """
     check_dtype("rms_norm", "x", x)
     check_like("rms_norm", "weight", weight, "x", x)
