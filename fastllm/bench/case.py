@@ -1,5 +1,5 @@
-"""A case is one call of an op; a suite is all that is known of an op from outside: how to call it, what it must equal, where
-it must hold and what it costs. One record drives correctness, gradients, opcheck, the contract and the benchmark."""
+"""A case is one call of an op; a suite is all that is known of an op from outside: how to call it, what it must equal,
+where it must hold and what it costs. One record drives correctness, gradients, opcheck, contract and benchmark."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,8 +32,8 @@ class Make:
 
 @dataclass(frozen=True)
 class Case:
-    """label: what tables print. inputs(make) -> keyword arguments of the op. bytes and flops: the fewest that the forward
-    must move and compute, for elements of `itemsize` bytes; backward_bytes and backward_flops likewise."""
+    """label: what tables print. inputs(make) -> keyword arguments of the op. bytes and flops: the fewest that the
+    forward must move and compute, for elements of `itemsize` bytes; backward_bytes and backward_flops likewise."""
 
     label: str
     inputs: Callable[[Make], Inputs]
@@ -45,10 +45,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Suite:
-    """op: its name. run(**inputs): the public op. reference(**inputs): plain PyTorch at the inputs' own dtype (float64 makes
-    it the oracle). peers: other implementations to time, name -> callable(**inputs).
+    """op: its name. run(**inputs): the public op. reference(**inputs): plain PyTorch at the inputs' own dtype (float64
+    makes it the oracle). peers: other implementations to time, name -> callable(**inputs).
     gradients: names of the inputs that receive one. rows: names of the inputs whose first dimension is a batch of
-    independent rows; the contract test cuts them. dtypes: what the CPU kernel takes."""
+    independent rows; the contract test cuts them. dtypes: what the CPU kernel takes. peak: what its flops run on and
+    are compared with, "fma" (fp32) or "dot" (8-bit products)."""
 
     op: str
     run: Callable[..., Any]
@@ -59,6 +60,7 @@ class Suite:
     rows: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    peak: str = "fma"
 
 
 def as_tuple(output: Any) -> tuple[torch.Tensor, ...]:
