@@ -61,9 +61,8 @@ def cuda_library() -> tuple[bool, str]:
             True,
             f"CUDA {_C.cuda_runtime_version() // 1000}.{_C.cuda_runtime_version() % 1000 // 10}, {count} GPU(s)",
         )
-    driver = [line for line in _lines("/proc/driver/nvidia/version") if "NVRM" in line]
-    if count == -35 and driver:  # cudaErrorInsufficientDriver: too old, or none at all
-        return False, f"driver too old for CUDA {_C.cuda_runtime_version() // 1000}: {driver[0].split('  ')[1].strip()}"
+    if count == -35 and driver():  # cudaErrorInsufficientDriver: too old, or none at all
+        return False, f"driver {driver()} is too old for CUDA {_C.cuda_runtime_version() // 1000}"
     if count == -35:
         return False, "no NVIDIA driver"
     return False, _C.cuda_error(-count) if count else "no GPU"

@@ -1,7 +1,4 @@
-"""A benchmark run: its jobs in a child process for each malloc setting (glibc reads it once, at start), in one result.
-
-`python -m fastllm.bench.run < request.json` is the child: one JSON line a message on its stdout.
-"""
+"""A benchmark run: its jobs in a child process for each malloc setting, which glibc reads once at start; one result."""
 
 import contextlib
 import dataclasses
@@ -97,8 +94,10 @@ def _child(request: dict[str, Any], variables: dict[str, str]) -> Iterator[dict[
     """Runs the jobs in a process of their own and yields its messages."""
     clean = {k: v for k, v in os.environ.items() if k not in TUNED}
     quiet = {"KINETO_LOG_LEVEL": "6"} if "KINETO_LOG_LEVEL" not in clean else {}  # the profiler's notes on stderr
+    # not `-m`: that puts the working directory first, and perhaps a source tree before the installed package
+    code = f"import sys; sys.path[:] = {sys.path!r}; from fastllm.bench.run import child; child()"
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastllm.bench.run"],
+        [sys.executable, "-c", code],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**clean, **quiet, **variables},
     )  # fmt: skip
     try:
@@ -127,8 +126,13 @@ def measure_all(jobs: list[Job], settings: Settings, compiled: bool) -> Iterator
             yield {"failure": {"job": job.label, "error": f"{type(error).__name__}: {error}"}}
 
 
-def _main() -> None:
-    request = json.load(sys.stdin)
+def child() -> None:
+    """The measuring process: a request on stdin, one JSON line a message on stdout."""
+    with contextlib.suppress(KeyboardInterrupt):
+        _answer(json.load(sys.stdin))
+
+
+def _answer(request: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to stderr
     torch.manual_seed(0)
@@ -136,8 +140,4 @@ def _main() -> None:
         print(json.dumps(message), file=answers, flush=True)
 
 
-__all__ = ["QUICK", "Settings", "measure_all", "run"]
-
-if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        _main()
+__all__ = ["QUICK", "Settings", "child", "measure_all", "run"]
