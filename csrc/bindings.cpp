@@ -94,6 +94,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("openmp_path", &openmp_path);
   m.def("max_threads", &max_threads);
   m.def("set_thread_limit", &set_thread_limit);
+  m.def("take_most_scratch", &take_most_scratch);
 
   py::class_<PlanHandle>(m, "Plan")
       .def(py::init<>())

@@ -99,6 +99,8 @@ struct PackPanelsArgs {
   const float* weight;
   int64_t cols, depth, weight_stride, panel_stride;
 };
+static inline int64_t work(const PackPanelsArgs& a) { return a.cols * a.depth; }
+
 // Rows of a packed weight: y[i, :] = row ids[i].
 struct PanelRowsArgs {
   float* y;
@@ -107,7 +109,6 @@ struct PanelRowsArgs {
   int64_t count, rows, depth;
 };
 static inline int64_t work(const PanelRowsArgs& a) { return a.count * a.depth; }
-static inline int64_t work(const PackPanelsArgs& a) { return a.cols * a.depth; }
 
 // ---- swiglu: y = gate * sigmoid(gate) * up ----------------------------------------------------------------------------
 struct SwigluArgs {
@@ -141,5 +142,21 @@ struct EmbeddingBackwardArgs {
 static inline int64_t work(const EmbeddingBackwardArgs& a) { return (a.count + a.vocabulary) * a.cols; }
 // The chains of positions that hold the same id (first and next), and the counter that hands out work.
 static inline int64_t scratch_bytes(const EmbeddingBackwardArgs& a, int64_t) { return (a.vocabulary + a.count + 8) * 8; }
+
+// ---- ceilings: what the machine can do at best; every thread runs them whole or shares the lines -----------------------
+struct ReadBandwidthArgs {
+  int32_t* sum;    // += the 32-bit lanes of data, wrapping: proof that everything was read
+  const void* data;
+  int64_t lines, streams, prefetch;    // 64-byte lines; runs read side by side in a thread; bytes ahead
+};
+static inline int64_t work(const ReadBandwidthArgs& a) { return a.lines * 16; }
+
+struct PeakArgs {
+  double* result;         // [threads]: keeps the arithmetic alive
+  int64_t* operations;    // += operations done (a multiply and an add count two)
+  int64_t iterations;
+  double factor, term;
+};
+static inline int64_t work(const PeakArgs&) { return int64_t(1) << 40; }    // always on every thread
 
 }  // namespace fastllm

@@ -96,6 +96,7 @@ struct Arena {
   ~Arena() { free(data); }
 };
 thread_local Arena arena;
+thread_local int64_t most_scratch = 0;
 
 }  // namespace
 
@@ -124,7 +125,14 @@ void parallel(int threads, char* scratch, int32_t* status, void (*body)(void*, T
   }
 }
 
+int64_t take_most_scratch() {
+  const int64_t most = most_scratch;
+  most_scratch = 0;
+  return most;
+}
+
 char* scratch(int64_t bytes) {
+  if (bytes > most_scratch) most_scratch = bytes;
   if (bytes <= arena.size) return arena.data;
   int64_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;    // grows by a quarter: few reallocations, little waste
   free(arena.data);

@@ -48,7 +48,8 @@ class Suite:
     """op: its name. run(**inputs): the public op. reference(**inputs): plain PyTorch at the inputs' own dtype (float64
     makes it the oracle). peers: other implementations to time, name -> callable(**inputs).
     gradients: names of the inputs that receive one. rows: names of the inputs whose first dimension is a batch of
-    independent rows; the contract test cuts them. dtypes: what the CPU kernel takes."""
+    independent rows; the contract test cuts them. dtypes: what the CPU kernel takes. peak: what its flops run on and
+    are compared with, "fma" (fp32) or "dot" (8-bit products)."""
 
     op: str
     run: Callable[..., Any]
@@ -59,6 +60,7 @@ class Suite:
     rows: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    peak: str = "fma"
 
 
 def as_tuple(output: Any) -> tuple[torch.Tensor, ...]:

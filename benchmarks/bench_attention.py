@@ -1,0 +1,5 @@
+from fastllm.bench.cases.attention import SUITE
+
+
+def test_attention(timed):
+    timed(SUITE)

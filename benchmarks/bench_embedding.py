@@ -1,0 +1,5 @@
+from fastllm.bench.cases.embedding import SUITE
+
+
+def test_embedding(timed):
+    timed(SUITE)

@@ -1,0 +1,5 @@
+from fastllm.bench.cases.linear import SUITE
+
+
+def test_linear(timed):
+    timed(SUITE)

@@ -1,0 +1,5 @@
+from fastllm.bench.cases.paged_attention import SUITE
+
+
+def test_paged_attention(timed):
+    timed(SUITE)

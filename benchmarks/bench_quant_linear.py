@@ -1,0 +1,5 @@
+from fastllm.bench.cases.quant_linear import SUITE
+
+
+def test_quant_linear(timed):
+    timed(SUITE)

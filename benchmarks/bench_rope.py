@@ -1,0 +1,5 @@
+from fastllm.bench.cases.rope import SUITE
+
+
+def test_rope(timed):
+    timed(SUITE)

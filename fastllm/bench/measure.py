@@ -1,0 +1,160 @@
+"""One row of a benchmark: a case of a suite in one dtype and one direction, ours beside its rivals and the ceiling."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..ops._op import OPS
+from .case import Case, Make, Suite, as_tuple
+from .ceiling import Ceiling, ceilings
+from .harness import Settings, copies_of, cpu_sampler, cuda_sampler, interleave, peak_memory
+from .load import other_load
+
+OURS = "fastllm"
+FORWARD, TRAIN = "forward", "forward+backward"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    suite: Suite
+    case: Case
+    dtype: torch.dtype
+    direction: str
+    device: str = "cpu"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def label(self) -> str:
+        return f"{self.suite.op} {self.case.label} {self.dtype_name} {self.direction}"
+
+    def arguments(self) -> tuple:
+        """(inputs,) for a forward; (inputs, names of the leaves, upstream gradients) for forward + backward."""
+        seed = zlib.crc32(f"{self.suite.op} {self.case.label}".encode())
+        inputs = self.case.inputs(Make(self.device, self.dtype, seed))
+        if self.direction == FORWARD:
+            return (inputs,)
+        names = [n for n in self.suite.gradients if inputs.get(n) is not None]
+        for name in names:
+            inputs[name].requires_grad_()
+        with torch.no_grad():
+            outputs = as_tuple(self.suite.reference(**inputs))
+        return inputs, names, [torch.randn_like(o) for o in outputs if o.is_floating_point()]
+
+    def call(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of arguments()."""
+        if self.direction == FORWARD:
+
+            def forward(inputs):
+                with torch.no_grad():
+                    return function(**inputs)
+
+            return forward
+
+        def forward_and_backward(inputs, names, upstream):
+            outputs = [o for o in as_tuple(function(**inputs)) if o.is_floating_point()]
+            return torch.autograd.grad(outputs, [inputs[n] for n in names], upstream)
+
+        return forward_and_backward
+
+    def cost(self) -> tuple[int, int]:
+        """(bytes, flops)"""
+        size, case = self.dtype.itemsize, self.case
+        total, flops = case.bytes(size), case.flops
+        if self.direction == TRAIN:
+            total, flops = total + case.backward_bytes(size), flops + case.backward_flops
+        return total, flops
+
+
+def functions(suite: Suite, compiled: bool) -> Iterator[tuple[str, Callable[..., Any]]]:
+    yield OURS, suite.run
+    yield "torch", suite.reference
+    if compiled:
+        torch.compiler.reset()
+        yield "compile", torch.compile(suite.reference, dynamic=False)
+    yield from suite.peers.items()
+
+
+def measure(job: Job, settings: Settings, compiled: bool) -> Row:
+    """The row of a job. A rival that cannot run is left out and named in the row's notes."""
+    arguments = job.arguments()
+    copies, cache = copies_of(arguments)
+    sampler = cpu_sampler if job.device == "cpu" else cuda_sampler
+    rivals, memory, notes = {}, {}, []
+    for name, function in functions(job.suite, compiled):
+        call = job.call(function)
+        try:
+            for _ in range(2):
+                call(*arguments)
+            memory[name] = peak_memory(lambda call=call: call(*arguments), job.device)
+        except Exception as error:
+            if name == OURS:
+                raise
+            reason = str(error).strip().splitlines() or [""]
+            notes.append(f"{name} does not run here: {type(error).__name__}: {reason[0][:160]}")
+            continue
+        rivals[name] = sampler(call, copies)
+
+    total, flops = job.cost()
+    bandwidth, arithmetic = ceilings(job.device, job.dtype, job.suite.peak)
+    bound = bound_by(total, flops, bandwidth, arithmetic)
+    yardstick = {"memory": bandwidth, "compute": arithmetic}.get(bound)
+    if yardstick:
+        rivals["ceiling"] = sampler(yardstick.run, [()])
+    measured = interleave(rivals, settings, other_load())
+
+    stats = dict(measured.stats)
+    top = yardstick and yardstick.rate(stats.pop("ceiling").fast)
+    work = {"memory": total, "compute": flops}.get(bound, 0)
+    ours = stats[OURS].median
+    kernel = OPS[job.suite.op].kernel(job.device).name if job.suite.op in OPS else None
+    return {
+        "op": job.suite.op,
+        "case": job.case.label,
+        "dtype": job.dtype_name,
+        "direction": job.direction,
+        "device": job.device,
+        "kernel": kernel,
+        "bytes": total,
+        "flops": flops,
+        "bound": bound,
+        "unit": yardstick.unit if yardstick else None,
+        "arithmetic": arithmetic.name,
+        "ceiling_name": yardstick and yardstick.name,
+        "ceiling": top,
+        "fraction": work / ours / 1e9 / top if top else None,
+        "cache": cache,
+        "rivals": {
+            name: {**dataclasses.asdict(s), "rate": work / s.median / 1e9 or None, "memory_bytes": memory[name]}
+            for name, s in stats.items()
+        },
+        "ratios": {name: s.median / ours for name, s in stats.items() if name != OURS},
+        "discarded": measured.discarded,
+        "busy": measured.busy,
+        "notes": notes,
+    }
+
+
+_best = functools.cache(Ceiling.best)
+
+
+def bound_by(total: int, flops: int, bandwidth: Ceiling, arithmetic: Ceiling) -> str | None:
+    """Which ceiling a call meets first: "memory", "compute", or None where the case states no cost."""
+    if not total and not flops:
+        return None
+    return "memory" if total / _best(bandwidth) >= flops / _best(arithmetic) else "compute"
+
+
+def peaks(device: str, dtypes: list[torch.dtype]) -> dict[str, dict[str, Any]]:
+    """The ceilings of this process by name, as a report states them."""
+    units = ("fma", "dot") if device == "cpu" else ("fma",)
+    found = [c for dtype in dtypes for unit in units for c in ceilings(device, dtype, unit)]
+    return {c.name: {"rate": _best(c), "unit": c.unit} for c in found}

@@ -1,0 +1,80 @@
+"""`fastllm info`: complete, derived, and right about why something is not used."""
+
+import json
+
+import pytest
+import torch
+
+from fastllm import _C, info
+from fastllm.ops._op import OPS
+
+
+def test_every_op_on_every_device_with_a_reason():
+    table = {row["op"]: row for row in info.operations()}
+    assert table.keys() == {name for name in OPS if not name.endswith("_backward")}
+    for name, row in table.items():
+        for device in ("cpu", "cuda"):
+            assert row[device]["kernel"] == OPS[name].kernel(device).name and row[device]["reason"]
+            assert (row[device]["backward"] == "through the reference") == (OPS[name].backward is None)
+    text = info.text(info.collect())
+    assert all(name in text for name in table)
+
+
+def test_collect_is_json_and_names_the_machine():
+    found = json.loads(json.dumps(info.collect()))
+    assert found["versions"]["torch"] == torch.__version__ and found["machine"]["isa"] == _C.isa()
+    assert found["machine"]["cores"] <= found["machine"]["processors"] and found["machine"]["memory_bytes"] > 0
+    assert found["cuda_library"]["reason"] and found["triton"]["reason"]
+
+
+def test_text_says_how_to_lower_the_isa(monkeypatch):
+    monkeypatch.delenv("FASTLLM_ISA", raising=False)
+    found = info.collect()
+    found["machine"]["isa"] = "avx512"
+    assert "avx512 (FASTLLM_ISA=avx2 or generic lowers it)" in info.text(found)
+    found["machine"]["openmp"] = None
+    assert "kernels run on one thread" in info.text(found)
+
+
+def test_cache_sizes():
+    l2, l3 = info.cache_sizes()
+    assert 1 << 17 <= l2 <= l3
+
+
+@pytest.mark.parametrize(
+    ("count", "driver", "reason"),
+    [
+        (None, [], "not built: this copy of fastllm was compiled without nvcc"),
+        (2, [], "CUDA 13.0, 2 GPU(s)"),
+        (0, [], "no GPU"),
+        (-35, [], "no NVIDIA driver"),
+        (
+            -35,
+            ["NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue"],
+            "driver 470.57.02 is too old for CUDA 13",
+        ),
+        (-100, [], "no CUDA-capable device is detected"),
+        (RuntimeError("undefined symbol"), [], "broken: undefined symbol"),
+    ],
+)
+def test_why_the_cuda_library_is_not_used(monkeypatch, tmp_path, count, driver, reason):
+    class Core:
+        def load_cuda(self, path):
+            if isinstance(count, Exception):
+                raise count
+            return count
+
+        def cuda_runtime_version(self):
+            return 13000
+
+        def cuda_error(self, code):
+            return "no CUDA-capable device is detected"
+
+    (tmp_path / "info.py").touch()
+    if count is not None:
+        (tmp_path / "_cuda.so").touch()
+    monkeypatch.setattr(info, "__file__", str(tmp_path / "info.py"))
+    monkeypatch.setattr(info, "_C", Core())
+    monkeypatch.setattr(info, "_lines", lambda path: driver)
+    used, why = info.cuda_library.__wrapped__()
+    assert why.startswith(reason) and used == (count == 2)
