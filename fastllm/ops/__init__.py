@@ -1,17 +1,37 @@
 """The kernels: one function an op, the same meaning on every device."""
 
+from .advance import advance
+from .attention import AttentionSpec, attention, paged_attention
 from .embedding import embedding
+from .kv_append import kv_append
+from .kv_cache import PAGE, KVPages
 from .linear import Panels, linear
 from .quant_linear import QWeight, quant_linear
 from .rms_norm import rms_norm
+from .rope import rope, rope_table
+from .sample import LogitsError, SampleState, sample
 from .swiglu import swiglu
+from .top_logprobs import top_logprobs
 
 __all__ = [
+    "PAGE",
+    "AttentionSpec",
+    "KVPages",
+    "LogitsError",
     "Panels",
     "QWeight",
+    "SampleState",
+    "advance",
+    "attention",
     "embedding",
+    "kv_append",
     "linear",
+    "paged_attention",
     "quant_linear",
     "rms_norm",
+    "rope",
+    "rope_table",
+    "sample",
     "swiglu",
+    "top_logprobs",
 ]

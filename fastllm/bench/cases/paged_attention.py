@@ -1,0 +1,92 @@
+"""paged_attention against its formula: pages gathered, then a dense softmax for each sequence."""
+
+import torch
+
+from ... import ops
+from ...ops import AttentionSpec, KVPages
+from ...ops.kv_cache import PAGE
+from ..case import Case, Suite
+from .attention import CAUSAL
+from .attention import plain as plain_attention
+
+
+def run(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL):
+    return ops.paged_attention(q, KVPages(k_pages, v_pages), block_table, context_len, cu_q, spec)
+
+
+def gather(pages: torch.Tensor, table: torch.Tensor, keys: int, transposed: bool) -> torch.Tensor:
+    """One sequence's keys or values, [keys, Hk, D]."""
+    rows = pages[table.long()[: -(-keys // PAGE)]]
+    rows = rows.permute(0, 3, 1, 2) if transposed else rows.transpose(1, 2)
+    return rows.reshape(-1, rows.shape[2], rows.shape[3])[:keys]
+
+
+def plain(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL):
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for b, keys in enumerate(context_len.tolist()):
+        k, v = gather(k_pages, block_table[b], keys, True), gather(v_pages, block_table[b], keys, False)
+        rows = slice(int(cu_q[b]), int(cu_q[b + 1]))
+        out[rows] = plain_attention(q[None, rows], k[None], v[None], spec)[0]
+    return out
+
+
+def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0):
+    pages = [-(-c // PAGE) for c in contexts]
+    shuffled = torch.randperm(sum(pages) + 2, generator=make.generator).int()
+    table = torch.full((len(contexts), max(pages, default=0) + 1), -1, dtype=torch.int32)  # -1: never read
+    for b, count in enumerate(pages):
+        begin = sum(pages[:b])
+        table[b, :count] = shuffled[begin : begin + count]
+    ends = torch.tensor([0, *queries]).cumsum(0).int()
+    return {
+        "q": make.normal(int(ends[-1]) + unclaimed, heads, dim),
+        "k_pages": make.normal(len(shuffled), kv_heads, dim, PAGE),
+        "v_pages": make.normal(len(shuffled), kv_heads, PAGE, dim),
+        "block_table": table.to(make.device),
+        "context_len": torch.tensor(contexts, dtype=torch.int32, device=make.device),
+        "cu_q": ends.to(make.device),
+        "spec": spec,
+    }
+
+
+def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, **spec) -> Case:
+    spec = AttentionSpec(**spec)
+    pairs = sum(n * c - (n * (n - 1) // 2 if spec.causal else 0) for n, c in zip(queries, contexts, strict=True))
+    extra = "".join(f" {name} {value}" for name, value in vars(spec).items() if value not in (None, True))
+    brief = ", ".join(f"{n}@{c}" for n, c in zip(queries, contexts, strict=True))
+    return Case(
+        f"{brief} H{heads}/{kv_heads} D{dim}{extra}",
+        lambda make: inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed),
+        bytes=lambda size: (2 * sum(queries) * heads + 2 * sum(contexts) * kv_heads) * dim * size,
+        flops=4 * heads * dim * pairs,
+    )
+
+
+SUITE = Suite(
+    op="paged_attention",
+    run=run,
+    reference=plain,
+    dtypes=(torch.float32,),
+    correct=(
+        case([1], [1], 1, 1, 16),
+        case([1], [128], 9, 3, 64),
+        case([1, 1, 1], [5, 300, 1100], 9, 3, 64),
+        case([1, 1], [1500, 20], 32, 4, 64),
+        case([1], [2000], 16, 1, 128),
+        case([1], [1300], 3, 3, 80),
+        case([7, 1, 30], [600, 33, 30], 6, 2, 64),
+        case([130], [130], 9, 3, 64),
+        case([64, 1], [1200, 1200], 4, 2, 48, window=100),
+        case([3, 0, 2], [40, 17, 0], 4, 4, 33, unclaimed=2),
+        case([5], [1050], 2, 1, 7, causal=False),
+        case([2, 2], [500, 400], 8, 2, 256, softcap=3.0),
+        case([], [], 2, 1, 16, unclaimed=1),
+    ),
+    benchmark=(
+        case([1], [4096], 32, 4, 64),
+        case([1], [4096], 32, 4, 128),
+        case([1], [128], 9, 3, 64),
+        case([1] * 16, [512] * 16, 9, 3, 64),
+        case([512], [512], 9, 3, 64),
+    ),
+)

@@ -1,0 +1,75 @@
+"""rope against the formula as Hugging Face writes it: x * cos + rotate_half(x) * sin."""
+
+import torch
+
+from ... import ops
+from ..case import Case, Suite
+
+
+def plain(q, k, position, table):
+    cosine, sine = (torch.cat((t, t), -1) for t in table[position.long()].unsqueeze(-2).chunk(2, -1))
+    width = table.shape[1]
+
+    def rotated(x):
+        x, rest = x[..., :width], x[..., width:]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        half = torch.cat((-wide[..., width // 2 :], wide[..., : width // 2]), -1)
+        return torch.cat(((wide * cosine + half * sine).to(x.dtype), rest), -1)
+
+    return rotated(q), rotated(k)
+
+
+def case(*tokens: int, heads: int, kv_heads: int, dim: int, rotary: int | None = None, label: str = "") -> Case:
+    shape = "x".join(map(str, tokens))
+    elements = torch.Size(tokens).numel() * (heads + kv_heads) * dim
+    return Case(
+        label or f"{shape} tokens, {heads}/{kv_heads} heads of {dim}" + (f", rotary {rotary}" if rotary else ""),
+        lambda make: {
+            "q": make.normal(*tokens, heads, dim),
+            "k": make.normal(*tokens, kv_heads, dim),
+            "position": make.integers(0, 4096, *tokens),
+            "table": ops.rope_table(4096, rotary or dim, device=make.device),
+        },
+        bytes=lambda size: 2 * elements * size,
+        flops=3 * elements,
+    )
+
+
+def fused(make):
+    """q and k as views of a fused [B, S, (H + 2 Hk) D] projection, positions in int32."""
+    qkv = make.normal(2, 9, (6 + 2 * 2) * 40).view(2, 9, 10, 40)
+    position = make.integers(0, 100, 2, 9, dtype=torch.int32)
+    return {"q": qkv[:, :, :6], "k": qkv[:, :, 6:8], "position": position, "table": ops.rope_table(100, 40)}
+
+
+SUITE = Suite(
+    op="rope",
+    run=ops.rope,
+    reference=plain,
+    rows=("q", "k", "position"),
+    correct=(
+        case(1, heads=1, kv_heads=1, dim=2),
+        case(5, heads=9, kv_heads=3, dim=64),
+        case(2, 7, heads=4, kv_heads=4, dim=128),
+        case(3, heads=3, kv_heads=1, dim=46),
+        case(4, heads=2, kv_heads=2, dim=80, rotary=20),
+        case(3, heads=2, kv_heads=1, dim=7, rotary=6),
+        case(0, heads=2, kv_heads=1, dim=16),
+        case(2, 0, heads=2, kv_heads=1, dim=16),
+        Case("views of a fused qkv", fused),
+        Case(
+            "transposed heads and tokens",
+            lambda make: {
+                "q": make.normal(2, 4, 6, 32).transpose(1, 2),
+                "k": make.normal(2, 2, 6, 32).transpose(1, 2),
+                "position": torch.arange(6).expand(2, -1),
+                "table": ops.rope_table(6, 32),
+            },
+        ),
+    ),
+    benchmark=(
+        case(2048, heads=32, kv_heads=4, dim=64),
+        case(2048, heads=9, kv_heads=3, dim=64),
+        case(1, heads=32, kv_heads=4, dim=64),
+    ),
+)

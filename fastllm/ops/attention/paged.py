@@ -1,0 +1,119 @@
+"""paged_attention: attention of packed sequences over a paged KV cache: a decode step, a chunk of a prefill, or a mix.
+
+Shapes: q [T, H, D], the sequences' new tokens one after another; cache: KVPages with Hk heads; block_table
+[B, max_pages] int32, the page of each 16 tokens; context_len [B] int32, the keys of each sequence, its new tokens
+(appended already) included; cu_q [B + 1] int32, where each sequence's tokens begin in q. Result [T, H, D]. Query i of n
+in a sequence stands at position context_len - n + i. Rows of q that no sequence claims are zeros, as are rows of a
+sequence with context_len 0.
+
+Dtype: float32. q may be a view of a fused qkv. Arithmetic: that of ops.attention, bit for bit. Entries of the block
+table and slots of a page past context_len are never used, whatever they hold.
+Lengths are read when the kernel runs: a plan may replay with new ones. A length below 0 or beyond the block table, or a
+page outside the cache, raises IndexError.
+"""
+
+import torch
+from torch import Tensor
+
+from ... import _C
+from .._op import Op, check, check_dtype, check_like
+from ..kv_cache import PAGE, KVPages, check_pages
+from ..rope import unit_stride
+from . import dense
+from .spec import CAUSAL, AttentionSpec
+
+# ---------------------------------------------------------------------------------------------------------- reference
+
+
+def reference(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_len: Tensor, cu_q: Tensor,
+    causal: bool, window: int, scale: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    pieces, ends, done = [], cu_q.tolist(), 0
+    for b, keys in enumerate(context_len.tolist()):
+        pages = block_table[b, : -(-keys // PAGE)].long()
+        k = k_pages[pages].permute(0, 3, 1, 2).reshape(-1, *k_pages.shape[1:3])[:keys]
+        v = v_pages[pages].transpose(1, 2).reshape(-1, k_pages.shape[1], k_pages.shape[2])[:keys]
+        rows = q[ends[b] : ends[b + 1]]
+        pieces.append(q.new_zeros(ends[b] - done, *q.shape[1:]))
+        pieces.append(dense.reference(rows[None], k[None], v[None], causal, window, scale, softcap)[0])
+        done = ends[b + 1]
+    return torch.cat((*pieces, q.new_zeros(q.shape[0] - done, *q.shape[1:])))
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+
+def _output(q: Tensor) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def cpu(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_len: Tensor, cu_q: Tensor,
+    causal: bool, window: int, scale: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    out = _output(q)
+    if out.numel():
+        q, block_table = unit_stride(q), unit_stride(block_table)
+        rows, heads, dim = q.shape
+        status = _C.paged_attention(
+            out.data_ptr(), q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(),
+            block_table.data_ptr(), context_len.data_ptr(), cu_q.data_ptr(),
+            block_table.shape[0], rows, heads, k_pages.shape[1], dim, k_pages.shape[0],
+            block_table.shape[1], block_table.stride(0), q.stride(0), q.stride(1),
+            causal, window, scale, softcap,
+        )  # fmt: skip
+        if status:
+            raise IndexError(
+                f"paged_attention: context_len {context_len.tolist()} and cu_q {cu_q.tolist()} must fit {rows} rows "
+                f"and {block_table.shape[1]} pages of {PAGE} tokens a sequence, and pages in use lie in 0 .. "
+                f"{k_pages.shape[0] - 1}; one is out of range"
+            )
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------- registration
+
+forward = Op(
+    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor context_len, Tensor cu_q, "
+    "bool causal, int window, float scale, float softcap) -> Tensor",
+    reference=reference,
+    fake=lambda q, *others: _output(q),
+    cpu=cpu,
+)
+
+
+def paged_attention(
+    q: Tensor,
+    cache: KVPages,
+    block_table: Tensor,
+    context_len: Tensor,
+    cu_q: Tensor,
+    spec: AttentionSpec = CAUSAL,
+) -> Tensor:
+    """Attention of q [T, H, D] over the pages of its sequences: [T, H, D]. See the head of this file.
+
+    Raises ValueError for shapes or head counts that do not fit, TypeError for dtypes, IndexError for lengths or pages
+    out of range.
+    """
+    check_dtype("paged_attention", "q", q, (torch.float32,))
+    check_like("paged_attention", "k_pages", cache.k, "q", q)
+    check_like("paged_attention", "v_pages", cache.v, "q", q)
+    check(q.dim() == 3, lambda: f"paged_attention: q {tuple(q.shape)} must be [T, H, D]")
+    for name, tensor in (("block_table", block_table), ("context_len", context_len), ("cu_q", cu_q)):
+        check_dtype("paged_attention", name, tensor, (torch.int32,))
+    batch = context_len.shape[0] if context_len.dim() == 1 else -1
+    check(
+        block_table.dim() == 2 and block_table.shape[0] == batch and cu_q.shape == (batch + 1,),
+        lambda: (
+            f"paged_attention: block_table {tuple(block_table.shape)}, context_len {tuple(context_len.shape)}, cu_q "
+            f"{tuple(cu_q.shape)} must be [B, max_pages], [B], [B + 1]"
+        ),
+    )
+    check(
+        context_len.is_contiguous() and cu_q.is_contiguous(),
+        lambda: "paged_attention: context_len and cu_q must be contiguous; call .contiguous()",
+    )
+    check_pages("paged_attention", cache.k, cache.v, None, q.shape[2])
+    dense.check_heads("paged_attention", q.shape[1], cache.k.shape[1], q.shape[2])
+    return forward(q, cache.k, cache.v, block_table, context_len, cu_q, *spec.arguments(q.shape[2]))

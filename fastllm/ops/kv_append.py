@@ -1,0 +1,110 @@
+"""kv_append: what a layer does between its qkv projection and its attention, in one pass.
+
+k is rotated by rope and written into the cache with v, each token at its flat slot page * 16 + offset; q, when given,
+is rotated into a new tensor. The bits of both rotations are those of ops.rope.
+
+Shapes: k, v [T, Hk, D]; q [T, H, D]; cache: KVPages of one layer; slot [T] int64, unique, negative where a row is not
+to be written; position [T] int64 or int32; table from rope_table. Dtype: float32. k, v, q may be views of a fused qkv.
+The cache is written in place and receives no gradient. A slot or position out of range raises IndexError.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._op import Op, check, check_dtype, check_like, pointer
+from .kv_cache import PAGE, KVPages, check_pages
+from .rope import check_table, unit_stride
+from .rope import reference as rotate
+
+# ---------------------------------------------------------------------------------------------------------- reference
+
+
+def reference(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor,
+    slot: Tensor, position: Tensor, table: Tensor, q: Tensor | None,
+) -> Tensor:  # fmt: skip
+    new_q, new_k = rotate(k if q is None else q, k, position, table)
+    written = slot >= 0
+    page, offset = slot[written] // PAGE, slot[written] % PAGE
+    k_pages[page, :, :, offset] = new_k[written].detach().to(k_pages.dtype)
+    v_pages[page, :, offset] = v[written].detach().to(v_pages.dtype)
+    return k.new_empty(0) if q is None else new_q
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+
+def _output(k: Tensor, q: Tensor | None) -> Tensor:
+    return torch.empty(0 if q is None else q.shape, dtype=k.dtype, device=k.device)
+
+
+def cpu(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor,
+    slot: Tensor, position: Tensor, table: Tensor, q: Tensor | None,
+) -> Tensor:  # fmt: skip
+    q_out = _output(k, q)
+    if slot.numel():
+        k, v, table, slot, position = (
+            unit_stride(k),
+            unit_stride(v),
+            table.contiguous(),
+            slot.contiguous(),
+            position.contiguous(),
+        )
+        q = None if q is None else unit_stride(q)
+        tokens, kv_heads, dim = k.shape
+        status = _C.kv_append(
+            q_out.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), pointer(q), k.data_ptr(), v.data_ptr(),
+            slot.data_ptr(), position.data_ptr(), table.data_ptr(),
+            tokens, 0 if q is None else q.shape[1], kv_heads, dim, table.shape[1], table.shape[0], k_pages.shape[0],
+            *((0, 0) if q is None else q.stride()[:2]), *k.stride()[:2], *v.stride()[:2], position.dtype == torch.int64,
+        )  # fmt: skip
+        if status:
+            raise IndexError(
+                f"kv_append: slots up to {slot.max()} in {k_pages.shape[0]} pages of {PAGE} tokens, positions from "
+                f"{position.min()} to {position.max()} in a table of {table.shape[0]}; one is out of range"
+            )
+    return q_out
+
+
+# -------------------------------------------------------------------------------------------------------- registration
+
+forward = Op(
+    "kv_append(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot, Tensor position, Tensor table, "
+    "Tensor? q) -> Tensor",
+    reference=reference,
+    fake=lambda k, v, k_pages, v_pages, slot, position, table, q: _output(k, q),
+    cpu=cpu,
+)
+
+
+def kv_append(
+    k: Tensor, v: Tensor, cache: KVPages, slot: Tensor, position: Tensor, table: Tensor, q: Tensor | None = None
+) -> Tensor | None:
+    """Writes the rotated k [T, Hk, D] and v into `cache` at `slot` [T]; returns the rotated q [T, H, D] if q is given.
+
+    Raises ValueError for shapes that do not fit, TypeError for dtypes, IndexError for slots or positions out of range
+    (rows in range are written then).
+    """
+    check_dtype("kv_append", "k", k, (torch.float32,))
+    for name, other in (("v", v), ("k_pages", cache.k), ("v_pages", cache.v), *((("q", q),) if q is not None else ())):
+        check_like("kv_append", name, other, "k", k)
+    check(
+        k.dim() == 3 and k.shape == v.shape,
+        lambda: f"kv_append: k {tuple(k.shape)} and v {tuple(v.shape)} must both be [T, Hk, D]",
+    )
+    check(
+        q is None or (q.dim() == 3 and q.shape[::2] == k.shape[::2]),
+        lambda: f"kv_append: q {tuple(q.shape)} must be [{k.shape[0]}, H, {k.shape[2]}] beside k {tuple(k.shape)}",
+    )
+    check(k.shape[2] <= 256, lambda: f"kv_append: head dim {k.shape[2]}, allowed: up to 256")
+    check_pages("kv_append", cache.k, cache.v, k.shape[1], k.shape[2])
+    check_dtype("kv_append", "slot", slot, (torch.int64,))
+    check(
+        slot.shape == k.shape[:1] and position.shape == k.shape[:1],
+        lambda: f"kv_append: slot {tuple(slot.shape)} and position {tuple(position.shape)} must be [{k.shape[0]}]",
+    )
+    check_table("kv_append", position, table, k.shape[2])
+    rotated = forward(k, v, cache.k, cache.v, slot, position, table, q)
+    return None if q is None else rotated

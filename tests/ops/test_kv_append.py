@@ -1,0 +1,129 @@
+"""kv_append: the oracle's table, and that it writes its rows and nothing else."""
+
+import _oracle
+import pytest
+import torch
+
+from fastllm import _C, ops
+from fastllm.bench.cases.kv_append import SUITE
+from fastllm.ops import KVPages
+from fastllm.ops._op import OPS
+
+
+@_oracle.cases(SUITE)
+def test_forward(case):
+    _oracle.check_forward_and_gradients(SUITE, case, torch.float32)
+
+
+@_oracle.cases(SUITE)
+def test_writes_only_its_outputs(case):
+    _oracle.check_guards(SUITE, case, torch.float32)
+
+
+def draw(tokens=40, heads=4, kv_heads=2, dim=64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(tokens, h, dim, generator=g) for h in (heads, kv_heads, kv_heads))
+    return q, k, v, torch.randint(0, 300, (tokens,), generator=g), ops.rope_table(300, dim)
+
+
+def test_bits_are_those_of_rope():
+    q, k, v, position, table = draw(dim=80)
+    cache = KVPages.empty(5, 2, 80)
+    slot = torch.randperm(80)[:40]
+    rotated = ops.kv_append(k, v, cache, slot, position, table, q)
+    q_rope, k_rope = ops.rope(q, k, position, table)
+    assert torch.equal(rotated, q_rope)
+    assert torch.equal(cache.k[slot // 16, :, :, slot % 16], k_rope)
+    assert torch.equal(cache.v[slot // 16, :, slot % 16], v)
+
+
+def test_other_slots_are_untouched_and_negative_slots_are_skipped():
+    q, k, v, position, table = draw()
+    cache = KVPages(torch.full((6, 2, 64, 16), 7.0), torch.full((6, 2, 16, 64), 7.0))
+    slot = torch.randperm(96)[:40]
+    slot[::3] = -1
+    rotated = ops.kv_append(k, v, cache, slot, position, table, q)
+    assert torch.equal(rotated, ops.rope(q, k, position, table)[0])
+    untouched = torch.ones(96, dtype=torch.bool)
+    untouched[slot[slot >= 0]] = False
+    assert (cache.k.permute(0, 3, 1, 2).reshape(96, -1)[untouched] == 7).all()
+    assert (cache.v.transpose(1, 2).reshape(96, -1)[untouched] == 7).all()
+    assert (cache.k.permute(0, 3, 1, 2).reshape(96, -1)[~untouched] != 7).all()
+
+
+def test_threads_and_neighbours_do_not_change_a_bit():
+    q, k, v, position, table = draw(tokens=700)
+    slot = torch.randperm(720)[:700]
+    together, alone = KVPages.empty(45, 2, 64), KVPages.empty(45, 2, 64)
+    rotated = ops.kv_append(k, v, together, slot, position, table, q)
+    previous = _C.set_thread_limit(1)
+    try:
+        for i in range(700):
+            row = slice(i, i + 1)
+            one = ops.kv_append(k[row], v[row], alone, slot[row], position[row], table, q[row])
+            assert torch.equal(one, rotated[row])
+    finally:
+        _C.set_thread_limit(previous)
+    assert torch.equal(together.k, alone.k) and torch.equal(together.v, alone.v)
+
+
+def test_a_plan_reads_slots_and_positions_at_replay():
+    q, k, v, position, table = draw(tokens=3)
+    cache, slot = KVPages.empty(4, 2, 64), torch.tensor([0, 17, -1])
+    plan = _C.Plan()
+    plan.begin()
+    rotated = ops.kv_append(k, v, cache, slot, position, table, q)
+    plan.end()
+    slot.copy_(torch.tensor([5, -1, 63]))
+    position.add_(1)
+    assert plan.replay() == 0
+    expected = KVPages.empty(4, 2, 64)
+    ops.kv_append(k, v, expected, torch.tensor([0, 17, -1]), position - 1, table)
+    assert torch.equal(ops.kv_append(k, v, expected, slot, position, table, q), rotated)
+    assert torch.equal(cache.k, expected.k) and torch.equal(cache.v, expected.v)
+
+
+def test_compile_and_opcheck():
+    _oracle.check_compile(SUITE, SUITE.correct[0])
+    _oracle.check_compile(SUITE, SUITE.correct[1])
+    q, k, v, position, table = draw(tokens=3)
+    for given in (q, None):
+        arguments = (k, v, *KVPages.empty(2, 2, 64), torch.tensor([3, -1, 20]), position, table, given)
+        torch.library.opcheck(OPS["kv_append"].raw, arguments)
+
+
+def test_the_cache_takes_no_gradient():
+    q, k, v, position, table = draw(tokens=3)
+    cache = KVPages.empty(1, 2, 64)
+    out = ops.kv_append(k.requires_grad_(), v, cache, torch.arange(3), position, table, q.requires_grad_())
+    assert not cache.k.requires_grad and torch.autograd.grad(out.sum(), q)[0].isfinite().all()
+
+
+Q, K, V, P, TABLE = draw(tokens=3)
+CACHE, SLOT = KVPages.empty(2, 2, 64), torch.arange(3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((K.half(), V.half(), CACHE, SLOT, P, TABLE), TypeError, "k is float16, allowed: float32"),
+        ((K, V.half(), CACHE, SLOT, P, TABLE), TypeError, "v is torch.float16, k is torch.float32"),
+        ((K, V[:2], CACHE, SLOT, P, TABLE), ValueError, r"v \(2, 2, 64\) must both be"),
+        ((K, V, CACHE, SLOT, P, TABLE, Q[:2]), ValueError, r"q \(2, 4, 64\) must be \[3, H, 64\]"),
+        ((K, V, KVPages.empty(2, 3, 64), SLOT, P, TABLE), ValueError, r"must be contiguous \[P, 2, 64, 16\]"),
+        ((K, V, KVPages.empty(2, 2, 32), SLOT, P, TABLE), ValueError, "make them with KVPages.empty"),
+        ((K, V, CACHE, SLOT.int(), P, TABLE), TypeError, "slot is int32, allowed: int64"),
+        ((K, V, CACHE, SLOT[:2], P, TABLE), ValueError, r"slot \(2,\) and position \(3,\) must be \[3\]"),
+        ((K, V, CACHE, SLOT + 30, P, TABLE), IndexError, "slots up to 32 in 2 pages of 16"),
+        ((K, V, CACHE, SLOT, P + 300, TABLE), IndexError, "in a table of 300"),
+        ((K, V, CACHE, SLOT, P, ops.rope_table(4, 66)), ValueError, "at most head dim 64"),
+    ],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.kv_append(*arguments)
+
+
+def test_cache_errors():
+    with pytest.raises(ValueError, match="kv_heads is 0, allowed: >= 1"):
+        KVPages.empty(1, 0, 64)
