@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch  # noqa: F401  (first: its OpenMP runtime must be in the process before the core looks for one)
 
 from . import ops
+from .sampling_params import SamplingParams
 
 try:
     __version__ = version("fastllm")
@@ -16,8 +17,8 @@ __all__ = ["LLM", "SamplingParams", "__version__", "ops"]
 
 def __getattr__(name: str):
     # The runtime stands on more libraries than the kernels do; who embeds the kernels does not wait for them.
-    if name in ("LLM", "SamplingParams"):
+    if name == "LLM":
         from . import llm
 
-        return getattr(llm, name)
+        return llm.LLM
     raise AttributeError(f"module 'fastllm' has no attribute {name!r}")

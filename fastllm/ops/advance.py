@@ -1,0 +1,109 @@
+"""advance: what a decode step changes between its sampled token and the next forward, in place.
+
+For every row b of the step, with record r = state.rows[b] (or b):
+    history[r, history_len[r]] = token[b]; history_len[r] += 1; state.position[r] += 1
+    position[b] += 1; context_len[b] += 1; slot[b] = block_table[b, position[b] // page] * page + position[b] % page
+The second line is for tensors that were given: where the token stands, how many keys it sees, and where the cache
+takes it. The next forward reads `token`, `position`, `context_len` and `slot`; so a replayed step needs no work from
+the host but to look at the tokens. A row that is left out (r < 0) changes nothing and gets slot -1: its keys are
+written nowhere.
+
+Shapes: token int64 [B]; position int64 or int32 [B]; context_len int32 [B]; block_table int32 [B, P]; slot int64 [B].
+Errors: IndexError where a history of H > 0 places is full, a record does not exist, or a position lies beyond the block
+table; the rest of the step is done all the same.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._op import Op, check, check_dtype, pointer
+from .sample import SampleState, check_state
+
+_MESSAGE = "advance: a history is full, a record does not exist or a position lies beyond the block table"
+
+
+def reference(
+    token: Tensor, settings: Tensor, history: Tensor, rows: Tensor | None, position: Tensor | None,
+    context_len: Tensor | None, block_table: Tensor | None, slot: Tensor | None, page: int,
+) -> None:  # fmt: skip
+    state, bad = SampleState(settings, history, history[:, :0]), False
+    for b in range(len(token)):
+        r = b if rows is None else int(rows[b])
+        if not 0 <= r < len(settings):
+            bad |= r >= 0
+            if slot is not None:
+                slot[b] = -1
+            continue
+        n = int(state.history_len[r])
+        if n < history.shape[1]:
+            history[r, n] = token[b]
+        else:
+            bad |= history.shape[1] > 0
+        state.history_len[r] += 1
+        state.position[r] += 1
+        if context_len is not None:
+            context_len[b] += 1
+        if position is not None:
+            position[b] += 1
+        if slot is not None:
+            column, offset = divmod(int(position[b]), page)
+            inside = column < block_table.shape[1]
+            slot[b] = int(block_table[b, column]) * page + offset if inside else -1
+            bad |= not inside
+    if bad:
+        raise IndexError(_MESSAGE)
+
+
+def cpu(
+    token: Tensor, settings: Tensor, history: Tensor, rows: Tensor | None, position: Tensor | None,
+    context_len: Tensor | None, block_table: Tensor | None, slot: Tensor | None, page: int,
+) -> None:  # fmt: skip
+    if _C.advance(
+        settings.data_ptr(), history.data_ptr(), pointer(position), pointer(context_len), pointer(slot),
+        token.data_ptr(), pointer(rows), pointer(block_table),
+        token.shape[0], settings.shape[0], history.shape[1], 0 if block_table is None else block_table.stride(0),
+        0 if block_table is None else block_table.shape[1], page,
+        int(position is not None and position.dtype == torch.int64),
+    ):  # fmt: skip
+        raise IndexError(_MESSAGE)
+
+
+forward = Op(
+    "advance(Tensor token, Tensor(a!) settings, Tensor(b!) history, Tensor? rows, Tensor(c!)? position,"
+    " Tensor(d!)? context_len, Tensor? block_table, Tensor(e!)? slot, int page) -> ()",
+    reference=reference,
+    fake=lambda *arguments: None,
+    cpu=cpu,
+)
+
+
+def advance(
+    token: Tensor, state: SampleState, position: Tensor | None = None, context_len: Tensor | None = None,
+    block_table: Tensor | None = None, slot: Tensor | None = None, page: int = 16,
+) -> None:  # fmt: skip
+    """Moves the state, and the tensors of the next decode step, on by one token. See the head of this file."""
+    check_dtype("advance", "token", token, (torch.int64,))
+    check(token.dim() == 1, lambda: f"advance: token {tuple(token.shape)} must be [B]")
+    check_state("advance", state, token.shape[0], token.device)
+    wanted = (("position", position, (torch.int64, torch.int32)), ("context_len", context_len, (torch.int32,)))
+    for name, tensor, dtypes in (*wanted, ("slot", slot, (torch.int64,))):
+        if tensor is not None:
+            check_dtype("advance", name, tensor, dtypes)
+            check(
+                tensor.shape == token.shape and tensor.is_contiguous(),
+                lambda n=name, t=tensor: f"advance: {n} {tuple(t.shape)} must be contiguous, {tuple(token.shape)}",
+            )
+    if slot is not None:
+        check(block_table is not None and position is not None, lambda: "advance: slot needs block_table and position")
+        check_dtype("advance", "block_table", block_table, (torch.int32,))
+        check(
+            block_table.dim() == 2 and block_table.shape[0] == token.shape[0] and block_table.stride(1) == 1,
+            lambda: (
+                f"advance: block_table {tuple(block_table.shape)} must be [{token.shape[0]}, P] with unit stride in P"
+            ),
+        )
+        check(page > 0, lambda: f"advance: page is {page}, allowed: ≥ 1")
+    forward(
+        token.contiguous(), state.settings, state.history, state.rows, position, context_len, block_table, slot, page
+    )

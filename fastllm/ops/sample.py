@@ -1,0 +1,372 @@
+"""sample: the next token of every row of logits.
+
+Penalties -> greedy at temperature 0, else temperature -> top-k -> top-p -> min-p -> draw, in the order and meaning of
+transformers' logits processors:
+
+- repetition_penalty (Keskar et al. 2019) over prompt and completion: x < 0 ? x * penalty : x / penalty; then, over the
+  completion alone (OpenAI's definition), x -= frequency_penalty * count and x -= presence_penalty. `suppress` lists
+  ids that are kept out (x = -inf) while fewer than min_new_tokens were generated. Ids outside the vocabulary change
+  nothing.
+- order: the larger logit first, the lower index first among equals. Every kept set is a beginning of this order, so
+  `kept`, its size, names it. Greedy takes the first.
+- top_k: the first k, exactly. (transformers keeps all that tie with the k-th: more than k where logits are coarse.)
+- top_p (Holtzman et al. 2020): the shortest beginning whose probability, after top-k, reaches p: at least one token.
+  Sums are compared with a slack of 2^-22 of the total: .2 + .1 reaches p = .3.
+- min_p: tokens at least min_p times as likely as the first. Always keeps the first.
+- logits of -inf are never kept; where the largest is +inf, those that are +inf share the mass.
+
+Arithmetic: weights w = round(2^40 exp((x - max) * (1 / temperature))) as 64-bit integers, exp and its argument in
+fp32; S = sum of w over the kept set; u = 64 bits of Philox4x32-10 with key seed and counter (position, index), words
+0 and 1; r = floor(u S / 2^64); the token is the first, in order of the vocabulary, whose running sum of w exceeds r.
+Integer sums are associative: threads, batch neighbours and places in memory change no bit. A token less likely than
+the first by more than 2^-41 is never drawn.
+
+Shapes: logits [B, V] fp32 with any row stride, V <= 2^23; every result [B].
+Results: token int64; logprob fp32: log-probability of the token under softmax(logits) as given, before penalties,
+temperature and truncation; truncated_logprob fp32: under the distribution that it was drawn from (0 when greedy); kept
+int32; entropy fp32: of softmax(logits) as given, in nats. logprob and entropy come from integer sums at temperature 1.
+Errors: a row with a NaN, or without any finite or +inf logit, has no distribution: LogitsError names the rows. The
+other rows do not depend on them, so drop them and call again: the same tokens come out. (In a replayed plan: status
+2, and such a row gets token 0, NaN and kept = 0.)
+No gradient: differentiate the log-probability of the token that came out.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._op import Op, as_rows, check, check_dtype, pointer
+
+MAX_VOCAB = 1 << 23  # 2^23 weights of 2^40 stay below 2^63
+_INDEX_OUT_OF_RANGE, _NOT_A_NUMBER = 1, 2  # csrc/common.h: Status
+
+
+class LogitsError(ValueError):
+    """Rows of logits without a distribution; `rows` lists them."""
+
+    def __init__(self, rows: list[int]) -> None:
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        super().__init__(
+            f"sample: logits of row {shown} hold a NaN or nothing above -inf; look for an overflow in the model"
+        )
+        self.rows = rows
+
+
+# -------------------------------------------------------------------------------------------------------------- state
+
+
+def _field(dtype: torch.dtype, place: int) -> property:
+    return property(lambda self: self.settings.view(dtype)[:, place])
+
+
+_NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
+
+
+@dataclass(frozen=True, eq=False)
+class SampleState:
+    """What every row asks of the sampler, in memory that a replayed step reads and `advance` moves on.
+
+    settings: int64 [N, 8], one 64-byte record a row (csrc/common.h: SampleRow); the fields below are views of it, [N]
+        each, to be read and written in place.
+    history: int32 [N, H]: prompt, then what was generated; prompt_len and history_len count them.
+    suppress: int32 [N, E], unused places are -1.
+    rows: int32 [B] or None: the record that each row of logits uses; negative leaves the row out; None: row b uses b.
+    """
+
+    settings: Tensor
+    history: Tensor
+    suppress: Tensor
+    rows: Tensor | None = None
+
+    seed = _field(torch.int64, 0)
+    index = _field(torch.int64, 1)  # number of the completion among the n of its prompt
+    position = _field(torch.int64, 2)  # of the token to come
+    temperature = _field(torch.float32, 6)
+    top_p = _field(torch.float32, 7)
+    min_p = _field(torch.float32, 8)
+    repetition_penalty = _field(torch.float32, 9)
+    presence_penalty = _field(torch.float32, 10)
+    frequency_penalty = _field(torch.float32, 11)
+    top_k = _field(torch.int32, 12)
+    prompt_len = _field(torch.int32, 13)
+    history_len = _field(torch.int32, 14)
+    min_new_tokens = _field(torch.int32, 15)
+
+    @classmethod
+    def create(cls, count: int, *, history: int = 0, suppress: int = 0, device: str | torch.device = "cpu", **fields):
+        """`count` records with room for `history` tokens and `suppress` ids each; fields are numbers or [count]
+        tensors, the rest is neutral: plain sampling with seed 0."""
+        state = cls(
+            torch.zeros(count, 8, dtype=torch.int64, device=device),
+            torch.zeros(count, history, dtype=torch.int32, device=device),
+            torch.full((count, suppress), -1, dtype=torch.int32, device=device),
+        )
+        for name, value in {**_NEUTRAL, **fields}.items():
+            if not isinstance(getattr(cls, name, None), property):
+                allowed = ", ".join(n for n, v in vars(cls).items() if isinstance(v, property))
+                raise TypeError(f"SampleState: no field {name!r}; the fields are {allowed}")
+            view = getattr(state, name)
+            view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)
+        return state
+
+    def set(
+        self, row: int, params, *, index: int = 0, seed: int | None = None,
+        prompt: Sequence[int] = (), eos: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """Writes record `row` from a SamplingParams.
+
+        seed: params.seed, or drawn from torch's generator where both are None. prompt: the ids that the completion
+        follows. eos: the ids that min_new_tokens keeps out."""
+        seed = params.seed if seed is None else seed
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, ()))
+        check(
+            len(prompt) <= self.history.shape[1] or not self.history.shape[1],
+            lambda: f"SampleState: the prompt has {len(prompt)} tokens, a history {self.history.shape[1]}",
+        )
+        check(
+            len(eos) <= self.suppress.shape[1] or not params.min_new_tokens,
+            lambda: f"SampleState: {len(eos)} ids to suppress, room for {self.suppress.shape[1]}",
+        )
+        record = torch.zeros(1, 8, dtype=torch.int64)
+        floats, integers = record.view(torch.float32)[0], record.view(torch.int32)[0]
+        record[0, :3] = torch.tensor([seed, index, len(prompt)])
+        floats[6:12] = torch.tensor(
+            [
+                params.temperature, params.top_p, params.min_p,
+                params.repetition_penalty, params.presence_penalty, params.frequency_penalty,
+            ]
+        )  # fmt: skip
+        integers[12:] = torch.tensor([params.top_k, len(prompt), len(prompt), params.min_new_tokens])
+        self.settings[row] = record[0]
+        if self.history.shape[1]:
+            self.history[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int32)
+        if params.min_new_tokens:
+            self.suppress[row] = -1
+            self.suppress[row, : len(eos)] = torch.as_tensor(eos, dtype=torch.int32)
+
+    def with_rows(self, rows: Tensor) -> "SampleState":
+        """The same memory, read by rows of logits in another order or number."""
+        return replace(self, rows=rows)
+
+    def __getitem__(self, rows: slice) -> "SampleState":
+        """The state of a slice of the rows of logits: the same memory."""
+        if self.rows is not None:
+            return replace(self, rows=self.rows[rows])
+        return SampleState(self.settings[rows], self.history[rows], self.suppress[rows])
+
+
+# ---------------------------------------------------------------------------------------------------------- reference
+
+
+def philox(key: int, counter: int) -> list[int]:
+    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words of a 64-bit key and a 128-bit counter."""
+    mask = 2**32 - 1
+    c, k = [counter >> 32 * i & mask for i in range(4)], [key & mask, key >> 32 & mask]
+    for _ in range(10):
+        p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [q >> 32 ^ c[1] ^ k[0], q & mask, p >> 32 ^ c[3] ^ k[1], p & mask]
+        k = [(k[0] + 0x9E3779B9) & mask, (k[1] + 0xBB67AE85) & mask]
+    return c
+
+
+def random_bits(seed: int, index: int, position: int) -> int:
+    """64 bits for one token."""
+    words = philox(seed % 2**64, position % 2**64 | (index % 2**64) << 64)
+    return words[1] << 32 | words[0]
+
+
+def fixed_weights(x: Tensor, temperature: float) -> Tensor:
+    """round(2^40 exp((x - max) / temperature)), int64."""
+    top = x.max()
+    e = (x == top).double() if top == math.inf else ((x.double() - top.double()) / temperature).exp()
+    return (e * 2.0**40).round().long()
+
+
+def draw(weights: Tensor, bits: int) -> int:
+    """Inverse CDF on integers: the index at which the running sum of the weights passes bits / 2^64 of their total."""
+    running = weights.cumsum(0)
+    return int(torch.searchsorted(running, bits * int(running[-1]) >> 64, right=True))
+
+
+def kept_tokens(x: Tensor, weights: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """The ids that truncation keeps, in order: larger logit first, lower index first among equals."""
+    order = torch.sort(x, descending=True, stable=True).indices
+    order = order[: int((x > -math.inf).sum())]
+    if top_k > 0:
+        order = order[:top_k]
+    if top_p < 1:
+        running = weights[order].cumsum(0)
+        total = int(running[-1])
+        target = max(int(max(top_p, 0.0) * total) - (total >> 22), 1)
+        order = order[: int(torch.searchsorted(running, target)) + 1]
+    if min_p > 0:
+        ratio = torch.exp((x[order].double() - x[order[0]].double()).nan_to_num(0.0) / temperature)
+        order = order[ratio >= min(min_p, 1.0)]
+    return order
+
+
+def penalised(x: Tensor, state: SampleState, row: int) -> Tensor:
+    x = x.clone()
+    n, prompt = int(state.history_len[row]), int(state.prompt_len[row])
+    history = state.history[row, :n].long()
+    seen, completion = (h[(h >= 0) & (h < len(x))] for h in (history, history[prompt:]))
+    seen = seen.unique()
+    v = x[seen]
+    x[seen] = torch.where(v < 0, v * state.repetition_penalty[row], v / state.repetition_penalty[row])
+    ids, counts = completion.unique(return_counts=True)
+    x[ids] -= state.frequency_penalty[row] * counts.to(x.dtype)
+    x[ids] -= state.presence_penalty[row]
+    if n - prompt < state.min_new_tokens[row]:
+        ids = state.suppress[row].long()
+        x[ids[(ids >= 0) & (ids < len(x))]] = -math.inf
+    return x
+
+
+def sample_one(logits: Tensor, state: SampleState, row: int) -> tuple[int, float, float, int, float]:
+    """One row of logits [V] under record `row`."""
+    x = penalised(logits, state, row)
+    if x.isnan().any() or logits.isnan().any() or not (x > -math.inf).any():
+        return 0, math.nan, math.nan, 0, math.nan
+    temperature = float(state.temperature[row])
+    if not temperature > 0:
+        token, kept, truncated = int((x == x.max()).nonzero()[0]), 1, 0.0
+    else:
+        weights = fixed_weights(x, temperature)
+        limits = (int(state.top_k[row]), float(state.top_p[row]), float(state.min_p[row]))
+        order = kept_tokens(x, weights, temperature, *limits)
+        mask = torch.zeros_like(weights)
+        mask[order] = 1
+        bits = random_bits(int(state.seed[row]), int(state.index[row]), int(state.position[row]))
+        token, kept = draw(weights * mask, bits), len(order)
+        chosen = x[order].double()
+        scaled = torch.where(chosen == math.inf, 0.0, -math.inf) if chosen[0] == math.inf else chosen / temperature
+        truncated = float(scaled.log_softmax(0)[order == token])
+    wide = logits.double()
+    if wide.max() == math.inf:
+        wide = torch.where(wide == math.inf, 0.0, -math.inf)
+    logprobs = wide.log_softmax(0)
+    entropy = -torch.where(logprobs > -math.inf, logprobs.exp() * logprobs, 0.0).sum()
+    return token, float(logprobs[token]), truncated, kept, float(entropy)
+
+
+def reference(
+    logits: Tensor, settings: Tensor, history: Tensor, suppress: Tensor, rows: Tensor | None, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    state = SampleState(settings, history, suppress)
+    which = range(len(logits)) if rows is None else rows.tolist()
+    found = [(0, 0.0, 0.0, 0, 0.0) if r < 0 else sample_one(logits[b], state, r) for b, r in enumerate(which)]
+    columns = zip(*found, strict=True) if found else ((),) * 5
+    outputs = _outputs(logits, entropy)
+    for output, column in zip(outputs, columns, strict=True):
+        if output.numel():
+            output.copy_(torch.tensor(column, dtype=torch.float64 if output.is_floating_point() else output.dtype))
+    _raise_for(outputs)
+    return outputs
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+
+def _outputs(logits: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, device = logits.shape[0], logits.device
+    return (
+        torch.empty(n, dtype=torch.int64, device=device),
+        torch.empty(n, dtype=logits.dtype, device=device),
+        torch.empty(n, dtype=logits.dtype, device=device),
+        torch.empty(n, dtype=torch.int32, device=device),
+        torch.empty(n if entropy else 0, dtype=logits.dtype, device=device),
+    )
+
+
+def _raise_for(outputs: tuple[Tensor, ...]) -> None:
+    bad = outputs[1].isnan().nonzero().flatten().tolist()
+    if bad:
+        raise LogitsError(bad)
+
+
+def cpu(
+    logits: Tensor, settings: Tensor, history: Tensor, suppress: Tensor, rows: Tensor | None, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = token, logprob, truncated, kept, spread = _outputs(logits, entropy)
+    if logits.shape[0]:
+        x = as_rows(logits)
+        status = _C.sample(
+            token.data_ptr(), logprob.data_ptr(), truncated.data_ptr(), spread.data_ptr() if entropy else 0,
+            kept.data_ptr(), x.data_ptr(), settings.data_ptr(), pointer(rows), history.data_ptr(), suppress.data_ptr(),
+            x.shape[0], x.shape[1], x.stride(0), settings.shape[0], history.shape[1], suppress.shape[1],
+        )  # fmt: skip
+        if status == _INDEX_OUT_OF_RANGE:
+            raise IndexError(f"sample: state.rows names a record beyond the {settings.shape[0]} of the state")
+        if status == _NOT_A_NUMBER:
+            _raise_for(outputs)
+    return outputs
+
+
+# -------------------------------------------------------------------------------------------------------- registration
+
+forward = Op(
+    "sample(Tensor logits, Tensor settings, Tensor history, Tensor suppress, Tensor? rows, bool entropy)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference,
+    fake=lambda logits, settings, history, suppress, rows, entropy: _outputs(logits, entropy),
+    cpu=cpu,
+)
+
+
+def check_logits(op: str, logits: Tensor) -> None:
+    check_dtype(op, "logits", logits, (torch.float32,))
+    check(
+        logits.dim() == 2 and 1 <= logits.shape[1] <= MAX_VOCAB,
+        lambda: f"{op}: logits {tuple(logits.shape)} must be [B, V] with 1 <= V <= {MAX_VOCAB}",
+    )
+
+
+def check_state(op: str, state: SampleState, count: int, device: torch.device) -> None:
+    s, h, e, rows = state.settings, state.history, state.suppress, state.rows
+    check(
+        s.dtype == torch.int64 and h.dtype == e.dtype == torch.int32 and (rows is None or rows.dtype == torch.int32),
+        lambda: (
+            f"{op}: a state holds int64 settings and int32 history, suppress and rows; make it by SampleState.create"
+        ),
+        TypeError,
+    )
+    n = s.shape[0]
+    check(
+        s.shape[1:] == (8,) and h.dim() == e.dim() == 2 and h.shape[0] == e.shape[0] == n,
+        lambda: (
+            f"{op}: settings {tuple(s.shape)}, history {tuple(h.shape)}, suppress {tuple(e.shape)} must be"
+            " [N, 8], [N, H], [N, E]"
+        ),
+    )
+    check(
+        s.is_contiguous() and h.is_contiguous() and e.is_contiguous() and (rows is None or rows.is_contiguous()),
+        lambda: f"{op}: the tensors of a state must be contiguous",
+    )
+    check(
+        (n,) == (count,) if rows is None else rows.shape == (count,),
+        lambda: (
+            f"{op}: {count} rows of logits, but "
+            + (
+                f"{n} records in the state; set state.rows"
+                if rows is None
+                else f"state.rows has shape {tuple(rows.shape)}"
+            )
+        ),
+    )
+    check(s.device == device, lambda: f"{op}: the state is on {s.device}, the logits are on {device}")
+
+
+def sample(logits: Tensor, state: SampleState, entropy: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Draws a token for every row of logits [B, V]: token, logprob, truncated_logprob, kept, entropy, each [B].
+
+    entropy=False leaves the entropy out (its result is empty). Nothing is changed: move the state on with ops.advance.
+    Raises LogitsError for rows without a distribution. See the head of this file for the meaning of every result.
+    """
+    check_logits("sample", logits)
+    check_state("sample", state, logits.shape[0], logits.device)
+    return forward(logits.detach(), state.settings, state.history, state.suppress, state.rows, entropy)
