@@ -283,6 +283,16 @@ struct TopLogprobsArgs {
 static inline int64_t work(const TopLogprobsArgs& a) { return a.count * a.vocab * 2; }
 static inline int64_t scratch_bytes(const TopLogprobsArgs& a, int64_t threads) { return threads * sample_scratch(a.vocab, threads); }
 
+// ---- target_logprobs: log p of a given token at temperature 1 ------------------------------------------------------------
+struct TargetLogprobsArgs {
+  float* logprob;    // [count]
+  const float* logits;
+  const int64_t* target;
+  int64_t count, vocab, logits_stride;
+};
+static inline int64_t work(const TargetLogprobsArgs& a) { return a.count * a.vocab * 2; }
+static inline int64_t scratch_bytes(const TargetLogprobsArgs& a, int64_t threads) { return threads * sample_scratch(a.vocab, threads); }
+
 // ---- advance: what a decode step changes between the sampled token and the next forward --------------------------------
 struct AdvanceArgs {
   SampleRow* state;
@@ -290,6 +300,7 @@ struct AdvanceArgs {
   void* position;           // [count] int64 or int32, or null
   int32_t* context_len;     // [count] or null
   int64_t* slot;            // [count] or null: where the cache takes the token, from block_table
+  int64_t* next_ids;        // [count] or null: takes the token, for the embedding of the next step
   const int64_t* token;     // [count]
   const int32_t* rows;      // as in SampleArgs
   const int32_t* block_table;    // [count, table_stride]

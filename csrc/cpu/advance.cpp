@@ -20,6 +20,7 @@ void advance(const AdvanceArgs& a, Team& team) noexcept {
       a.history[which * a.history_stride + s.history_len] = int32_t(a.token[r]);
     else if (a.history_stride)
       report(team, kIndexOutOfRange);    // the history is full: the penalties would look at too little
+    if (a.next_ids) a.next_ids[r] = a.token[r];
     ++s.history_len;
     ++s.position;
     if (a.context_len) ++a.context_len[r];

@@ -81,7 +81,8 @@ class Decoder(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
         self.spec = AttentionSpec(causal=True, window=config.window)
-        table = ops.rope_table(config.max_position, config.head_dim, config.rope_theta)
+        with torch.device("cpu"):  # real also in a skeleton that is built on the meta device
+            table = ops.rope_table(config.max_position, config.head_dim, config.rope_theta)
         self.register_buffer("rope", table, persistent=False)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, ...]:

@@ -312,11 +312,7 @@ def _form(source: Any, ours: str, module: nn.Module, quantize: str | None, as_fl
 
 def _skeleton(config: DecoderConfig) -> Decoder:
     with torch.device("meta"):
-        model = Decoder(config)
-    from ..ops import rope_table
-
-    model.rope = rope_table(config.max_position, config.head_dim, config.rope_theta)
-    return model
+        return Decoder(config)
 
 
 def _modules(model: Decoder) -> list[tuple[str, nn.Module]]:

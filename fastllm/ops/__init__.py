@@ -11,6 +11,7 @@ from .rms_norm import rms_norm
 from .rope import rope, rope_table
 from .sample import LogitsError, SampleState, sample
 from .swiglu import swiglu
+from .target_logprobs import target_logprobs
 from .top_logprobs import top_logprobs
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "rope_table",
     "sample",
     "swiglu",
+    "target_logprobs",
     "top_logprobs",
 ]

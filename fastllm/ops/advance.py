@@ -2,7 +2,7 @@
 
 For every row b of the step, with record r = state.rows[b] (or b):
     history[r, history_len[r]] = token[b]; history_len[r] += 1; state.position[r] += 1
-    position[b] += 1; context_len[b] += 1; slot[b] = block_table[b, position[b] // page] * page + position[b] % page
+    next_ids[b] = token[b]; position[b] += 1; context_len[b] += 1; slot[b] = block_table[b, position[b] // page] * page + position[b] % page
 The second line is for tensors that were given: where the token stands, how many keys it sees, and where the cache
 takes it. The next forward reads `token`, `position`, `context_len` and `slot`; so a replayed step needs no work from
 the host but to look at the tokens. A row that is left out (r < 0) changes nothing and gets slot -1: its keys are
@@ -25,7 +25,7 @@ _MESSAGE = "advance: a history is full, a record does not exist or a position li
 
 def reference(
     token: Tensor, settings: Tensor, history: Tensor, rows: Tensor | None, position: Tensor | None,
-    context_len: Tensor | None, block_table: Tensor | None, slot: Tensor | None, page: int,
+    context_len: Tensor | None, block_table: Tensor | None, slot: Tensor | None, next_ids: Tensor | None, page: int,
 ) -> None:  # fmt: skip
     state, bad = SampleState(settings, history, history[:, :0]), False
     for b in range(len(token)):
@@ -40,6 +40,8 @@ def reference(
             history[r, n] = token[b]
         else:
             bad |= history.shape[1] > 0
+        if next_ids is not None:
+            next_ids[b] = token[b]
         state.history_len[r] += 1
         state.position[r] += 1
         if context_len is not None:
@@ -57,10 +59,10 @@ def reference(
 
 def cpu(
     token: Tensor, settings: Tensor, history: Tensor, rows: Tensor | None, position: Tensor | None,
-    context_len: Tensor | None, block_table: Tensor | None, slot: Tensor | None, page: int,
+    context_len: Tensor | None, block_table: Tensor | None, slot: Tensor | None, next_ids: Tensor | None, page: int,
 ) -> None:  # fmt: skip
     if _C.advance(
-        settings.data_ptr(), history.data_ptr(), pointer(position), pointer(context_len), pointer(slot),
+        settings.data_ptr(), history.data_ptr(), pointer(position), pointer(context_len), pointer(slot), pointer(next_ids),
         token.data_ptr(), pointer(rows), pointer(block_table),
         token.shape[0], settings.shape[0], history.shape[1], 0 if block_table is None else block_table.stride(0),
         0 if block_table is None else block_table.shape[1], page,
@@ -71,7 +73,7 @@ def cpu(
 
 forward = Op(
     "advance(Tensor token, Tensor(a!) settings, Tensor(b!) history, Tensor? rows, Tensor(c!)? position,"
-    " Tensor(d!)? context_len, Tensor? block_table, Tensor(e!)? slot, int page) -> ()",
+    " Tensor(d!)? context_len, Tensor? block_table, Tensor(e!)? slot, Tensor(f!)? next_ids, int page) -> ()",
     reference=reference,
     fake=lambda *arguments: None,
     cpu=cpu,
@@ -80,14 +82,14 @@ forward = Op(
 
 def advance(
     token: Tensor, state: SampleState, position: Tensor | None = None, context_len: Tensor | None = None,
-    block_table: Tensor | None = None, slot: Tensor | None = None, page: int = 16,
+    block_table: Tensor | None = None, slot: Tensor | None = None, next_ids: Tensor | None = None, page: int = 16,
 ) -> None:  # fmt: skip
     """Moves the state, and the tensors of the next decode step, on by one token. See the head of this file."""
     check_dtype("advance", "token", token, (torch.int64,))
     check(token.dim() == 1, lambda: f"advance: token {tuple(token.shape)} must be [B]")
     check_state("advance", state, token.shape[0], token.device)
     wanted = (("position", position, (torch.int64, torch.int32)), ("context_len", context_len, (torch.int32,)))
-    for name, tensor, dtypes in (*wanted, ("slot", slot, (torch.int64,))):
+    for name, tensor, dtypes in (*wanted, ("slot", slot, (torch.int64,)), ("next_ids", next_ids, (torch.int64,))):
         if tensor is not None:
             check_dtype("advance", name, tensor, dtypes)
             check(
@@ -105,5 +107,5 @@ def advance(
         )
         check(page > 0, lambda: f"advance: page is {page}, allowed: ≥ 1")
     forward(
-        token.contiguous(), state.settings, state.history, state.rows, position, context_len, block_table, slot, page
+        token.contiguous(), state.settings, state.history, state.rows, position, context_len, block_table, slot, next_ids, page
     )
