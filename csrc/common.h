@@ -49,7 +49,7 @@ struct RmsNormBackwardArgs {
 static inline int64_t work(const RmsNormBackwardArgs& a) { return a.rows * a.cols * 4; }
 static inline int64_t scratch_bytes(const RmsNormBackwardArgs& a, int64_t threads) { return threads * (a.cols + 16) * 4; }
 
-// ---- ceilings: what the machine can do at best; every thread runs them whole or shares the lines -----------------------
+// ---- ceilings: what the machine can do at best; threads share the lines, each runs a peak whole ----------------------
 struct ReadBandwidthArgs {
   int32_t* sum;    // += the 32-bit lanes of data, wrapping: proof that everything was read
   const void* data;
