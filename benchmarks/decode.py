@@ -157,7 +157,7 @@ class Meter:
         busy = sum(total) - total.idle - total.iowait - total.guest - total.guest_nice
         root = psutil.Process(worker.process.pid)
         for process in (psutil.Process(), root, *root.children(recursive=True)):
-            busy -= sum(process.cpu_times()[:2])
+            busy -= sum(process.cpu_times()[:4])  # its own and that of children that ended
         return busy
 
 

@@ -143,7 +143,7 @@ static inline int64_t work(const EmbeddingBackwardArgs& a) { return (a.count + a
 // The chains of positions that hold the same id (first and next), and the counter that hands out work.
 static inline int64_t scratch_bytes(const EmbeddingBackwardArgs& a, int64_t) { return (a.vocabulary + a.count + 8) * 8; }
 
-// ---- ceilings: what the machine can do at best; every thread runs them whole or shares the lines -----------------------
+// ---- ceilings: what the machine can do at best; threads share the lines, each runs a peak whole ----------------------
 struct ReadBandwidthArgs {
   int32_t* sum;    // += the 32-bit lanes of data, wrapping: proof that everything was read
   const void* data;

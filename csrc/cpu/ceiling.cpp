@@ -1,4 +1,4 @@
-// What this machine can do at best, as the yardstick of every benchmark: how fast memory is read, how many fp32 FMAs and how
+// What this machine can do at best, the yardstick of every benchmark: how fast memory is read, how many fp32 FMAs and how
 // many 8-bit products a second. Not ops: `fastllm bench` runs them beside the kernels, in the same seconds.
 #include "simd.h"
 
@@ -13,8 +13,8 @@ constexpr int64_t kPeakChains = 5;    // a vf is two registers of the 16
 constexpr int64_t kPeakChains = 2;    // a vf is four
 #endif
 
-// Sums the 32-bit lanes of `lines` lines, read as kStreams runs side by side. One run per thread keeps too few cache misses in
-// flight to fill the memory bus; the prefetch crosses page borders, which the hardware's does not.
+// Sums the 32-bit lanes of `lines` lines, read as kStreams runs side by side. One run per thread may keep too few cache
+// misses in flight to fill the memory bus; the prefetch crosses page borders, which the hardware's does not.
 template <int64_t kStreams> vi sum_lines(const char* data, int64_t lines, int64_t prefetch) {
   const int64_t run = lines / kStreams * 64;
   vi acc[4] = {seti(0), seti(0), seti(0), seti(0)};
@@ -42,7 +42,7 @@ void read_bandwidth(const ReadBandwidthArgs& a, Team& team) noexcept {
                                     : sum_lines<16>(data, n, a.prefetch);
   int32_t lanes[kLanes];
   storei(lanes, total);
-  for (const int32_t lane : lanes) __atomic_fetch_add(a.sum, lane, __ATOMIC_RELAXED);    // wraps: any order gives one value
+  for (const int32_t lane : lanes) __atomic_fetch_add(a.sum, lane, __ATOMIC_RELAXED);    // wraps: any order, one value
 }
 
 void fma_peak(const PeakArgs& a, Team& team) noexcept {
@@ -60,7 +60,7 @@ void fma_peak(const PeakArgs& a, Team& team) noexcept {
 void dot_peak(const PeakArgs& a, Team& team) noexcept {
   vi weights = seti(int32_t(a.factor)), activations[kPeakChains], chain[kPeakChains];
   for (int64_t c = 0; c < kPeakChains; ++c) chain[c] = seti(0), activations[c] = seti(int32_t(a.term) + int32_t(c));
-  for (int64_t i = 0; i < a.iterations; ++i, weights = weights + seti(1))    // else the AVX2 products would leave the loop
+  for (int64_t i = 0; i < a.iterations; ++i, weights = weights + seti(1))    // or AVX2's products leave the loop
     for (int64_t c = 0; c < kPeakChains; ++c) chain[c] = dot4(chain[c], weights, activations[c]);
   vi total = chain[0];
   for (int64_t c = 1; c < kPeakChains; ++c) total = total + chain[c];

@@ -35,8 +35,13 @@ def rate(x: float | None, unit: str | None) -> str:
     return f"{digits(x)} {unit}" if x < 9999.5 else f"{digits(x / 1e3)} {unit.replace('G', 'T', 1)}"
 
 
-def megabytes(n: int | None) -> str:
-    return "" if n is None else f"{n / 1e6:.1f} MB" if n < 1e9 else f"{n / 1e9:.2f} GB"
+def memory(n: int | None) -> str:
+    if n is None:
+        return ""
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= scale:
+            return f"{digits(n / scale)} {unit}"
+    return f"{n} B"
 
 
 def fitted(text: str, width: int) -> str:
@@ -83,7 +88,7 @@ def _section(rows: list[dict[str, Any]]) -> Iterable[str]:
             seconds(ours["median"]) + ("~" if row["busy"] else " "),
             rate(ours["rate"], row["unit"]),
             "" if row["fraction"] is None else f"{100 * row['fraction']:.0f} %",
-            megabytes(ours["memory_bytes"]),
+            memory(ours["memory_bytes"]),
             *(digits(row["ratios"][name]) if name in row["ratios"] else "-" for name in rivals),
         ])  # fmt: skip
     labels = [row["case"] for row in sorted(rows, key=lambda row: order[key_without_malloc(row)])]
@@ -157,8 +162,14 @@ def differences(new: Result, old: Result) -> list[str]:
     return found + ([f"gpu {gpus[0]} -> {gpus[1]}"] if gpus[0] != gpus[1] else [])
 
 
+def _overlap(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether the quartiles touch, with the same tenth allowed: what decides for rows of a busy machine."""
+    return new["rivals"][OURS]["q1"] <= REGRESSION * old["rivals"][OURS]["q3"]
+
+
 def compare(new: Result, old: Result) -> tuple[str, int]:
-    """(text, number of regressions): our time, new over old, row by row."""
+    """(text, number of regressions): our time, new over old, row by row. A regression is a median more than a tenth
+    slower; where the machine was busy, the quartiles must lie apart as well."""
     before = {key(row): row for row in old["rows"]}
     common = [row for row in new["rows"] if key(row) in before]
     if not common:
@@ -171,11 +182,12 @@ def compare(new: Result, old: Result) -> tuple[str, int]:
     lines.append("new/old  time now     before       row")
     for row in common:
         now, then = (r["rivals"][OURS]["median"] for r in (row, before[key(row)]))
-        slower = now / then > REGRESSION
+        shaky = row["busy"] or before[key(row)]["busy"]
+        slower = now / then > REGRESSION and not (shaky and _overlap(row, before[key(row)]))
         regressions += slower
         flag = "  REGRESSION" if slower else ""
-        shaky = " ~" if row["busy"] or before[key(row)]["busy"] else ""
-        lines.append(f"{now / then:6.2f}   {seconds(now):11}  {seconds(then):11}  {' '.join(key(row))}{shaky}{flag}")
+        name = " ".join(key(row)) + (" ~" if shaky else "")
+        lines.append(f"{now / then:6.2f}   {seconds(now):11}  {seconds(then):11}  {name}{flag}")
     lines.append(f"{regressions} of {len(common)} rows are more than {100 * (REGRESSION - 1):.0f} % slower.")
     if missing := len(before.keys() - {key(row) for row in new["rows"]}):
         lines.append(f"{missing} rows of the older result were not measured now.")

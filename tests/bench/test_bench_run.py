@@ -99,11 +99,10 @@ def test_a_peer_that_cannot_run_is_a_note():
 
 
 def test_the_bound_follows_the_intensity():
-    slow = dataclasses.replace(measure.ceilings("cpu", torch.float32)[0])
     bandwidth, arithmetic = measure.ceilings("cpu", torch.float32)
     assert measure.bound_by(10**9, 10**6, bandwidth, arithmetic) == "memory"
     assert measure.bound_by(10**6, 10**12, bandwidth, arithmetic) == "compute"
-    assert measure.bound_by(0, 0, bandwidth, arithmetic) is None and slow.unit == "GB/s"
+    assert measure.bound_by(0, 0, bandwidth, arithmetic) is None
 
 
 def check_row(row):

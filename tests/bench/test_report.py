@@ -27,7 +27,8 @@ def test_seconds(text, value):
 
 def test_rates():
     assert report.rate(73.6, "GB/s") == "73.6 GB/s" and report.rate(757_000, "GFLOP/s") == "757 TFLOP/s"
-    assert report.rate(None, "GB/s") == "" and report.megabytes(16_785_408) == "16.8 MB"
+    assert report.rate(None, "GB/s") == "" and report.memory(16_785_408) == "16.8 MB"
+    assert report.memory(2308) == "2.31 kB" and report.memory(0) == "0 B" and report.memory(None) == ""
 
 
 def test_table_fits_120_columns():
@@ -79,6 +80,17 @@ def test_compare_flags_what_is_more_than_a_tenth_slower():
         "1 of 3 rows are more than 10 % slower." in text and "1 rows of the older result were not measured now." in text
     )
     assert "Warning" not in text
+
+
+def test_compare_of_busy_rows_asks_for_separate_quartiles():
+    def spread(q1, q3, **changes):
+        made = row(busy=True, **changes)
+        made["rivals"]["fastllm"].update(q1=q1, q3=q3)
+        return result(made)
+
+    old = spread(0.8e-3, 1.5e-3)
+    assert report.compare(spread(1.6e-3, 3e-3, median=2e-3), old)[1] == 0
+    assert report.compare(spread(1.7e-3, 3e-3, median=2e-3), old)[1] == 1
 
 
 def test_compare_warns_on_another_machine():
