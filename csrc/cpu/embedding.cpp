@@ -9,18 +9,30 @@ FL_INLINE int64_t id_at(const void* ids, int64_t wide, int64_t i) {
   return wide ? static_cast<const int64_t*>(ids)[i] : static_cast<const int32_t*>(ids)[i];
 }
 
+template <class T> FL_INLINE const T* row_of(const EmbeddingArgs& a, int64_t t) {    // null: no such row
+  const int64_t id = id_at(a.ids, a.wide_ids, t * a.ids_stride);
+  return id >= 0 && id < a.vocabulary ? static_cast<const T*>(a.weight) + id * a.weight_stride : nullptr;
+}
+
+// The rows of a table lie anywhere: while one is copied, the next is fetched.
 template <class T> void forward(const EmbeddingArgs& a, Team& team) {
   const Range range = share(team, a.count);
+  const T* row = range.begin < range.end ? row_of<T>(a, range.begin) : nullptr;
   for (int64_t t = range.begin; t < range.end; ++t) {
-    const int64_t id = id_at(a.ids, a.wide_ids, t * a.ids_stride);
+    const T* next = t + 1 < range.end ? row_of<T>(a, t + 1) : nullptr;
     T* y = static_cast<T*>(a.y) + t * a.cols;
-    if (id < 0 || id >= a.vocabulary) {
+    int64_t i = 0;
+    if (row) {
+      for (; i + kLanes <= a.cols; i += kLanes) {
+        if (next) prefetch(next + i);
+        memcpy(y + i, row + i, kLanes * sizeof(T));
+      }
+      memcpy(y + i, row + i, size_t(a.cols - i) * sizeof(T));
+    } else {
       report(team, kIndexOutOfRange);
-      const vf nan = as_float(seti(0x7fc00000));
-      for (int64_t i = 0; i < a.cols; i += kLanes) store(y + i, nan, first(a.cols - i));
-      continue;
+      for (; i < a.cols; i += kLanes) store(y + i, as_float(seti(0x7fc00000)), first(a.cols - i));    // NaN
     }
-    memcpy(y, static_cast<const T*>(a.weight) + id * a.weight_stride, size_t(a.cols) * sizeof(T));
+    row = next;
   }
 }
 

@@ -44,6 +44,14 @@ template <class F> FL_INLINE void each_vector(const Team& team, int64_t rows, in
   }
 }
 
+constexpr int64_t kAhead = 512;    // elements between a prefetch and its use
+
+// Offset of what will be read kAhead elements later: in this row, or at the start of the next. The hardware's prefetcher stops
+// at the end of a row where rows lie apart, as the halves of a fused tensor do.
+FL_INLINE int64_t ahead(int64_t i, int64_t cols, int64_t stride) {
+  return i + kAhead < cols ? i + kAhead : i + kAhead - cols + stride;
+}
+
 template <class T, bool stream_out> void forward(const SwigluArgs& a, Team& team) {
   each_vector(team, a.rows, a.cols, [&](int64_t row, int64_t begin, int64_t end, int64_t tail) {
     const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride;
@@ -51,6 +59,7 @@ template <class T, bool stream_out> void forward(const SwigluArgs& a, Team& team
     T* y = static_cast<T*>(a.y) + row * a.cols;
     int64_t i = begin;
     for (; i < end; i += kLanes) {
+      prefetch(gate + ahead(i, a.cols, a.gate_stride)), prefetch(up + ahead(i, a.cols, a.up_stride));
       const vf v = swiglu(load(gate + i), load(up + i));
       stream_out ? stream(y + i, v) : store(y + i, v);
     }
@@ -70,6 +79,8 @@ template <class T, bool stream_out> void backward(const SwigluBackwardArgs& a, T
     T *dgate = static_cast<T*>(a.dgate) + row * a.cols, *dup = static_cast<T*>(a.dup) + row * a.cols;
     int64_t i = begin;
     for (; i < end; i += kLanes) {
+      prefetch(dy + ahead(i, a.cols, a.dy_stride));
+      prefetch(gate + ahead(i, a.cols, a.gate_stride)), prefetch(up + ahead(i, a.cols, a.up_stride));
       const Gradients d = swiglu_backward(load(dy + i), load(gate + i), load(up + i));
       stream_out ? stream(dgate + i, d.gate) : store(dgate + i, d.gate);
       stream_out ? stream(dup + i, d.up) : store(dup + i, d.up);
