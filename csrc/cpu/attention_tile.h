@@ -56,8 +56,6 @@ template <class F> FL_INLINE void with_rows(int64_t rows, F f) {
   }
 }
 
-#define FL_UNROLL _Pragma("GCC unroll 8")
-
 // ------------------------------------------------------------------------------------------------------------- scores
 
 // s[r][16 p ..] = scale * (q[r] . keys), R rows by N panels. Ahead: the value rows of the same keys are fetched meanwhile; a

@@ -107,7 +107,6 @@ FL_INLINE void store(f16* p, vf a, vm m) { _mm256_mask_storeu_epi16(p, m.v, _mm5
 // Per 32-bit lane: acc + sum of four products u8 (weights) x s8 (activations, the same four for every lane).
 FL_INLINE vi dot4(vi acc, vi weights, vi activations) { return {_mm512_dpbusd_epi32(acc.v, weights.v, activations.v)}; }
 
-FL_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 // ------------------------------------------------------------------------------------------------------------- AVX2
 #elif defined(__AVX2__)
@@ -194,7 +193,6 @@ FL_INLINE __m256i dot4_half(__m256i acc, __m256i w, __m256i x) {
   return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones)));
 }
 FL_INLINE vi dot4(vi acc, vi w, vi x) { return {dot4_half(acc.a, w.a, x.a), dot4_half(acc.b, w.b, x.b)}; }
-FL_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 // ---------------------------------------------------------------------------------------------------------- generic
 #else    // the compiler's own vectors, lowered to what the processor has
@@ -325,7 +323,6 @@ FL_INLINE vi dot4(vi acc, vi w, vi x) {
   return {acc.v + (w.v & 255) * (x.v << 24 >> 24) + (w.v >> 8 & 255) * (x.v << 16 >> 24) + (w.v >> 16 & 255) * (x.v << 8 >> 24) +
           (w.v >> 24 & 255) * (x.v >> 24)};
 }
-FL_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #endif
 // ------------------------------------------------------------------------------------------------- built from the above

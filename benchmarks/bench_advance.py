@@ -1,0 +1,5 @@
+from fastllm.bench.cases.advance import SUITE
+
+
+def test_advance(timed):
+    timed(SUITE)

@@ -1,0 +1,5 @@
+from fastllm.bench.cases.target_logprobs import SUITE
+
+
+def test_target_logprobs(timed):
+    timed(SUITE)
