@@ -133,22 +133,29 @@ class Meter:
     """Takes samples while the machine is quiet: other processes below `limit` cores."""
 
     def __init__(self, limit: float, patience: float):
-        self.limit, self.patience = limit, patience
+        self.limit, self.patience = limit, patience  # patience: seconds left to wait or to throw away
         self.discarded, self.noisy, self.kept = 0, 0, 0
 
     def sample(self, worker: Worker, **request) -> dict:
         """The worker's reply from a quiet moment; when patience has run out, a noisy one, which is counted."""
         while True:
-            start, before = time.monotonic(), self._others(worker)
-            reply = worker.ask(**request)
-            after, seconds = self._others(worker), time.monotonic() - start
-            quiet = (after - before) / seconds <= self.limit
+            while self.patience > 0 and not self._watch(worker, lambda: time.sleep(0.25))[1]:
+                pass
+            reply, quiet = self._watch(worker, lambda: worker.ask(**request))
             if quiet or self.patience <= 0:
                 self.noisy += not quiet
                 self.kept += 1
                 return reply
             self.discarded += 1
-            self.patience -= seconds
+
+    def _watch(self, worker: Worker, action) -> tuple:
+        """(result of `action`, was the machine quiet meanwhile); a noisy moment costs patience."""
+        start, before = time.monotonic(), self._others(worker)
+        result = action()
+        used, seconds = self._others(worker) - before, time.monotonic() - start
+        quiet = used / seconds <= self.limit
+        self.patience -= 0 if quiet else seconds
+        return result, quiet
 
     @staticmethod
     def _others(worker: Worker) -> float:
@@ -384,7 +391,7 @@ def parse(arguments=None):
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     parser.add_argument("--seconds", type=float, default=1.0, help="least length of a sample (up to 8 prompts)")
     parser.add_argument("--quiet", type=float, default=0.1, help="cores that other processes may use")
-    parser.add_argument("--patience", type=float, default=600, help="seconds to spend on discarded samples")
+    parser.add_argument("--patience", type=float, default=600, help="seconds to spend on waiting for quiet")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "decode.json")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
