@@ -1,5 +1,6 @@
-"""A case is one call of an op; a suite is all that is known of an op from outside: how to call it, what it must equal, where
-it must hold and what it costs. One record drives correctness, gradients, opcheck, the contract and the benchmark."""
+"""A case is one call of an op; a suite is all that is known of an op from outside: how to call it, what it must equal,
+where it must hold and what it costs. One record drives correctness, gradients, opcheck, the contract and the
+benchmark."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Make:
-    """Draws inputs: random, on one device, in one dtype, from one seed."""
+    """Draws inputs: random, on one device, in one dtype, from one seed. On the device "meta" they are shapes alone."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -23,17 +24,21 @@ class Make:
         object.__setattr__(self, "generator", torch.Generator().manual_seed(self.seed))
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
         values = torch.randn(shape, generator=self.generator) * scale
         return values.to(dtype or self.dtype).to(self.device)
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
         return torch.randint(low, high, shape, generator=self.generator, dtype=dtype).to(self.device)
 
 
 @dataclass(frozen=True)
 class Case:
-    """label: what tables print. inputs(make) -> keyword arguments of the op. bytes and flops: the fewest that the forward
-    must move and compute, for elements of `itemsize` bytes; backward_bytes and backward_flops likewise."""
+    """label: what tables print. inputs(make) -> keyword arguments of the op. bytes and flops: the fewest that the
+    forward must move and compute, for elements of `itemsize` bytes; backward_bytes and backward_flops likewise."""
 
     label: str
     inputs: Callable[[Make], Inputs]
@@ -45,8 +50,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Suite:
-    """op: its name. run(**inputs): the public op. reference(**inputs): plain PyTorch at the inputs' own dtype (float64 makes
-    it the oracle). peers: other implementations to time, name -> callable(**inputs).
+    """op: its name. run(**inputs): the public op. reference(**inputs): plain PyTorch at the inputs' own dtype (float64
+    makes it the oracle). peers: other implementations to time, name -> callable(**inputs).
     gradients: names of the inputs that receive one. rows: names of the inputs whose first dimension is a batch of
     independent rows; the contract test cuts them. dtypes: what the CPU kernel takes."""
 

@@ -1,12 +1,13 @@
 """rms_norm: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-With a residual, s = x + residual is normalised instead and returned beside y: the two reads and one write of a transformer
-block's addition come for free.
+With a residual, s = x + residual is normalised instead and returned beside y: the two reads and one write of a
+transformer block's addition come for free.
 
 Shapes: x, residual, y, s [..., N]; weight [N]. Dtypes: float32, bfloat16, float16, one for all.
 Rounding: s is rounded to the dtype before it is normalised; sums and products are fp32; y is rounded once, at the end.
-Backward, with h = s * rstd and g = dy * weight: dx = dresidual = rstd * (g - h * mean(g * h)) + ds, dweight = sum(dy * h),
-summed in fp32. A row's forward never depends on the other rows. A row of zeros gives zeros; a NaN stays in its row.
+Backward, with h = s * rstd and g = dy * weight: dx = dresidual = rstd * (g - h * mean(g * h)) + ds, and
+dweight = sum(dy * h), summed in fp32. A row's forward never depends on the other rows. A row of zeros gives zeros; a
+NaN stays in its row.
 """
 
 import torch
@@ -71,17 +72,16 @@ def backward_kernel(
     inside = col < cols
     w = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
     partial = tl.zeros((BLOCK,), tl.float32)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        r = row.to(tl.int64)
-        d = tl.load(dy + r * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(rstd + r)
-        h = tl.load(s + r * s_stride + col, mask=inside, other=0.0).to(tl.float32) * scale
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        d = tl.load(dy + row * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(rstd + row)
+        h = tl.load(s + row * s_stride + col, mask=inside, other=0.0).to(tl.float32) * scale
         partial += d * h
         g = d * w
         out = (g - h * (tl.sum(g * h, 0) / cols)) * scale
         if HAS_DS:
-            out += tl.load(ds + r * ds_stride + col, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + r * cols + col, out.to(dx.dtype.element_ty), mask=inside)
+            out += tl.load(ds + row * ds_stride + col, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + row * cols + col, out.to(dx.dtype.element_ty), mask=inside)
     tl.store(dweight + tl.program_id(0).to(tl.int64) * cols + col, partial, mask=inside)
 
 
@@ -204,8 +204,8 @@ backward = Op(
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None):
     """Root-mean-square norm of x [..., N] by weight [N]; with a residual [..., N], of x + residual.
 
-    Returns y [..., N], or (y, x + residual) when a residual is given. Raises ValueError for shapes or devices that do not
-    fit, TypeError for dtypes. See the head of this file for rounding.
+    Returns y [..., N], or (y, x + residual) when a residual is given. Raises ValueError for shapes or devices that do
+    not fit, TypeError for dtypes. See the head of this file for rounding.
     """
     check_dtype("rms_norm", "x", x)
     check_like("rms_norm", "weight", weight, "x", x)
