@@ -67,4 +67,5 @@ class Suite:
 
 
 def as_tuple(output: Any) -> tuple[torch.Tensor, ...]:
+    """An op's outputs, however many, as a tuple."""
     return tuple(output) if isinstance(output, (tuple, list)) else (output,)
