@@ -71,14 +71,14 @@ def ninja_path() -> str:
 
 
 def core_rules(suffix: str, build: Path) -> list[str]:
-    import pybind11
-
     cxx = os.environ.get("CXX", "c++")
     if not shutil.which(cxx.split()[0]):
         sys.exit(f"{cxx} is not there: install a C++17 compiler (g++ or clang++), or name one in CXX.")
     include = Path(sysconfig.get_paths()["include"])
     if not (include / "Python.h").exists():
         sys.exit(f"Python.h is not in {include}: install Python's headers (Debian: python3-dev).")
+    import pybind11
+
     debug, sanitize = os.environ.get("FASTLLM_DEBUG"), os.environ.get("FASTLLM_SANITIZE")
     optimise = "-O0 -g" if debug else "-O1" if sanitize else "-O3 -g0 -DNDEBUG"  # sanitized at -O3: minutes a file
     sanitize = f"-fsanitize={sanitize} -fno-sanitize-recover=all -fno-omit-frame-pointer -g" if sanitize else ""
