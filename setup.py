@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 RUNTIME = {"registry", "threads", "plan", "cuda_loader"}  # compiled once; the other files of csrc/cpu once per tier
@@ -140,6 +141,13 @@ def cuda_rules(nvcc: str, build: Path) -> list[str]:
     return [*lines, f"build _cuda.so: nvlink {' '.join(objects)}"]
 
 
+class FreshPackage(build_py):
+    def run(self) -> None:
+        if not self.editable_mode:  # or a module that was deleted since the last build stays in the wheel
+            shutil.rmtree(Path(self.build_lib) / "fastllm", ignore_errors=True)
+        super().run()
+
+
 class NinjaBuild(build_ext):
     def run(self) -> None:
         check_platform()
@@ -177,4 +185,4 @@ class NinjaBuild(build_ext):
 
 
 if __name__ == "__main__":  # pip runs this file so; a test imports it
-    setup(ext_modules=[Extension("fastllm._C", [])], cmdclass={"build_ext": NinjaBuild})
+    setup(ext_modules=[Extension("fastllm._C", [])], cmdclass={"build_py": FreshPackage, "build_ext": NinjaBuild})
