@@ -387,20 +387,50 @@ FL_INLINE bool streams(const void* p, int64_t rows, int64_t row_bytes) {
 }
 
 // Reductions: one tree (halves folded onto each other) for every tier, so that the order of additions is known.
+#if defined(__AVX2__)
+FL_INLINE float sum(__m256 a) {
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+FL_INLINE float max(__m256 a) {
+  __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
+FL_INLINE int32_t sum(__m256i a) {
+  __m128i b = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  b = _mm_add_epi32(b, _mm_shuffle_epi32(b, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+}
+#if defined(__AVX512F__)
+FL_INLINE __m256 low(__m512 a) { return _mm512_castps512_ps256(a); }
+FL_INLINE __m256 high(__m512 a) { return _mm512_extractf32x8_ps(a, 1); }
+FL_INLINE float sum(vf a) { return sum(_mm256_add_ps(low(a.v), high(a.v))); }
+FL_INLINE float max(vf a) { return max(_mm256_max_ps(low(a.v), high(a.v))); }
+FL_INLINE int32_t sum(vi a) { return sum(_mm256_add_epi32(_mm512_castsi512_si256(a.v), _mm512_extracti32x8_epi32(a.v, 1))); }
+#else
+FL_INLINE float sum(vf a) { return sum(_mm256_add_ps(a.a, a.b)); }
+FL_INLINE float max(vf a) { return max(_mm256_max_ps(a.a, a.b)); }
+FL_INLINE int32_t sum(vi a) { return sum(_mm256_add_epi32(a.a, a.b)); }
+#endif
+#else
 FL_INLINE float sum(vf a) {
-  float t[16];
-  store(t, a);
   for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) t[i] += t[i + width];
-  return t[0];
+    for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
+  return a.v[0];
 }
 FL_INLINE float max(vf a) {
-  float t[16];
-  store(t, a);
   for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) t[i] = t[i] > t[i + width] ? t[i] : t[i + width];
-  return t[0];
+    for (int i = 0; i < width; ++i) a.v[i] = a.v[i] > a.v[i + width] ? a.v[i] : a.v[i + width];
+  return a.v[0];
 }
+FL_INLINE int32_t sum(vi a) {
+  int32_t s = 0;
+  for (int i = 0; i < 16; ++i) s += a.v[i];
+  return s;
+}
+#endif
 
 // 2^n for n rounded already and within [-252, 254], in two factors so that subnormals come out right.
 FL_INLINE vf ldexp2(vf x, vf n) {
