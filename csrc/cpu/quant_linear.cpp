@@ -22,7 +22,7 @@ constexpr int kStreams = 4, kTileRows = 4;
 constexpr int kStreams = 2, kTileRows = 4;
 #endif
 constexpr int64_t kRowBlock = 64;
-constexpr int64_t kAhead = 1024;
+constexpr int64_t kAhead = 512;
 constexpr int64_t kFewRows = 4;    // up to here each thread quantises the rows for itself and needs no barrier
 
 // Quantised rows: values [rows][depth], then scales [rows][groups], then sums [rows][groups].
@@ -124,10 +124,22 @@ void stream(const QuantLinearArgs& a, const Activations& x, int64_t row, int64_t
       }
     }
   }
-  if constexpr (P > 2)
+  if constexpr (P == 6)
+    return;    // taken only where nothing is left over
+  else if constexpr (P > 2)
     stream<kBits, kMin, R, P / 2>(a, x, row, begin + length * lanes, end);
   else if constexpr (P == 2)
     if (!a.swiglu) stream<kBits, kMin, R, 1>(a, x, row, begin + length * lanes, end);
+}
+
+// One row. A left-over of one or two panels would run with one or two streams, far below the memory's rate: take six streams
+// where they come out even and eight do not.
+template <int kBits, bool kMin> void stream_row(const QuantLinearArgs& a, const Activations& x, int64_t row, int64_t begin, int64_t end) {
+  const int64_t width = a.swiglu ? 2 : 1, units = end - begin;
+  if (kStreams == 8 && units % (8 / width) && units % (6 / width) == 0)
+    stream<kBits, kMin, 1, 6>(a, x, row, begin, end);
+  else
+    stream<kBits, kMin, 1, kStreams>(a, x, row, begin, end);
 }
 
 template <int kBits, bool kMin> void run(const QuantLinearArgs& a, Team& team) {
@@ -155,7 +167,7 @@ template <int kBits, bool kMin> void run(const QuantLinearArgs& a, Team& team) {
     int64_t r = 0;
     if (a.rows >= 4) stream<kBits, kMin, 4, 4>(a, rows_at(r), r, u.begin, u.end), r += 4;
     if (a.rows - r >= 2) stream<kBits, kMin, 2, kStreams>(a, rows_at(r), r, u.begin, u.end), r += 2;
-    if (a.rows - r >= 1) stream<kBits, kMin, 1, kStreams>(a, rows_at(r), r, u.begin, u.end);
+    if (a.rows - r >= 1) stream_row<kBits, kMin>(a, rows_at(r), r, u.begin, u.end);
     return;
   }
   // Row blocks stay in cache while the panels pass; a tile takes one unit.
