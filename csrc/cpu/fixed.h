@@ -9,7 +9,6 @@
 namespace fastllm {
 namespace {
 
-constexpr float kLargest = 3.40282347e38f;
 constexpr float kNothing = -33.0f;    // exp(z) and -z exp(z) both round to zero below this
 
 // exp(scale * (x - max)) in [0, 1]. `max` is finite: a row whose largest logit is +inf passes the largest float, and its
