@@ -8,6 +8,9 @@
 """
 
 import contextlib
+import os
+import subprocess
+import sys
 import zlib
 
 import pytest
@@ -170,3 +173,14 @@ def check_compile(suite: Suite, case: Case, dtype: torch.dtype = torch.float32, 
         _, eager_g = _with_gradient(suite.run, inputs, names, upstream)
         for name, c, e in zip(names, compiled_g, eager_g, strict=True):
             torch.testing.assert_close(c, e, msg=lambda m, n=name: f"compiled d{n}: {m}")
+
+
+LOWER_TIERS = [tier for tier in ("avx2", "generic") if tier in _C.isas() and tier != _C.isa()]
+
+
+def check_lower_tier(file: str, tier: str) -> None:
+    """Runs a test file again under FASTLLM_ISA=tier, but for what does not depend on it."""
+    command = [sys.executable, "-m", "pytest", file, "-x", "-p", "no:cacheprovider"]
+    command += ["-k", "not lower_tiers and not compile and not opcheck and not errors"]
+    run = subprocess.run(command, env={**os.environ, "FASTLLM_ISA": tier}, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

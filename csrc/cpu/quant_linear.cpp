@@ -214,11 +214,13 @@ void pack_quants(const PackQuantsArgs& a, Team& team) noexcept {
           for (int k = 0; k < 16; ++k) q[k] = uint8_t((block[k] & 15) + shift), q[k + 16] = uint8_t((block[k] >> 4) + shift);
         uint32_t words[8];    // of 4 consecutive k
         memcpy(words, q, 32);
-        for (int c = 0; c < 8; ++c) {
-          if (a.bits == 8) memcpy(w + c * 64 + i * 4, words + c, 4);
-          if (a.bits == 4) words[c] |= words[c ^ 1] << 4;
-          if (a.bits == 4 && c % 2 == 0) memcpy(w + c / 2 * 64 + i * 4, words + c, 4);
-        }
+        if (a.bits == 8)
+          for (int c = 0; c < 8; ++c) memcpy(w + c * 64 + i * 4, words + c, 4);
+        else
+          for (int c = 0; c < 4; ++c) {
+            const uint32_t both = words[2 * c] | words[2 * c + 1] << 4;
+            memcpy(w + c * 64 + i * 4, &both, 4);
+          }
       }
       if (a.has_min && !a.block_min) store(minimum, load(scale) * set1(float(-zero)));    // a power of two: exact
       memcpy(w + quants + begin * 2, scale + begin, (end - begin) * 2);
