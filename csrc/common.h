@@ -94,6 +94,16 @@ struct QuantEmbeddingArgs {
 };
 static inline int64_t work(const QuantEmbeddingArgs& a) { return a.count * a.depth; }
 
+// Rows [first, first + count) of a quantised weight of `rows` rows, from blocks of 32 as GGUF stores them: float16 scale, float16
+// minimum if block_min, then 16 bytes of nibbles (k and k + 16) or 32 of s8. A block may hold fewer bits than the panels, and
+// have no minimum where they have one: nothing is lost.
+struct PackQuantsArgs {
+  uint8_t* panels;
+  const uint8_t* blocks;    // [count, groups] contiguous
+  int64_t first, count, rows, groups, swiglu, bits, has_min, block_bits, block_min;
+};
+static inline int64_t work(const PackQuantsArgs& a) { return a.count * a.groups * 32; }
+
 struct PackPanelsArgs {
   float* panels;    // panel p at p * panel_stride
   const float* weight;

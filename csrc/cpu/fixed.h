@@ -9,7 +9,6 @@
 namespace fastllm {
 namespace {
 
-constexpr float kLargest = 3.40282347e38f;
 constexpr float kNothing = -33.0f;    // exp(z) and -z exp(z) both round to zero below this
 constexpr float kMagic = 12582912.0f;    // 1.5 * 2^23: adding it leaves a value below 2^22, rounded, in the low bits
 constexpr float kUnit = 1048576.0f;      // 2^20: weights in vectors are multiples of 2^-20

@@ -40,23 +40,24 @@ FL_INLINE Activations activations_at(char* p, int64_t rows, int64_t depth) {
   return a;
 }
 
-// One row: scale = max|x| / 127, value = round(x / scale). A group of (nearly, below 1e-36) zeros has
-// scale 0; a NaN or infinity makes the scale NaN,
-// and with it every output of the row.
+constexpr float kSmallest = 1e-35f;    // a group below this counts as zeros: 127 / max|x| would overflow
+
+// One row: scale = max|x| / 127, value = round(x * (127 / max|x|)). A group of zeros has scale 0; a NaN or infinity makes the
+// scale NaN, and with it every output of the row.
 FL_INLINE void quantise_row(int8_t* values, float* scales, int32_t* sums, const float* x, int64_t n, int64_t depth) {
   for (int64_t g = 0; g * kGroup < depth; ++g) {
     const int64_t k = g * kGroup;
     const vf a = load(x + k, first(n - k)), b = load(x + k + kLanes, first(n - k - kLanes > 0 ? n - k - kLanes : 0));
     const vf size = max(abs(a), abs(b)), infinity = set1(__builtin_inff());
     const bool finite = (bits(abs(a) < infinity) & bits(abs(b) < infinity)) == 0xffff;
-    const float largest = finite ? max(size) : 0.0f, top = largest > 1e-36f ? largest : 0.0f;    // 127 / top stays finite
-    scales[g] = finite ? top / 127.0f : __builtin_nanf("");
-    const vf inverse = set1(top > 0 ? 127.0f / top : 0.0f);
-    const vi qa = to_int(min(max(set1(-127.0f), a * inverse), set1(127.0f)));
-    const vi qb = to_int(min(max(set1(-127.0f), b * inverse), set1(127.0f)));
-    store_s8(values + k, finite ? qa : seti(0));
-    store_s8(values + k + kLanes, finite ? qb : seti(0));
-    sums[g] = finite ? sum(qa + qb) : 0;
+    const float top = finite ? max(size) : 0.0f;
+    const bool plain = top >= kSmallest;
+    scales[g] = plain ? top / 127.0f : finite ? 0.0f : __builtin_nanf("");
+    const vf inverse = set1(plain ? 127.0f / top : 0.0f);
+    const vi qa = plain ? to_int(a * inverse) : seti(0), qb = plain ? to_int(b * inverse) : seti(0);
+    store_s8(values + k, qa);
+    store_s8(values + k + kLanes, qb);
+    sums[g] = sum(qa + qb);
   }
 }
 
@@ -197,6 +198,46 @@ void quant_linear(const QuantLinearArgs& a, Team& team) noexcept {
     a.has_min ? run<4, true>(a, team) : run<4, false>(a, team);
   else
     a.has_min ? run<8, true>(a, team) : run<8, false>(a, team);
+}
+
+void pack_quants(const PackQuantsArgs& a, Team& team) noexcept {
+  const int64_t width = a.swiglu ? 2 : 1, half = a.rows / width, quants = a.bits == 4 ? 256 : 512;
+  const int64_t bytes = quants + (a.has_min ? 64 : 32), size = (a.block_min ? 4 : 2) + a.block_bits * 4;
+  const int zero = a.block_bits == 4 ? 8 : 128, own = a.bits == 4 ? 8 : 128;
+  const uint8_t shift = (a.block_bits == 8 ? 128 : 0) + (a.has_min ? 0 : own - zero);    // s8 to unsigned, zero point to zero point
+  const Range mine = share(team, (half + kLanes - 1) / kLanes * width);
+  for (int64_t p = mine.begin; p < mine.end; ++p) {
+    const int64_t n = p % width * half + p / width * kLanes;    // row of lane 0
+    const int64_t limit = (p % width + 1) * half, last = a.first + a.count < limit ? a.first + a.count : limit;
+    const int64_t begin = a.first > n ? a.first - n : 0, end = last - n < kLanes ? last - n : kLanes;
+    for (int64_t g = 0; g < a.groups && begin < end; ++g) {
+      uint8_t* w = a.panels + (p * a.groups + g) * bytes;
+      f16 scale[16] = {}, minimum[16] = {};
+      for (int64_t i = begin; i < end; ++i) {
+        const uint8_t* block = a.blocks + ((n + i - a.first) * a.groups + g) * size;
+        memcpy(scale + i, block, 2);
+        if (a.block_min) memcpy(minimum + i, block + 2, 2);
+        block += a.block_min ? 4 : 2;
+        uint8_t q[32];
+        if (a.block_bits == 8)
+          for (int k = 0; k < 32; ++k) q[k] = uint8_t(block[k] + shift);
+        else
+          for (int k = 0; k < 16; ++k) q[k] = uint8_t((block[k] & 15) + shift), q[k + 16] = uint8_t((block[k] >> 4) + shift);
+        uint32_t words[8];    // of 4 consecutive k
+        memcpy(words, q, 32);
+        if (a.bits == 8)
+          for (int c = 0; c < 8; ++c) memcpy(w + c * 64 + i * 4, words + c, 4);
+        else
+          for (int c = 0; c < 4; ++c) {
+            const uint32_t both = words[2 * c] | words[2 * c + 1] << 4;
+            memcpy(w + c * 64 + i * 4, &both, 4);
+          }
+      }
+      if (a.has_min && !a.block_min) store(minimum, load(scale) * set1(float(-zero)));    // a power of two: exact
+      memcpy(w + quants + begin * 2, scale + begin, (end - begin) * 2);
+      if (a.has_min) memcpy(w + quants + 32 + begin * 2, minimum + begin, (end - begin) * 2);
+    }
+  }
 }
 
 // Exact: a float16 scale times a quant has at most 19 significant bits, so the product is, and one rounding adds the minimum.

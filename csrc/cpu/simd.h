@@ -465,8 +465,23 @@ FL_INLINE vf exp(vf x) {
   return select(is_nan(x), x, ldexp2(p, n));
 }
 
-// x * sigmoid(x). exp(-x) overflows to inf for very negative x and the quotient is -0, the right limit.
-FL_INLINE vf silu(vf x) { return x / (set1(1.0f) + exp(set1(0.0f) - x)); }
+constexpr float kLargest = 3.402823466e38f;    // the largest float
+
+// sigmoid(x) and sigmoid(-x) from e^-|x|, which overflows on neither side.
+struct Sigmoid {
+  vf of, of_negative;
+};
+FL_INLINE Sigmoid sigmoid(vf x) {
+  const vf t = exp(set1(0) - abs(x)), near_one = set1(1) / (t + set1(1)), near_zero = t * near_one;
+  const vm positive = x >= set1(0);
+  return {select(positive, near_one, near_zero), select(positive, near_zero, near_one)};
+}
+
+// x * sigmoid(x); -0 at -inf, its limit.
+FL_INLINE vf silu(vf x) {
+  const vf bounded = max(set1(-kLargest), x);    // -inf * 0 would be NaN; in this order NaN passes
+  return bounded * sigmoid(bounded).of;
+}
 
 // Calls f with a value of the element type that a DType names; only its type matters.
 template <class F> FL_INLINE void with_dtype(int64_t dtype, F f) {
