@@ -26,9 +26,11 @@ SCORE_ROWS = 64  # rows of logits at once when scoring: 64 x 49,152 floats are 1
 
 @dataclass
 class Timing:
-    """prefill_s: seconds to a first token, over `prompt_tokens` read in; decode_s: of the `decoded` tokens after it."""
+    """prefill_s: seconds to a first token, over `prompt_tokens` read in; capture_s: of the step that an engine
+    captures; decode_s: of the `decoded` tokens that were replayed."""
 
     prefill_s: float = 0.0
+    capture_s: float = 0.0
     decode_s: float = 0.0
     prompt_tokens: int = 0
     decoded: int = 0
@@ -118,14 +120,6 @@ class Engine:
         ops.advance(token, self.state, c.position, c.context_len, c.block_table, c.slot, next_ids=c.ids)
         return token, logprob, logits
 
-    def _replay(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self._captured is None:
-            self._captured = capture(self._decode)
-        elif self._captured.replay(self.threads):
-            # ids, slots and positions were checked before the step, so what is left is logits without a distribution
-            raise ops.LogitsError([0])
-        return self._captured.outputs
-
     def generate(
         self, prompt: Sequence[int], params: SamplingParams, index: int, seed: int, timing: Timing
     ) -> Iterator[Step]:
@@ -135,21 +129,28 @@ class Engine:
         """
         done: list[int] = []
         while True:
-            started, replayed = time.perf_counter(), self._current is done
+            started = time.perf_counter()
             with self._running():
-                if replayed:
-                    token, logprob, logits = self._replay()
+                if self._current is not done:
+                    spent, drawn = "prefill_s", self._begin(prompt, done, params, index, seed, timing)
+                elif self._captured is None:
+                    self._captured = capture(self._decode)
+                    spent, drawn = "capture_s", self._captured.outputs
                 else:
-                    token, logprob, logits = self._begin(prompt, done, params, index, seed, timing)
+                    spent, drawn = "decode_s", self._replay(self._captured)
+                token, logprob, logits = drawn
                 step = Step(int(token), float(logprob), _top(logits, params.logprobs))
             done.append(step.token)
             self._current = done
-            seconds = time.perf_counter() - started
-            if replayed:
-                timing.decode_s, timing.decoded = timing.decode_s + seconds, timing.decoded + 1
-            else:
-                timing.prefill_s += seconds
+            setattr(timing, spent, getattr(timing, spent) + time.perf_counter() - started)
+            timing.decoded += spent == "decode_s"
             yield step
+
+    def _replay(self, captured: Captured) -> tuple[Tensor, Tensor, Tensor]:
+        if captured.replay(self.threads):
+            # ids, slots and positions were checked before the step, so what is left is logits without a distribution
+            raise ops.LogitsError([0])
+        return captured.outputs
 
     def _begin(
         self, prompt: Sequence[int], done: list[int], params: SamplingParams, index: int, seed: int, timing: Timing
