@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 RUNTIME = {"registry", "threads", "plan", "cuda_loader"}  # compiled once; the other files of csrc/cpu once per tier
@@ -71,14 +72,14 @@ def ninja_path() -> str:
 
 
 def core_rules(suffix: str, build: Path) -> list[str]:
-    import pybind11
-
     cxx = os.environ.get("CXX", "c++")
     if not shutil.which(cxx.split()[0]):
         sys.exit(f"{cxx} is not there: install a C++17 compiler (g++ or clang++), or name one in CXX.")
     include = Path(sysconfig.get_paths()["include"])
     if not (include / "Python.h").exists():
         sys.exit(f"Python.h is not in {include}: install Python's headers (Debian: python3-dev).")
+    import pybind11
+
     debug, sanitize = os.environ.get("FASTLLM_DEBUG"), os.environ.get("FASTLLM_SANITIZE")
     optimise = "-O0 -g" if debug else "-O1" if sanitize else "-O3 -g0 -DNDEBUG"  # sanitized at -O3: minutes a file
     sanitize = f"-fsanitize={sanitize} -fno-sanitize-recover=all -fno-omit-frame-pointer -g" if sanitize else ""
@@ -140,6 +141,13 @@ def cuda_rules(nvcc: str, build: Path) -> list[str]:
     return [*lines, f"build _cuda.so: nvlink {' '.join(objects)}"]
 
 
+class FreshPackage(build_py):
+    def run(self) -> None:
+        if not self.editable_mode:  # or a module that was deleted since the last build stays in the wheel
+            shutil.rmtree(Path(self.build_lib) / "fastllm", ignore_errors=True)
+        super().run()
+
+
 class NinjaBuild(build_ext):
     def run(self) -> None:
         check_platform()
@@ -177,4 +185,4 @@ class NinjaBuild(build_ext):
 
 
 if __name__ == "__main__":  # pip runs this file so; a test imports it
-    setup(ext_modules=[Extension("fastllm._C", [])], cmdclass={"build_ext": NinjaBuild})
+    setup(ext_modules=[Extension("fastllm._C", [])], cmdclass={"build_py": FreshPackage, "build_ext": NinjaBuild})

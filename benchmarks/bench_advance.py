@@ -1,3 +1,5 @@
+"""advance: ours and PyTorch on the benchmark cases."""
+
 from fastllm.bench.cases.advance import SUITE
 
 

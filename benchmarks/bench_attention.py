@@ -1,3 +1,5 @@
+"""attention: ours and PyTorch on the benchmark cases."""
+
 from fastllm.bench.cases.attention import SUITE
 
 

@@ -1,3 +1,5 @@
+"""embedding: ours and PyTorch on the benchmark cases."""
+
 from fastllm.bench.cases.embedding import SUITE
 
 

@@ -1,3 +1,5 @@
+"""kv_append: ours and PyTorch on the benchmark cases."""
+
 from fastllm.bench.cases.kv_append import SUITE
 
 

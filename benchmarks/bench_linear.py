@@ -1,3 +1,5 @@
+"""linear: ours and PyTorch on the benchmark cases."""
+
 from fastllm.bench.cases.linear import SUITE
 
 

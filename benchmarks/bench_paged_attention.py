@@ -1,3 +1,5 @@
+"""paged_attention: ours and PyTorch on the benchmark cases."""
+
 from fastllm.bench.cases.paged_attention import SUITE
 
 

@@ -1,3 +1,5 @@
+"""quant_linear: ours and PyTorch on the benchmark cases."""
+
 from fastllm.bench.cases.quant_linear import SUITE
 
 

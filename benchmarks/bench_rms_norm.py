@@ -1,3 +1,5 @@
+"""rms_norm: ours and PyTorch on the benchmark cases."""
+
 from fastllm.bench.cases.rms_norm import SUITE
 
 

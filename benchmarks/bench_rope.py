@@ -1,3 +1,5 @@
+"""rope: ours and PyTorch on the benchmark cases."""
+
 from fastllm.bench.cases.rope import SUITE
 
 

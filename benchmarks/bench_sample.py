@@ -1,3 +1,5 @@
+"""sample: ours and PyTorch on the benchmark cases."""
+
 from fastllm.bench.cases.sample import SUITE
 
 

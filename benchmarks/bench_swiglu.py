@@ -1,3 +1,5 @@
+"""swiglu: ours and PyTorch on the benchmark cases."""
+
 from fastllm.bench.cases.swiglu import SUITE
 
 

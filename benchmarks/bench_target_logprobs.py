@@ -1,3 +1,5 @@
+"""target_logprobs: ours and PyTorch on the benchmark cases."""
+
 from fastllm.bench.cases.target_logprobs import SUITE
 
 

@@ -1,3 +1,5 @@
+"""top_logprobs: ours and PyTorch on the benchmark cases."""
+
 from fastllm.bench.cases.top_logprobs import SUITE
 
 

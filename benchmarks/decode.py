@@ -15,12 +15,9 @@ batches, GPU.
 import argparse
 import json
 import math
-import os
-import platform
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +26,8 @@ import psutil
 import texts
 from peers import Worker
 
-from fastllm import hub
+from fastllm import hub, info
+from fastllm.bench.load import other_load
 
 # The forms of the weights: how ours is asked for one (None: not at all), and the GGUF type that llama.cpp gets.
 FORMS = {
@@ -133,32 +131,38 @@ class Meter:
     """Takes samples while the machine is quiet: other processes below `limit` cores."""
 
     def __init__(self, limit: float, patience: float):
-        self.limit, self.patience = limit, patience
+        self.limit, self.patience = limit, patience  # patience: seconds left to wait or to throw away
+        self.foreign = other_load()  # a clock of what this process did not use; None where the system does not say
         self.discarded, self.noisy, self.kept = 0, 0, 0
 
     def sample(self, worker: Worker, **request) -> dict:
         """The worker's reply from a quiet moment; when patience has run out, a noisy one, which is counted."""
         while True:
-            start, before = time.monotonic(), self._others(worker)
-            reply = worker.ask(**request)
-            after, seconds = self._others(worker), time.monotonic() - start
-            quiet = (after - before) / seconds <= self.limit
+            while self.patience > 0 and not self._watch(worker, lambda: time.sleep(0.25))[1]:
+                pass
+            reply, quiet = self._watch(worker, lambda: worker.ask(**request))
             if quiet or self.patience <= 0:
                 self.noisy += not quiet
                 self.kept += 1
                 return reply
             self.discarded += 1
-            self.patience -= seconds
 
-    @staticmethod
-    def _others(worker: Worker) -> float:
+    def _watch(self, worker: Worker, action) -> tuple:
+        """(result of `action`, was the machine quiet meanwhile); a noisy moment costs patience."""
+        start, before = time.monotonic(), self._others(worker)
+        result = action()
+        used, seconds = self._others(worker) - before, time.monotonic() - start
+        quiet = used / seconds <= self.limit
+        self.patience -= 0 if quiet else seconds
+        return result, quiet
+
+    def _others(self, worker: Worker) -> float:
         """CPU seconds that the machine spent so far outside this process and the worker."""
-        total = psutil.cpu_times()
-        busy = sum(total) - total.idle - total.iowait - total.guest - total.guest_nice
+        if self.foreign is None:
+            return 0.0
         root = psutil.Process(worker.process.pid)
-        for process in (psutil.Process(), root, *root.children(recursive=True)):
-            busy -= sum(process.cpu_times()[:4])  # its own and that of children that ended
-        return busy
+        tree = (root, *root.children(recursive=True))
+        return self.foreign() - sum(sum(process.cpu_times()[:4]) for process in tree)  # [:4]: with ended children
 
 
 class Prompts:
@@ -324,28 +328,12 @@ def table(rows: list[dict]) -> str:
 
 def machine() -> dict:
     """What the figures depend on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    pairs = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line] if cpuinfo.exists() else []
-    names = {key.strip(): value.strip() for key, value in pairs}
-    wanted = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
-    return {
-        "cpu": f"{names.get('model name', platform.processor())}, family {names.get('cpu family', '?')}",
-        "isa": [flag for flag in wanted if flag in names.get("flags", "").split()],
-        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
+    return {key: value for key, value in info.machine().items() if key not in ("openmp", "gpus", "driver")}
 
 
 def versions() -> dict:
     """Versions of all that was measured; None for what is not installed."""
-    found = {"python": platform.python_version()}
-    for name in ("fastllm", "torch", "transformers", "llama-cpp-python", "gguf", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    return info.versions() | {name: info.package(name) for name in ("transformers", "llama-cpp-python", "gguf")}
 
 
 def plot(result: dict, path: Path) -> None:
@@ -384,7 +372,7 @@ def parse(arguments=None):
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     parser.add_argument("--seconds", type=float, default=1.0, help="least length of a sample (up to 8 prompts)")
     parser.add_argument("--quiet", type=float, default=0.1, help="cores that other processes may use")
-    parser.add_argument("--patience", type=float, default=600, help="seconds to spend on discarded samples")
+    parser.add_argument("--patience", type=float, default=600, help="seconds to spend on waiting for quiet")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "decode.json")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
@@ -421,6 +409,8 @@ def main() -> int:
         result["missed"] += missed
         ceilings = sorted({f"{row['bandwidth']:.1f}" for row in rows if row["bandwidth"]})
         print(f"\n{shape}: R = {' / '.join(ceilings) or 'not measured'} GB/s\n{table(rows)}\n", flush=True)
+    if meter.foreign is None:
+        result["failures"].append("not quiet: this system does not say how busy it is")
     if meter.noisy:
         result["failures"].append(f"not quiet: {meter.noisy} of {meter.kept} samples taken beside other work")
     result |= {"samples_discarded": meter.discarded, "ok": not result["failures"] and not result["missed"]}

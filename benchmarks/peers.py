@@ -33,34 +33,31 @@ import numpy as np
 
 
 class Ours:
-    """fastllm through its public API; `quantize` and `dtype` choose the weight form."""
+    """fastllm through its public API; `quantize` and `dtype` choose the weight form. Its seconds are those of the calls,
+    detokenisation included; of a decode's, only the prompt's pass is taken off."""
 
     def __init__(self, path, threads, quantize=None, dtype="auto", **_):
-        from fastllm import LLM
+        from fastllm import LLM, SamplingParams
 
+        self.params = SamplingParams
         self.llm = LLM(path, quantize=quantize, dtype=dtype, num_threads=threads)
         self.bytes_per_token = int(self.llm.bytes_per_token)
 
     def _generate(self, prompt, new):
-        """One request; refuses a timing that leaves more than a tenth of the wall time unexplained."""
-        from fastllm import SamplingParams
-
+        """One request: (seconds of the whole call, its output)."""
         start = time.perf_counter()
-        out = self.llm.generate([prompt], SamplingParams(max_new_tokens=new, temperature=0.0, ignore_eos=True))[0]
-        wall = time.perf_counter() - start
-        timing = out.timing
-        if timing.prompt_tokens != len(prompt) or timing.new_tokens != new or len(out.token_ids) != new:
-            raise RuntimeError(f"asked for {len(prompt)} + {new} tokens, timing says {timing}")
-        if timing.prefill_s + timing.decode_s < 0.9 * wall - 0.005:
-            raise RuntimeError(f"timing {timing} leaves out over a tenth of the wall time {wall:.4f} s")
-        return out
+        out = self.llm.generate([prompt], self.params(max_new_tokens=new, temperature=0.0, ignore_eos=True))[0]
+        seconds = time.perf_counter() - start
+        if out.timing.prompt_tokens != len(prompt) or len(out.token_ids) != new:
+            raise RuntimeError(f"asked for {len(prompt)} + {new} tokens, got {len(out.token_ids)}, {out.timing}")
+        return seconds, out
 
     def prefill(self, prompts):
-        return sum(self._generate(prompt, 1).timing.prefill_s for prompt in prompts)
+        return sum(self._generate(prompt, 1)[0] for prompt in prompts)
 
     def decode(self, prompts, new):
-        outs = [self._generate(prompt, new + 1) for prompt in prompts]  # the prompt's pass gives the first token
-        return sum(out.timing.decode_s for out in outs), [list(out.token_ids) for out in outs]
+        done = [self._generate(prompt, new + 1) for prompt in prompts]  # the prompt's pass gives the first token
+        return sum(seconds - out.timing.prefill_s for seconds, out in done), [out.token_ids for _, out in done]
 
     def nll(self, windows):
         return [math.log(value) for value in self.llm.perplexity(windows)]

@@ -137,8 +137,8 @@ def check_guards(suite: Suite, case: Case, dtype: torch.dtype) -> None:
             assert torch.equal(o, e) or e.isnan().any(), "an unaligned output changes the result"
 
 
-def check_contract(suite: Suite, case: Case, dtype: torch.dtype) -> None:
-    inputs = draw(suite, case, dtype)
+def check_contract(suite: Suite, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    inputs = draw(suite, case, dtype, device)
     names = [n for n in suite.rows if n in inputs]
     count = inputs[names[0]].shape[0]
     whole = as_tuple(suite.run(**inputs))
@@ -155,8 +155,8 @@ def check_contract(suite: Suite, case: Case, dtype: torch.dtype) -> None:
         assert torch.equal(w, s) or w.isnan().any(), "1 thread and all threads differ"
 
 
-def check_compile(suite: Suite, case: Case, dtype: torch.dtype = torch.float32) -> None:
-    inputs = draw(suite, case, dtype)
+def check_compile(suite: Suite, case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    inputs = draw(suite, case, dtype, device)
     names = [n for n in suite.gradients if n in inputs]
     torch._dynamo.reset()
     compiled = torch.compile(lambda **kw: suite.run(**kw), fullgraph=True)

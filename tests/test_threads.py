@@ -52,6 +52,16 @@ def test_size_of_the_team_is_torchs(threads):
 
 
 @LINUX
+def test_a_new_thread_follows_torchs_setting(threads):
+    """OpenMP keeps the number per thread; torch hands its own on when a thread first asks."""
+    seen = []
+    other = threading.Thread(target=lambda: seen.append(_C.max_threads()))
+    other.start()
+    other.join()
+    assert seen == [threads]
+
+
+@LINUX
 def test_thread_limit_nests_and_belongs_to_its_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(3)

@@ -11,80 +11,121 @@ namespace {
 
 constexpr float kLargest = 3.40282347e38f;
 constexpr float kNothing = -33.0f;    // exp(z) and -z exp(z) both round to zero below this
+constexpr float kMagic = 12582912.0f;    // 1.5 * 2^23: adding it leaves a value below 2^22, rounded, in the low bits
+constexpr float kUnit = 1048576.0f;      // 2^20: weights in vectors are multiples of 2^-20
 
-// exp(scale * (x - max)) in [0, 1]. `max` is finite: a row whose largest logit is +inf passes the largest float, and its
-// infinities weigh 1 each, everything else 0.
-FL_INLINE vf exponent(vf x, vf max, vf scale) { return min(fastllm::max((x - max) * scale, set1(-104.0f)), set1(0)); }
-FL_INLINE vf weight(vf x, vf max, vf scale) { return exp_bounded(exponent(x, max, scale)); }
+// N vectors go through exp side by side: its chain of some 20 dependent operations is longer than a processor looks ahead.
+#define FL_ABREAST for (int i = 0; i < N; ++i)
 
+// x becomes z = scale * (x - max), within [-80, 0]. `max` is finite: a row whose largest logit is +inf passes the largest
+// float; its infinities get 0, everything else -80.
+template <int N> FL_INLINE void exponents(vf (&x)[N], vf max, vf scale) {
+  FL_ABREAST x[i] = x[i] - max;
+  FL_ABREAST x[i] = x[i] * scale;
+  FL_ABREAST x[i] = fastllm::max(x[i], set1(-80.0f));
+  FL_ABREAST x[i] = min(x[i], set1(0));
+}
+
+// e = 2^20 exp(z): the value of exp() in simd.h, bit for bit, without what it does for other arguments; the factor comes with
+// the exponent. Over every float of [-30, 0] it never falls where z rises, and exp(0) = 1.
+template <int N> FL_INLINE void exponentials(const vf (&z)[N], vf (&e)[N]) {
+  vf n[N], f[N], square[N];
+  vi power[N];
+  FL_ABREAST n[i] = z[i] * set1(1.44269504088896341f);
+  FL_ABREAST n[i] = n[i] + set1(kMagic + 20);
+  FL_ABREAST power[i] = shift_left<23>(as_int(n[i]));
+  FL_ABREAST n[i] = n[i] - set1(kMagic + 20);
+  FL_ABREAST f[i] = fma(n[i], set1(-0.693359375f), z[i]);
+  FL_ABREAST f[i] = fma(n[i], set1(2.12194440e-4f), f[i]);
+  FL_ABREAST e[i] = fma(set1(1.9875691500e-4f), f[i], set1(1.3981999507e-3f));
+  FL_ABREAST square[i] = f[i] * f[i];
+  FL_ABREAST e[i] = fma(e[i], f[i], set1(8.3334519073e-3f));
+  FL_ABREAST e[i] = fma(e[i], f[i], set1(4.1665795894e-2f));
+  FL_ABREAST e[i] = fma(e[i], f[i], set1(1.6666665459e-1f));
+  FL_ABREAST e[i] = fma(e[i], f[i], set1(5.0000001201e-1f));
+  FL_ABREAST e[i] = fma(e[i], square[i], f[i]);
+  FL_ABREAST e[i] = e[i] + set1(1.0f);
+  FL_ABREAST e[i] = as_float(as_int(e[i]) + power[i]);
+}
+
+FL_INLINE vf exponent(vf x, vf max, vf scale) {
+  vf z[1] = {x};
+  exponents(z, max, scale);
+  return z[0];
+}
+FL_INLINE vf weight(vf x, vf max, vf scale) {
+  const vf z[1] = {exponent(x, max, scale)};
+  vf e[1];
+  exponentials(z, e);
+  return e[0];
+}
+
+// Sums of weights, up to 1024 a lane. e / 2^20 = high 2^-20 + low 2^-40 in integers: the part above 2^-20 comes off exactly,
+// and both parts are read from the bits of a sum with kMagic, which takes no conversion. Each addition leaves the bits of
+// kMagic behind, to be taken off at the end.
+struct Fixed {
+  vi high, low;
+};
+constexpr int32_t kMagicBits = 0x4b400000;
+constexpr int64_t kMostSums = 1024;
+
+FL_INLINE Fixed no_weight() { return {seti(0), seti(0)}; }
+template <int N> FL_INLINE void add(Fixed& sum, const vf (&e)[N]) {
+  const vf magic = set1(kMagic), unit = set1(kUnit);
+  vf high[N], low[N];
+  FL_ABREAST high[i] = e[i] + magic;
+  FL_ABREAST low[i] = high[i] - magic;
+  FL_ABREAST low[i] = e[i] - low[i];
+  FL_ABREAST low[i] = fma(low[i], unit, magic);
+  FL_ABREAST sum.high = sum.high + as_int(high[i]);
+  FL_ABREAST sum.low = sum.low + as_int(low[i]);
+}
+FL_INLINE Fixed plus(Fixed sum, vf e) {
+  const vf one[1] = {e};
+  add(sum, one);
+  return sum;
+}
+#undef FL_ABREAST
+
+FL_INLINE int64_t sum_of(vi v) {
 #if defined(__AVX512F__)
-struct vsum {
-  __m512i a, b;
-};
-FL_INLINE vsum no_sum() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
-FL_INLINE vsum fixed(vf e) {
-  const __m512 x = _mm512_mul_ps(e.v, _mm512_set1_ps(0x1p40f));
-  return {_mm512_cvtps_epi64(_mm512_castps512_ps256(x)), _mm512_cvtps_epi64(_mm512_extractf32x8_ps(x, 1))};
-}
-FL_INLINE vsum operator+(vsum x, vsum y) { return {_mm512_add_epi64(x.a, y.a), _mm512_add_epi64(x.b, y.b)}; }
-FL_INLINE uint64_t total(vsum s) { return uint64_t(_mm512_reduce_add_epi64(_mm512_add_epi64(s.a, s.b))); }
-FL_INLINE void store(uint64_t* p, vsum s) { _mm512_storeu_si512(p, s.a), _mm512_storeu_si512(p + 8, s.b); }
-
-#elif defined(__AVX2__)
-struct vsum {
-  __m256i a, b, c, d;
-};
-FL_INLINE vsum no_sum() {
-  const __m256i z = _mm256_setzero_si256();
-  return {z, z, z, z};
-}
-// Adding 2^52 leaves the rounded integer in the mantissa.
-FL_INLINE __m256i fixed(__m128 e) {
-  const __m256d x = _mm256_fmadd_pd(_mm256_cvtps_pd(e), _mm256_set1_pd(0x1p40), _mm256_set1_pd(0x1p52));
-  return _mm256_and_si256(_mm256_castpd_si256(x), _mm256_set1_epi64x(0xfffffffffffff));
-}
-FL_INLINE vsum fixed(vf e) {
-  return {fixed(_mm256_castps256_ps128(e.a)), fixed(_mm256_extractf128_ps(e.a, 1)), fixed(_mm256_castps256_ps128(e.b)),
-          fixed(_mm256_extractf128_ps(e.b, 1))};
-}
-FL_INLINE vsum operator+(vsum x, vsum y) {
-  return {_mm256_add_epi64(x.a, y.a), _mm256_add_epi64(x.b, y.b), _mm256_add_epi64(x.c, y.c), _mm256_add_epi64(x.d, y.d)};
-}
-FL_INLINE void store(uint64_t* p, vsum s) {
-  _mm256_storeu_si256((__m256i*)p, s.a), _mm256_storeu_si256((__m256i*)(p + 4), s.b);
-  _mm256_storeu_si256((__m256i*)(p + 8), s.c), _mm256_storeu_si256((__m256i*)(p + 12), s.d);
-}
-FL_INLINE uint64_t total(vsum s) {
-  alignas(32) uint64_t t[4];
-  _mm256_store_si256((__m256i*)t, _mm256_add_epi64(_mm256_add_epi64(s.a, s.b), _mm256_add_epi64(s.c, s.d)));
-  return t[0] + t[1] + t[2] + t[3];
-}
-
+  return _mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(v.v)),
+                                                  _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v.v, 1))));
 #else
-struct vsum {
-  uint64_t v[16];
-};
-FL_INLINE vsum no_sum() { return vsum{}; }
-FL_INLINE vsum fixed(vf e) {
-  vsum r;
-  for (int i = 0; i < 16; ++i) {
-    const double x = double(e.v[i]) * 0x1p40 + 0x1p52;    // the product is exact: one rounding
-    memcpy(&r.v[i], &x, 8);
-    r.v[i] &= 0xfffffffffffff;
-  }
-  return r;
-}
-FL_INLINE vsum operator+(vsum x, vsum y) {
-  for (int i = 0; i < 16; ++i) x.v[i] += y.v[i];
-  return x;
-}
-FL_INLINE void store(uint64_t* p, vsum s) { memcpy(p, s.v, sizeof s.v); }
-FL_INLINE uint64_t total(vsum s) {
-  uint64_t t = 0;
-  for (uint64_t x : s.v) t += x;
-  return t;
-}
+  int32_t t[16];
+  storei(t, v);
+  int64_t sum = 0;
+  for (int32_t x : t) sum += x;
+  return sum;
 #endif
+}
+
+// Total of `count` additions a lane.
+FL_INLINE uint64_t total(Fixed s, int64_t count) {
+  const vi bias = seti(int32_t(uint32_t(kMagicBits) * uint32_t(count)));
+  return uint64_t((sum_of(s.high - bias) << 20) + sum_of(s.low - bias));
+}
+FL_INLINE uint64_t total(vf e) { return total(plus(no_weight(), e), 1); }
+
+// The weights of one vector.
+FL_INLINE void store(uint64_t* p, vf e) {
+  int32_t high[16], low[16];
+  const Fixed s = plus(no_weight(), e);
+  storei(high, s.high - seti(kMagicBits)), storei(low, s.low - seti(kMagicBits));
+  for (int i = 0; i < 16; ++i) p[i] = uint64_t((int64_t(high[i]) << 20) + low[i]);
+}
+
+// Sum over the vectors v(i), i = 0, 16, ... below n; lanes that do not exist must be 0.
+template <class F> FL_INLINE uint64_t sum_weights(int64_t n, F v) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < n;) {
+    Fixed part = no_weight();
+    int64_t count = 0;
+    for (; i < n && count < kMostSums; i += kLanes, ++count) part = plus(part, v(i));
+    sum += total(part, count);
+  }
+  return sum;
+}
 
 // Natural logarithm of a positive normal number, error below 2 ulp: x = 2^e m with m in [sqrt(1/2), sqrt(2)), then the series
 // of 2 atanh((m - 1) / (m + 1)). Additions, products and one division only: the same bits in every tier.

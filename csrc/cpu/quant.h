@@ -9,14 +9,6 @@ constexpr int64_t kGroup = 32;
 
 FL_INLINE int64_t padded(int64_t depth) { return (depth + kGroup - 1) / kGroup * kGroup; }
 
-FL_INLINE int32_t sum(vi a) {
-  int32_t t[16];
-  storei(t, a);
-  int32_t s = 0;
-  for (int i = 0; i < 16; ++i) s += t[i];
-  return s;
-}
-
 FL_INLINE void store_s8(int8_t* p, vi a) {    // values within s8
 #if defined(__AVX512F__)
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v));

@@ -40,22 +40,23 @@ FL_INLINE Activations activations_at(char* p, int64_t rows, int64_t depth) {
   return a;
 }
 
-// One row: scale = max|x| / 127, value = round(x / scale). A group of zeros has scale 0; a NaN or infinity makes the scale NaN,
+// One row: scale = max|x| / 127, value = round(x / scale). A group of (nearly, below 1e-36) zeros has
+// scale 0; a NaN or infinity makes the scale NaN,
 // and with it every output of the row.
 FL_INLINE void quantise_row(int8_t* values, float* scales, int32_t* sums, const float* x, int64_t n, int64_t depth) {
   for (int64_t g = 0; g * kGroup < depth; ++g) {
     const int64_t k = g * kGroup;
     const vf a = load(x + k, first(n - k)), b = load(x + k + kLanes, first(n - k - kLanes > 0 ? n - k - kLanes : 0));
-    const vf zero = set1(0);
-    const float top = max(max(max(a, zero - a), max(b, zero - b)));
-    const float bad = sum(a * zero) + sum(b * zero);    // NaN when any value is not finite, else 0
-    scales[g] = top / 127.0f + bad;
-    const vf inverse = set1(top > 0 && bad == 0 ? 127.0f / top : 0.0f);
+    const vf size = max(abs(a), abs(b)), infinity = set1(__builtin_inff());
+    const bool finite = (bits(abs(a) < infinity) & bits(abs(b) < infinity)) == 0xffff;
+    const float largest = finite ? max(size) : 0.0f, top = largest > 1e-36f ? largest : 0.0f;    // 127 / top stays finite
+    scales[g] = finite ? top / 127.0f : __builtin_nanf("");
+    const vf inverse = set1(top > 0 ? 127.0f / top : 0.0f);
     const vi qa = to_int(min(max(set1(-127.0f), a * inverse), set1(127.0f)));
     const vi qb = to_int(min(max(set1(-127.0f), b * inverse), set1(127.0f)));
-    store_s8(values + k, bad == 0 ? qa : seti(0));
-    store_s8(values + k + kLanes, bad == 0 ? qb : seti(0));
-    sums[g] = bad == 0 ? sum(qa + qb) : 0;
+    store_s8(values + k, finite ? qa : seti(0));
+    store_s8(values + k + kLanes, finite ? qb : seti(0));
+    sums[g] = finite ? sum(qa + qb) : 0;
   }
 }
 

@@ -61,9 +61,9 @@ void penalise(const SampleRow& s, const int32_t* history, int64_t room, const in
 uint64_t multiply_high(uint64_t a, uint64_t b) { return uint64_t(static_cast<unsigned __int128>(a) * b >> 64); }
 
 // Lane of the vector of weights where the running sum passes r.
-int64_t lane_of(vsum weights, uint64_t r) {
+int64_t lane_of(vf e, uint64_t r) {
   uint64_t w[16];
-  store(w, weights);
+  store(w, e);
   int64_t lane = 0;
   for (; lane < 15 && r >= w[lane]; ++lane) r -= w[lane];
   return lane;
@@ -74,17 +74,15 @@ int64_t draw_from_blocks(const Row& row, int64_t vocab, const uint64_t* sums, ui
   int64_t b = 0;
   for (; r >= sums[b]; ++b) r -= sums[b];
   for (int64_t i = b * kBlock;; i += kLanes) {
-    const vsum w = fixed(weight(load_or(row.x + i, vocab - i, -__builtin_inff()), set1(row.top), set1(row.scale)));
-    const uint64_t sum = total(w);
-    if (r < sum) return i + lane_of(w, r);
+    const vf e = weight(load_or(row.x + i, vocab - i, -__builtin_inff()), set1(row.top), set1(row.scale));
+    const uint64_t sum = total(e);
+    if (r < sum) return i + lane_of(e, r);
     r -= sum;
   }
 }
 
 uint64_t sum_of(const float* e, int64_t n) {
-  vsum sum = no_sum();
-  for (int64_t i = 0; i < n; i += kLanes) sum = sum + fixed(load_or(e + i, n - i, 0));
-  return total(sum);
+  return sum_weights(n, [&](int64_t i) { return load_or(e + i, n - i, 0); });
 }
 
 // The nucleus ends at the first sum that reaches p of the total, less 2^-22 of it: what p itself and a sum of probabilities
@@ -129,7 +127,7 @@ Outcome choose(const SampleRow& s, const Limits& limits, const Row& row, const R
     n = apply_cut(cut, scratch.value, scratch.index, scratch.weight, n);
   }
   if (limits.has_min_p) {
-    const vf least = set1(limits.min_p);
+    const vf least = set1(limits.min_p * kUnit);
     int64_t kept = 0;
     for (int64_t i = 0; i < n; i += kLanes) {
       const vf v = load(scratch.value + i), e = load(scratch.weight + i);
@@ -143,10 +141,10 @@ Outcome choose(const SampleRow& s, const Limits& limits, const Row& row, const R
   const uint64_t kept_sum = sum_of(scratch.weight, n);
   uint64_t r = multiply_high(random_bits(s.seed, s.index, s.position), kept_sum);
   for (int64_t i = 0;; i += kLanes) {
-    const vsum w = fixed(load_or(scratch.weight + i, n - i, 0));
-    const uint64_t here = total(w);
+    const vf e = load_or(scratch.weight + i, n - i, 0);
+    const uint64_t here = total(e);
     if (r < here) {
-      const int64_t j = i + lane_of(w, r);
+      const int64_t j = i + lane_of(e, r);
       return {scratch.index[j], n, log_probability(scratch.value[j], row.max, kept_sum, s.temperature)};
     }
     r -= here;

@@ -92,33 +92,39 @@ struct Extremes {
 // A value that at least k of the maxima reach, and not many more: halving between values, so it may stop early where logits
 // lie on very different scales; the selection that follows is exact. -(largest float) where fewer than k are finite.
 [[maybe_unused]] float bound_of_best(const float* groups, int64_t count, int64_t k, float largest) {
+  // Maxima of several groups do as well, as long as they are many times k, and are counted sooner.
+  constexpr int64_t kFew = 2048;
+  float folded[kFew];
+  if (count > kFew && k <= kFew / 16) {
+    for (int64_t i = 0; i < kFew; i += kLanes) store(folded + i, load(groups + i));
+    for (int64_t i = kFew; i < count; i += kLanes) {
+      float* p = folded + i % kFew;
+      store(p, max(load(p), load(groups + i)));
+    }
+    groups = folded, count = kFew;
+  }
   auto reached = [&](float bound) {
     int64_t total = 0;
     const vf v = set1(bound);
     for (int64_t i = 0; i < count; i += kLanes) total += __builtin_popcount(reach(load(groups + i), v));
     return total;
   };
+  const int64_t enough = k + k / 4 + 8;
   float high = largest, low = largest, width = 1;
-  for (;; width *= 4) {    // go down until enough reach it
+  for (;; width *= 4) {    // go down until k reach it
     low = largest - width;
     if (!(low > -kLargest)) return -kLargest;
     const int64_t found = reached(low);
-    if (found >= k) {
-      if (found <= k + k / 4 + 8) return low;
-      break;
-    }
+    if (found >= k && found <= enough) return low;
+    if (found >= k) break;
     high = low;
   }
   for (int step = 0; step < 16; ++step) {
     const float middle = low + (high - low) * 0.5f;
     if (!(middle > low && middle < high)) break;
     const int64_t found = reached(middle);
-    if (found < k) {
-      high = middle;
-    } else {
-      low = middle;
-      if (found <= k + k / 4 + 8) break;
-    }
+    (found < k ? high : low) = middle;
+    if (found >= k && found <= enough) break;
   }
   return low;
 }
@@ -165,29 +171,49 @@ struct Mass {
 // sums: where each block's sum goes, or null.
 template <bool kMoment>
 [[maybe_unused]] Mass weigh(const float* x, int64_t n, Range blocks, const float* groups, float max, float scale, uint64_t* sums) {
+#if defined(__AVX512F__)
+  constexpr int kAbreast = kMoment ? 4 : 8;
+#else
+  constexpr int kAbreast = 4;
+#endif
   const vf m = set1(max), s = set1(scale), nothing = set1(kNothing);
   Mass mass{0, 0};
-  for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-    uint64_t sum = 0;
-    if (reach(exponent(load(groups + b * kLanes), m, s), nothing)) {
-      vsum weights = no_sum(), moments = no_sum();
-      auto add = [&](vf v) {
-        const vf z = exponent(v, m, s), e = exp_bounded(z);
-        weights = weights + fixed(e);
-        if (kMoment) moments = moments + fixed(e * (set1(0) - z));
-      };
-      const float* p = x + b * kBlock;
-      const int64_t left = n - b * kBlock;
-      if (left >= kBlock)
-        for (int64_t i = 0; i < kBlock; i += kLanes) add(load(p + i));
-      else
-        for (int64_t i = 0; i < left; i += kLanes) add(load_or(p + i, left - i, -__builtin_inff()));
-      sum = total(weights);
-      if (kMoment) mass.moment += total(moments);
-    }
-    if (sums) sums[b] = sum;
+  Fixed weights = no_weight(), moments = no_weight();
+  int64_t count = 0;    // vectors in them
+  auto flush = [&] {
+    const uint64_t sum = total(weights, count);
     mass.sum += sum;
+    if (kMoment) mass.moment += total(moments, count);
+    weights = moments = no_weight(), count = 0;
+    return sum;
+  };
+  for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+    if (sums) sums[b] = 0;
+    if (!reach((load(groups + b * kLanes) - m) * s, nothing)) continue;
+    const float* p = x + b * kBlock;
+    const int64_t left = n - b * kBlock;
+    auto step = [&](int64_t i, auto at) {
+      vf z[kAbreast], e[kAbreast];
+      for (int j = 0; j < kAbreast; ++j) z[j] = at(i + j * kLanes);
+      exponents(z, m, s);
+      exponentials(z, e);
+      add(weights, e);
+      if (!kMoment) return;
+      for (int j = 0; j < kAbreast; ++j) e[j] = e[j] * (set1(0) - z[j]);
+      add(moments, e);
+    };
+    if (left >= kBlock)
+      for (int64_t i = 0; i < kBlock; i += kAbreast * kLanes) step(i, [&](int64_t k) { return load(p + k); });
+    else
+      for (int64_t i = 0; i < kBlock; i += kAbreast * kLanes)
+        step(i, [&](int64_t k) { return load_or(p + k, left - k, -__builtin_inff()); });
+    count += kBlock / kLanes;
+    if (sums)
+      sums[b] = flush();
+    else if (count == kMostSums)
+      flush();
   }
+  flush();
   return mass;
 }
 
@@ -227,31 +253,27 @@ template <bool kWeighted>
     if (!(bottom < top)) {    // one value left: as many of its ties as the target still needs
       const uint64_t missing = target - above;
       if (!kWeighted) return {top, int64_t(missing)};
-      uint64_t one[16];
-      store(one, fixed(set1(e[0])));
-      const uint64_t ties = one[0] ? (missing + one[0] - 1) / one[0] : uint64_t(n);
+      uint64_t each[16];
+      store(each, set1(e[0]));
+      const uint64_t ties = each[0] ? (missing + each[0] - 1) / each[0] : uint64_t(n);
       return {top, int64_t(ties)};
     }
     const int64_t a = order(bottom), b = order(top);
     const float middle = from_order(a + ((b - a) >> 1));
     const vf v_middle = set1(middle);
-    vsum weights = no_sum();
     uint64_t sum = 0;
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const vm larger = v_middle < load_or(x + i, n - i, -__builtin_inff());
-      if (kWeighted)
-        weights = weights + fixed(select(larger, load_or(e + i, n - i, 0), set1(0)));
-      else
-        sum += uint64_t(__builtin_popcount(bits(larger)));
-    }
-    if (kWeighted) sum = total(weights);
+    auto larger = [&](int64_t i) { return v_middle < load_or(x + i, n - i, -__builtin_inff()); };
+    if (kWeighted)
+      sum = sum_weights(n, [&](int64_t i) { return select(larger(i), load_or(e + i, n - i, 0), set1(0)); });
+    else
+      for (int64_t i = 0; i < n; i += kLanes) sum += uint64_t(__builtin_popcount(bits(larger(i))));
     if (above + sum == target) return {middle, 0};
     const bool upper = above + sum > target;
     if (!upper) above += sum;
     int64_t kept = 0;
     for (int64_t i = 0; i < n; i += kLanes) {
       const vf v = load_or(x + i, n - i, 0);
-      const uint32_t larger = bits(v_middle < v), keep = (upper ? larger : ~larger) & exist(n - i);
+      const uint32_t above_middle = bits(v_middle < v), keep = (upper ? above_middle : ~above_middle) & exist(n - i);
       const vf w = kWeighted ? load_or(e + i, n - i, 0) : v;
       append(work_x + kept, v, keep);
       if (kWeighted) append(work_e + kept, w, keep);

@@ -387,20 +387,50 @@ FL_INLINE bool streams(const void* p, int64_t rows, int64_t row_bytes) {
 }
 
 // Reductions: one tree (halves folded onto each other) for every tier, so that the order of additions is known.
+#if defined(__AVX2__)
+FL_INLINE float sum(__m256 a) {
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+FL_INLINE float max(__m256 a) {
+  __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
+FL_INLINE int32_t sum(__m256i a) {
+  __m128i b = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  b = _mm_add_epi32(b, _mm_shuffle_epi32(b, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+}
+#if defined(__AVX512F__)
+FL_INLINE __m256 low(__m512 a) { return _mm512_castps512_ps256(a); }
+FL_INLINE __m256 high(__m512 a) { return _mm512_extractf32x8_ps(a, 1); }
+FL_INLINE float sum(vf a) { return sum(_mm256_add_ps(low(a.v), high(a.v))); }
+FL_INLINE float max(vf a) { return max(_mm256_max_ps(low(a.v), high(a.v))); }
+FL_INLINE int32_t sum(vi a) { return sum(_mm256_add_epi32(_mm512_castsi512_si256(a.v), _mm512_extracti32x8_epi32(a.v, 1))); }
+#else
+FL_INLINE float sum(vf a) { return sum(_mm256_add_ps(a.a, a.b)); }
+FL_INLINE float max(vf a) { return max(_mm256_max_ps(a.a, a.b)); }
+FL_INLINE int32_t sum(vi a) { return sum(_mm256_add_epi32(a.a, a.b)); }
+#endif
+#else
 FL_INLINE float sum(vf a) {
-  float t[16];
-  store(t, a);
   for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) t[i] += t[i + width];
-  return t[0];
+    for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
+  return a.v[0];
 }
 FL_INLINE float max(vf a) {
-  float t[16];
-  store(t, a);
   for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) t[i] = t[i] > t[i + width] ? t[i] : t[i + width];
-  return t[0];
+    for (int i = 0; i < width; ++i) a.v[i] = a.v[i] > a.v[i + width] ? a.v[i] : a.v[i + width];
+  return a.v[0];
 }
+FL_INLINE int32_t sum(vi a) {
+  int32_t s = 0;
+  for (int i = 0; i < 16; ++i) s += a.v[i];
+  return s;
+}
+#endif
 
 // 2^n for n rounded already and within [-252, 254], in two factors so that subnormals come out right.
 FL_INLINE vf ldexp2(vf x, vf n) {
@@ -418,12 +448,12 @@ FL_INLINE vf ldexp2(vf x, vf n) {
 #endif
 }
 
-// e^x for x within [-104, 89], error below 1.1 ulp: x = n ln2 + f with ln2 in two parts (Cody-Waite), then a degree-6
-// polynomial in f on [-ln2/2, ln2/2] (minimax, the coefficients of Cephes' expf). Checked over every float of [-30, 0]: it
-// never falls where x rises, and exp(0) = 1.
-FL_INLINE vf exp_bounded(vf x) {
-  const vf n = round(x * set1(1.44269504088896341f));
-  vf f = fma(n, set1(-0.693359375f), x);
+// e^x, error below 1.1 ulp: x = n ln2 + f with ln2 in two parts (Cody-Waite), then a degree-6 polynomial in f on
+// [-ln2/2, ln2/2] (minimax, the coefficients of Cephes' expf). exp(-inf) = 0, exp(NaN) = NaN, overflow gives +inf.
+FL_INLINE vf exp(vf x) {
+  const vf clamped = min(max(set1(-104.0f), x), set1(89.0f));    // in this order the bounds pass NaN through to `x`
+  const vf n = round(clamped * set1(1.44269504088896341f));
+  vf f = fma(n, set1(-0.693359375f), clamped);
   f = fma(n, set1(2.12194440e-4f), f);
   vf p = set1(1.9875691500e-4f);
   p = fma(p, f, set1(1.3981999507e-3f));
@@ -432,13 +462,7 @@ FL_INLINE vf exp_bounded(vf x) {
   p = fma(p, f, set1(1.6666665459e-1f));
   p = fma(p, f, set1(5.0000001201e-1f));
   p = fma(p, f * f, f) + set1(1.0f);
-  return ldexp2(p, n);
-}
-
-// e^x: exp(-inf) = 0, exp(NaN) = NaN, overflow gives +inf.
-FL_INLINE vf exp(vf x) {
-  const vf clamped = min(max(set1(-104.0f), x), set1(89.0f));    // in this order the bounds pass NaN through to `x`
-  return select(is_nan(x), x, exp_bounded(clamped));
+  return select(is_nan(x), x, ldexp2(p, n));
 }
 
 // x * sigmoid(x). exp(-x) overflows to inf for very negative x and the quotient is -0, the right limit.

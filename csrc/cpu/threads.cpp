@@ -21,6 +21,7 @@ struct OpenMP {
   int (*num_threads)() = nullptr;
   int (*max_threads)() = nullptr;
   int (*in_parallel)() = nullptr;
+  int (*torch_threads)() = nullptr;    // at::get_num_threads; it also tells OpenMP, in a thread that is new to torch
   char path[4096] = "";
 };
 
@@ -39,7 +40,8 @@ int collect(dl_phdr_info* info, size_t, void* context) {    // names only: dlope
   if (!info->dlpi_name || !*info->dlpi_name || names->count == 16) return 0;
   const char* base = strrchr(info->dlpi_name, '/');
   base = base ? base + 1 : info->dlpi_name;
-  if (!strncmp(base, "libgomp", 7) || !strncmp(base, "libomp", 6) || !strncmp(base, "libiomp5", 8))
+  if (!strncmp(base, "libgomp", 7) || !strncmp(base, "libomp", 6) || !strncmp(base, "libiomp5", 8) ||
+      !strncmp(base, "libtorch_cpu", 12))
     names->path[names->count++] = strdup(info->dlpi_name);
   return 0;
 }
@@ -53,17 +55,22 @@ OpenMP find() {
   Names names;
   dl_iterate_phdr(collect, &names);
   OpenMP best;
+  int (*torch_threads)() = nullptr;
   for (int i = 0; i < names.count; ++i) {
+    const char* path = names.path[i];
     OpenMP o;
-    void* library = dlopen(names.path[i], RTLD_LAZY | RTLD_NOLOAD);
-    if (library && resolve(library, "GOMP_parallel", o.parallel) && resolve(library, "omp_get_thread_num", o.thread_num) &&
-        resolve(library, "omp_get_num_threads", o.num_threads) && resolve(library, "omp_get_max_threads", o.max_threads) &&
-        resolve(library, "omp_in_parallel", o.in_parallel)) {
-      strncpy(o.path, names.path[i], sizeof(o.path) - 1);
+    void* library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+    if (library && strstr(path, "/libtorch_cpu")) {
+      resolve(library, "_ZN2at15get_num_threadsEv", torch_threads);
+    } else if (library && resolve(library, "GOMP_parallel", o.parallel) && resolve(library, "omp_get_thread_num", o.thread_num) &&
+               resolve(library, "omp_get_num_threads", o.num_threads) && resolve(library, "omp_get_max_threads", o.max_threads) &&
+               resolve(library, "omp_in_parallel", o.in_parallel)) {
+      strncpy(o.path, path, sizeof(o.path) - 1);
       if (!best.parallel || strstr(o.path, "/torch")) best = o;    // where several are mapped, torch's own
     }
     free(names.path[i]);
   }
+  best.torch_threads = torch_threads;
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
   return best;
 }
@@ -105,7 +112,7 @@ const char* openmp_path() { return openmp().path; }
 int max_threads() {
   const OpenMP& o = openmp();
   if (!o.parallel || forked || o.in_parallel()) return 1;
-  int n = o.max_threads();
+  int n = o.torch_threads ? o.torch_threads() : o.max_threads();
   return thread_limit > 0 && thread_limit < n ? thread_limit : n;
 }
 

@@ -12,7 +12,7 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Make:
-    """Draws inputs: random, on one device, in one dtype, from one seed."""
+    """Draws inputs: random, on one device, in one dtype, from one seed. On the device "meta" they are shapes alone."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -23,10 +23,14 @@ class Make:
         object.__setattr__(self, "generator", torch.Generator().manual_seed(self.seed))
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
         values = torch.randn(shape, generator=self.generator) * scale
         return values.to(dtype or self.dtype).to(self.device)
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
         return torch.randint(low, high, shape, generator=self.generator, dtype=dtype).to(self.device)
 
 
@@ -64,4 +68,5 @@ class Suite:
 
 
 def as_tuple(output: Any) -> tuple[torch.Tensor, ...]:
+    """An op's outputs, however many, as a tuple."""
     return tuple(output) if isinstance(output, (tuple, list)) else (output,)

@@ -51,6 +51,8 @@ Attend = Callable[[Tensor, int], Tensor]
 
 
 class Layer(nn.Module):
+    """One transformer layer: attention and gated MLP, each behind its norm, each added to the residual stream."""
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         c = config

@@ -15,8 +15,8 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,20 +34,22 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
 
 
-class Kernel(NamedTuple):
+@dataclass(frozen=True)
+class Kernel:
     """What runs an op on one kind of device, and why.
 
-    A launcher may have an argument `train=False` and leave out, when it is False, what only the backward reads (None in its
-    place): `infer` is the launcher as it is, for calls that want no gradient, and `run` has train=True.
+    A launcher may have an argument `train=False` and leave out, when it is False, what only the backward reads (None in
+    its place): `infer` is the launcher as it is, for calls that want no gradient, and `run` has train=True.
     """
 
     infer: Callable[..., Any]
     name: str  # "C++ (avx512)", "Triton", "reference"
     reason: str
+    run: Callable[..., Any] = field(init=False)
 
-    @property
-    def run(self) -> Callable[..., Any]:
-        return functools.partial(self.infer, train=True) if "train" in arguments(self.infer) else self.infer
+    def __post_init__(self) -> None:
+        train = "train" in arguments(self.infer)
+        object.__setattr__(self, "run", functools.partial(self.infer, train=True) if train else self.infer)
 
 
 @functools.cache
@@ -76,8 +78,8 @@ class Op:
 
     schema: torch schema without the namespace, "rms_norm(Tensor x, ...) -> (Tensor, Tensor)".
     reference: plain PyTorch with the raw op's arguments and results, differentiable; shares no helper with the kernels.
-    cpu, triton: launchers with the same arguments, for validated input; None where there is no such kernel. A launcher may
-        have one more, `train=False`: see Kernel.
+    cpu, triton: launchers with the same arguments, for validated input; None where there is no such kernel.
+        A launcher may have one more, `train=False`: see Kernel.
     fake: shapes and dtypes of the results.
     save(ctx, inputs, output), backward(ctx, *gradients): as in torch.autograd.Function; None for an op without its own
         backward: asked for a gradient it runs its reference, and `fastllm info` says so.
@@ -103,16 +105,13 @@ class Op:
         self._tensors = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
         self._lists = [i for i, kind in enumerate(kinds) if kind.startswith("List") and "Tensor" in kind]
         self._kernels: dict[str, Kernel] = {}
-        self._run_on: dict[str, Callable[..., Any]] = {}
-        self._infer_on: dict[str, Callable[..., Any]] = {}
         self._eager, self._traced = self._functions() if self.backward else (None, None)
         OPS[self.name] = self
 
     def kernel(self, device: str) -> Kernel:
         """The kernel for a device type, chosen once."""
         if device not in self._kernels:
-            kernel = self._kernels[device] = self._choose(device)
-            self._run_on[device], self._infer_on[device] = kernel.run, kernel.infer
+            self._kernels[device] = self._choose(device)
         return self._kernels[device]
 
     def _choose(self, device: str) -> Kernel:
@@ -129,7 +128,7 @@ class Op:
                 return Kernel(self.reference, "reference", "no GPU kernel yet")
             if not _triton.available():
                 return Kernel(self.reference, "reference", _triton.unavailable_reason())
-            return Kernel(self.triton, "Triton", "the GPU kernel of this op")
+            return Kernel(_triton.on_device(self.triton), "Triton", "the GPU kernel of this op")
         warnings.warn(
             f"fastllm.{self.name}: no kernel for device {device!r}, running the PyTorch reference", stacklevel=5
         )
@@ -140,7 +139,7 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         device = next(t for t in self._flat(args) if t is not None).device.type
-        return (self._run_on.get(device) or self.kernel(device).run)(*args)
+        return self.kernel(device).run(*args)
 
     def __call__(self, *args: Any) -> Any:
         values, positions = args, self._tensors
@@ -169,7 +168,7 @@ class Op:
             if grad:
                 return self._eager.apply(*args)
             device = "cpu" if first.is_cpu else first.device.type
-            return (self._infer_on.get(device) or self.kernel(device).infer)(*args)
+            return (self._kernels.get(device) or self.kernel(device)).infer(*args)
         if self._traced and (grad or (not _is_compiling() and _functorch_level() is not None)):
             return self._traced.apply(*args)
         return self.raw(*args)
@@ -247,8 +246,8 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def row_stride(x: Tensor) -> tuple[Tensor, int]:
-    """The same for a launcher that counts rows itself: (what to point at, elements from row to row). A contiguous tensor
-    needs no view, and a view costs a microsecond."""
+    """The same for a launcher that counts rows itself: (what to point at, elements from row to row). A contiguous
+    tensor needs no view, and a view costs a microsecond."""
     if x.is_contiguous():
         return x, x.shape[-1]
     x = as_rows(x)

@@ -44,6 +44,19 @@ def unavailable_reason() -> str:
     return _missing or "no CUDA device"
 
 
+def on_device(launcher):
+    """Triton launches on the current device: with several, a launcher first goes to where its tensors are."""
+    if torch.cuda.device_count() < 2:
+        return launcher
+
+    @functools.wraps(launcher)
+    def launch(*args, **options):
+        with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
+            return launcher(*args, **options)
+
+    return launch
+
+
 @functools.cache
 def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _C
 from ._op import Op, check, check_dtype, pointer
-from .sample import SampleState, check_state
+from .sample import SampleState, check_rows
 
 _MESSAGE = "advance: a history is full, a record does not exist or a position lies beyond the block table"
 
@@ -87,7 +87,7 @@ def advance(
     """Moves the state, and the tensors of the next decode step, on by one token. See the head of this file."""
     check_dtype("advance", "token", token, (torch.int64,))
     check(token.dim() == 1, lambda: f"advance: token {tuple(token.shape)} must be [B]")
-    check_state("advance", state, token.shape[0], token.device)
+    check_rows("advance", state, token)
     wanted = (("position", position, (torch.int64, torch.int32)), ("context_len", context_len, (torch.int32,)))
     for name, tensor, dtypes in (*wanted, ("slot", slot, (torch.int64,)), ("next_ids", next_ids, (torch.int64,))):
         if tensor is not None:

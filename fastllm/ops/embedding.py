@@ -37,8 +37,8 @@ def forward_kernel(y, ids, weight, vocabulary, cols, ids_stride, weight_stride, 
     t = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(ids + t * ids_stride).to(tl.int64)
-    known = (v >= 0) & (v < vocabulary)
-    row = tl.load(weight + v * weight_stride + col, mask=(col < cols) & known, other=float("nan"))
+    readable = tl.where((v >= 0) & (v < vocabulary), cols, 0)  # columns; none for an unknown id
+    row = tl.load(weight + v * weight_stride + col, mask=col < readable, other=float("nan"))
     tl.store(y + t * cols + col, row, mask=col < cols)
 
 

@@ -71,17 +71,16 @@ def backward_kernel(
     inside = col < cols
     w = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
     partial = tl.zeros((BLOCK,), tl.float32)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        r = row.to(tl.int64)
-        d = tl.load(dy + r * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(rstd + r)
-        h = tl.load(s + r * s_stride + col, mask=inside, other=0.0).to(tl.float32) * scale
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        d = tl.load(dy + row * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(rstd + row)
+        h = tl.load(s + row * s_stride + col, mask=inside, other=0.0).to(tl.float32) * scale
         partial += d * h
         g = d * w
         out = (g - h * (tl.sum(g * h, 0) / cols)) * scale
         if HAS_DS:
-            out += tl.load(ds + r * ds_stride + col, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + r * cols + col, out.to(dx.dtype.element_ty), mask=inside)
+            out += tl.load(ds + row * ds_stride + col, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + row * cols + col, out.to(dx.dtype.element_ty), mask=inside)
     tl.store(dweight + tl.program_id(0).to(tl.int64) * cols + col, partial, mask=inside)
 
 

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._op import Op, as_rows, check, check_dtype, pointer
+from ._op import Op, check, check_dtype, pointer
 
 MAX_VOCAB = 1 << 23  # 2^23 weights of 2^40 stay below 2^63
 _INDEX_OUT_OF_RANGE, _NOT_A_NUMBER = 1, 2  # csrc/common.h: Status
@@ -95,6 +95,25 @@ class SampleState:
     prompt_len = _field(torch.int32, 13)
     history_len = _field(torch.int32, 14)
     min_new_tokens = _field(torch.int32, 15)
+
+    def __post_init__(self) -> None:
+        s, h, e, rows = self.settings, self.history, self.suppress, self.rows
+        check(
+            s.dtype == torch.int64
+            and h.dtype == e.dtype == torch.int32
+            and (rows is None or rows.dtype == torch.int32),
+            lambda: "SampleState: settings are int64; history, suppress and rows int32; SampleState.create makes them",
+            TypeError,
+        )
+        check(
+            s.shape[1:] == (8,) and h.dim() == e.dim() == 2 and h.shape[0] == e.shape[0] == s.shape[0]
+            and (rows is None or rows.dim() == 1),
+            lambda: f"SampleState: settings {tuple(s.shape)}, history {tuple(h.shape)}, suppress {tuple(e.shape)}"
+            " must be [N, 8], [N, H], [N, E], and rows [B]",
+        )  # fmt: skip
+        given = [t for t in (s, h, e, rows) if t is not None]
+        check(all(t.is_contiguous() for t in given), lambda: "SampleState: its tensors must be contiguous")
+        check(all(t.device == s.device for t in given), lambda: "SampleState: its tensors are on several devices")
 
     @classmethod
     def create(cls, count: int, *, history: int = 0, suppress: int = 0, device: str | torch.device = "cpu", **fields):
@@ -292,9 +311,12 @@ def _raise_for(outputs: tuple[Tensor, ...]) -> None:
 def cpu(
     logits: Tensor, settings: Tensor, history: Tensor, suppress: Tensor, rows: Tensor | None, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = token, logprob, truncated, kept, spread = _outputs(logits, entropy)
-    if logits.shape[0]:
-        x = as_rows(logits)
+    n = logits.shape[0]
+    token, kept = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int32)
+    logprob, truncated, spread = (torch.empty(k, dtype=torch.float32) for k in (n, n, n if entropy else 0))
+    outputs = token, logprob, truncated, kept, spread
+    if n:
+        x = logits if logits.stride(1) == 1 else logits.contiguous()
         status = _C.sample(
             token.data_ptr(), logprob.data_ptr(), truncated.data_ptr(), spread.data_ptr() if entropy else 0,
             kept.data_ptr(), x.data_ptr(), settings.data_ptr(), pointer(rows), history.data_ptr(), suppress.data_ptr(),
@@ -319,46 +341,20 @@ forward = Op(
 
 
 def check_logits(op: str, logits: Tensor) -> None:
-    check_dtype(op, "logits", logits, (torch.float32,))
-    check(
-        logits.dim() == 2 and 1 <= logits.shape[1] <= MAX_VOCAB,
-        lambda: f"{op}: logits {tuple(logits.shape)} must be [B, V] with 1 <= V <= {MAX_VOCAB}",
-    )
+    if logits.dtype != torch.float32:
+        check_dtype(op, "logits", logits, (torch.float32,))
+    if logits.dim() != 2 or not 1 <= logits.shape[1] <= MAX_VOCAB:
+        raise ValueError(f"{op}: logits {tuple(logits.shape)} must be [B, V] with 1 <= V <= {MAX_VOCAB}")
 
 
-def check_state(op: str, state: SampleState, count: int, device: torch.device) -> None:
-    s, h, e, rows = state.settings, state.history, state.suppress, state.rows
-    check(
-        s.dtype == torch.int64 and h.dtype == e.dtype == torch.int32 and (rows is None or rows.dtype == torch.int32),
-        lambda: (
-            f"{op}: a state holds int64 settings and int32 history, suppress and rows; make it by SampleState.create"
-        ),
-        TypeError,
-    )
-    n = s.shape[0]
-    check(
-        s.shape[1:] == (8,) and h.dim() == e.dim() == 2 and h.shape[0] == e.shape[0] == n,
-        lambda: (
-            f"{op}: settings {tuple(s.shape)}, history {tuple(h.shape)}, suppress {tuple(e.shape)} must be"
-            " [N, 8], [N, H], [N, E]"
-        ),
-    )
-    check(
-        s.is_contiguous() and h.is_contiguous() and e.is_contiguous() and (rows is None or rows.is_contiguous()),
-        lambda: f"{op}: the tensors of a state must be contiguous",
-    )
-    check(
-        (n,) == (count,) if rows is None else rows.shape == (count,),
-        lambda: (
-            f"{op}: {count} rows of logits, but "
-            + (
-                f"{n} records in the state; set state.rows"
-                if rows is None
-                else f"state.rows has shape {tuple(rows.shape)}"
-            )
-        ),
-    )
-    check(s.device == device, lambda: f"{op}: the state is on {s.device}, the logits are on {device}")
+def check_rows(op: str, state: SampleState, rows: Tensor) -> None:
+    """The state fits the rows of logits or tokens; what it is made of was checked when it was made."""
+    used = state.settings if state.rows is None else state.rows
+    if used.shape[0] != rows.shape[0]:
+        mine = "records in the state; set state.rows" if state.rows is None else "in state.rows"
+        raise ValueError(f"{op}: {rows.shape[0]} rows, but {used.shape[0]} {mine}")
+    if used.device != rows.device:
+        raise ValueError(f"{op}: the state is on {used.device}, the rows are on {rows.device}")
 
 
 def sample(logits: Tensor, state: SampleState, entropy: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -368,5 +364,7 @@ def sample(logits: Tensor, state: SampleState, entropy: bool = True) -> tuple[Te
     Raises LogitsError for rows without a distribution. See the head of this file for the meaning of every result.
     """
     check_logits("sample", logits)
-    check_state("sample", state, logits.shape[0], logits.device)
-    return forward(logits.detach(), state.settings, state.history, state.suppress, state.rows, entropy)
+    check_rows("sample", state, logits)
+    if logits.requires_grad:
+        logits = logits.detach()
+    return forward(logits, state.settings, state.history, state.suppress, state.rows, entropy)

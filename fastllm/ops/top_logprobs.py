@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._op import Op, as_rows, check
+from ._op import Op, check
 from .sample import LogitsError, check_logits
 
 MAX_BEST = 20
@@ -47,7 +47,7 @@ def _outputs(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def cpu(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
     token, logprob = _outputs(logits, n)
     if token.numel():
-        x = as_rows(logits)
+        x = logits if logits.stride(1) == 1 else logits.contiguous()
         if _C.top_logprobs(token.data_ptr(), logprob.data_ptr(), x.data_ptr(), *x.shape, x.stride(0), n):
             raise LogitsError(logprob.isnan().any(1).nonzero().flatten().tolist())
     return token, logprob
@@ -65,4 +65,4 @@ def top_logprobs(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The n (at most 20) most likely tokens of every row of logits [B, V], best first: token and logprob, [B, n]."""
     check_logits("top_logprobs", logits)
     check(0 <= n <= MAX_BEST, lambda: f"top_logprobs: n is {n}, allowed: 0 to {MAX_BEST}")
-    return forward(logits.detach(), n)
+    return forward(logits.detach() if logits.requires_grad else logits, n)

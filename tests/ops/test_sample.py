@@ -553,13 +553,32 @@ STATE = SampleState.create(2)
         (torch.zeros(2, 8).half(), STATE, TypeError, "logits is float16, allowed: float32"),
         (torch.zeros(8), STATE, ValueError, r"logits \(8,\) must be \[B, V\] with 1 <= V <= 8388608"),
         (torch.zeros(2, 0), STATE, ValueError, r"logits \(2, 0\) must be"),
-        (torch.zeros(3, 8), STATE, ValueError, "3 rows of logits, but 2 records in the state; set state.rows"),
-        (torch.zeros(3, 8), STATE.with_rows(torch.zeros(2).int()), ValueError, r"state.rows has shape \(2,\)"),
-        (torch.zeros(2, 8), STATE.with_rows(torch.zeros(2).long()), TypeError, "int32 history, suppress and rows"),
-        (torch.zeros(2, 8, device="meta"), STATE, ValueError, "the state is on cpu, the logits are on meta"),
-        (torch.zeros(2, 8), replace(STATE, history=torch.zeros(1, 3).int()), ValueError, r"must be \[N, 8\], \[N, H\]"),
+        (torch.zeros(3, 8), STATE, ValueError, "3 rows, but 2 records in the state; set state.rows"),
+        (torch.zeros(3, 8), STATE.with_rows(torch.zeros(2).int()), ValueError, "3 rows, but 2 in state.rows"),
+        (torch.zeros(2, 8, device="meta"), STATE, ValueError, "the state is on cpu, the rows are on meta"),
     ],
-)  # fmt: skip
+)
 def test_errors(logits, state, error, message):
     with pytest.raises(error, match=message):
         ops.sample(logits, state)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rows": torch.zeros(2).long()}, TypeError, "settings are int64; history, suppress and rows int32"),
+        ({"settings": torch.zeros(2, 8)}, TypeError, "settings are int64"),
+        ({"history": torch.zeros(1, 3).int()}, ValueError, r"must be \[N, 8\], \[N, H\], \[N, E\]"),
+        ({"settings": torch.zeros(8, 2).long().t()}, ValueError, "must be contiguous"),
+        ({"rows": torch.zeros(2, device="meta").int()}, ValueError, "on several devices"),
+    ],
+)
+def test_a_state_is_checked_when_made(change, error, message):
+    with pytest.raises(error, match=message):
+        replace(STATE, **change)
+
+
+def test_logits_that_require_grad():
+    logits = torch.randn(2, 50)
+    for a, b in zip(ops.sample(logits.clone().requires_grad_(), STATE), ops.sample(logits, STATE), strict=True):
+        assert torch.equal(a, b) and not a.requires_grad

@@ -11,17 +11,17 @@ from ..case import Case, Suite
 
 
 def _on_copies(function):
-    def run(token, state, position, context_len, block_table, slot):
+    def run(token, state, position, context_len, block_table, slot, next_ids):
         state = replace(state, settings=state.settings.clone(), history=state.history.clone())
-        position, context_len, slot = position.clone(), context_len.clone(), slot.clone()
-        function(token, state, position, context_len, block_table, slot)
-        return state.settings, state.history, position, context_len, slot
+        position, context_len, slot, next_ids = (t.clone() for t in (position, context_len, slot, next_ids))
+        function(token, state, position, context_len, block_table, slot, next_ids)
+        return state.settings, state.history, position, context_len, slot, next_ids
 
     return run
 
 
-def _reference(token, state, position, context_len, block_table, slot):
-    reference(token, state.settings, state.history, state.rows, position, context_len, block_table, slot, 16)
+def _reference(token, state, position, context_len, block_table, slot, next_ids):
+    reference(token, state.settings, state.history, state.rows, position, context_len, block_table, slot, next_ids, 16)
 
 
 def case(batch: int, dtype: torch.dtype = torch.int64) -> Case:
@@ -34,6 +34,7 @@ def case(batch: int, dtype: torch.dtype = torch.int64) -> Case:
             "context_len": length + 1,
             "block_table": make.integers(0, 99, batch, 4, dtype=torch.int32),
             "slot": length.long(),
+            "next_ids": length.long(),
         }
 
     return Case(f"{batch} {str(dtype).removeprefix('torch.')}", inputs, bytes=lambda size: 100 * batch)
@@ -43,7 +44,7 @@ SUITE = Suite(
     op="advance",
     run=_on_copies(ops.advance),
     reference=_on_copies(_reference),
-    rows=("token", "state", "position", "context_len", "block_table", "slot"),
+    rows=("token", "state", "position", "context_len", "block_table", "slot", "next_ids"),
     dtypes=(torch.float32,),
     correct=(case(1), case(7), case(5, torch.int32), case(0)),
     benchmark=(case(1), case(64)),

@@ -1,0 +1,44 @@
+"""Every suite on an NVIDIA GPU: `pytest -m gpu` is all that a machine with one needs."""
+
+import _oracle
+import pytest
+import torch
+
+from fastllm.bench.cases import suites
+from fastllm.ops._op import OPS
+
+pytestmark = pytest.mark.gpu
+
+TABLE = [
+    pytest.param(suite, case, dtype, id=f"{name} {case.label} {str(dtype).removeprefix('torch.')}")
+    for name, suite in suites().items()
+    for case in suite.correct
+    for dtype in suite.dtypes
+]
+
+
+@pytest.fixture(autouse=True)
+def _gpu():
+    if not torch.cuda.is_available():
+        pytest.fail("`pytest -m gpu` asks for an NVIDIA GPU, and torch sees none")
+
+
+def test_kernels_are_ours():
+    """An op with a GPU kernel runs it; falling back in silence would make every other test here pass."""
+    assert all(op.kernel("cuda").name != "reference" for op in OPS.values() if op.triton)
+
+
+@pytest.mark.parametrize(("suite", "case", "dtype"), TABLE)
+def test_forward_and_gradients(suite, case, dtype):
+    _oracle.check_forward_and_gradients(suite, case, dtype, "cuda")
+
+
+@pytest.mark.parametrize(("suite", "case", "dtype"), TABLE)
+def test_contract(suite, case, dtype):
+    _oracle.check_contract(suite, case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("suite", suites().values(), ids=suites())
+def test_compile_fullgraph(suite):
+    largest = max(suite.correct, key=lambda case: case.bytes(4))
+    _oracle.check_compile(suite, largest, device="cuda")

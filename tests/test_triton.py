@@ -1,0 +1,136 @@
+"""Triton without a GPU: every kernel runs in the interpreter, and is compiled ahead of time for sm_80 and sm_90.
+
+What to compile is not kept by hand: the launchers run on meta tensors over the benchmark cases, and each launch that
+they would make is noted with its argument types, constants and warps.
+"""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from fastllm.bench.case import Make, as_tuple
+from fastllm.bench.cases import suites
+from fastllm.ops import _triton
+from fastllm.ops._op import OPS, Kernel
+
+if _triton._missing:
+    pytest.skip(_triton._missing, allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+HERE = Path(__file__).parent
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block may use
+TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64", "bool": "i1", "uint8": "u8"}
+TYPES |= {f"int{n}": f"i{n}" for n in (8, 16, 32, 64)}
+
+
+def test_interpreter():
+    """See _triton_interpreter.py."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "_triton_interpreter.py")]
+    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+class Launch(NamedTuple):
+    """What decides how a kernel is compiled."""
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    aligned: tuple[int, ...]  # arguments known to be multiples of 16
+    options: tuple[tuple[str, object], ...]
+
+
+def launches(monkeypatch) -> dict[Launch, object]:
+    """Every launch of the benchmark cases, forward and backward, as Triton would specialise it."""
+    found: dict[Launch, object] = {}
+
+    def note(kernel, *args, grid, warmup, **named):
+        parameters = inspect.signature(kernel.fn).parameters
+        options = {k: named.pop(k) for k in list(named) if k not in parameters}
+        signature, constants, aligned = {}, {}, []
+        for i, (name, value) in enumerate(inspect.signature(kernel.fn).bind(*args, **named).arguments.items()):
+            constant = "constexpr" in str(parameters[name].annotation)
+            if torch.is_tensor(value):
+                signature[name] = "*" + TYPES[str(value.dtype).removeprefix("torch.")]
+                aligned.append(i)
+            elif constant or value is None or (type(value) is int and value == 1):  # Triton folds ones in
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if value % 16 == 0:
+                    aligned.append(i)
+        key = Launch(
+            f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}",
+            tuple(signature.items()),
+            tuple(constants.items()),
+            tuple(aligned),
+            tuple(sorted(options.items())),
+        )
+        found[key] = kernel
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", note)
+    for op in OPS.values():
+        if op.triton:
+            monkeypatch.setitem(op._kernels, "meta", Kernel(op.triton, "Triton", "noted, not run"))
+    for name, suite in suites().items():
+        if OPS[name].triton:
+            for case in suite.benchmark:
+                for dtype in (torch.float32, torch.bfloat16):
+                    inputs = case.inputs(Make("meta", dtype))
+                    for g in suite.gradients:
+                        if g in inputs:
+                            inputs[g] = inputs[g].detach().requires_grad_()
+                    outputs = as_tuple(suite.run(**inputs))
+                    torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
+    return found
+
+
+def resources(compiled, folder: Path) -> dict[str, int]:
+    """Registers a thread and bytes spilled, as ptxas placed them."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([str(tool), "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def test_compiles_ahead_of_time_without_spills(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    noted = launches(monkeypatch)
+    modules = {k.fn.__module__ for k in noted.values()}
+    for op in OPS.values():
+        assert not op.triton or inspect.getmodule(op.triton).__name__ in modules, f"{op.name}: no kernel was noted"
+    bad, report = [], []
+    for launch, kernel in noted.items():
+        for arch, limit in SHARED_MEMORY.items():
+            source = ASTSource(
+                fn=kernel,
+                signature=dict(launch.signature),
+                constexprs=dict(launch.constants),
+                attrs={(i,): [["tt.divisibility", 16]] for i in launch.aligned},
+            )
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+            used, shared = resources(compiled, tmp_path), compiled.metadata.shared
+            types = dict.fromkeys(t for _, t in launch.signature if t.startswith("*"))
+            constants = " ".join(f"{k}={v}" for k, v in launch.constants)
+            line = (
+                f"{launch.kernel:28} sm_{arch} {used['REG']:4} registers {used['STACK'] + used['LOCAL']:4} spilled "
+                f"{shared:6} shared  {compiled.metadata.num_warps} warps  {' '.join(types)}  {constants}"
+            )
+            report.append(line)
+            if used["STACK"] or used["LOCAL"] or shared > limit:
+                bad.append(line)
+    print(*sorted(report), sep="\n")  # pytest -s shows it
+    assert not bad, "\n".join(bad)
