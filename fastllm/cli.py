@@ -1,17 +1,21 @@
 """The command line: thin doors to Python functions.
 
-fastllm info | bench
+fastllm info | bench | pull | generate
 """
 
+import dataclasses
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import __version__
+
+if TYPE_CHECKING:
+    from .llm import LLM, RequestOutput
 
 app = typer.Typer(
     name="fastllm",
@@ -119,6 +123,167 @@ def _progress(line: str) -> None:
         print(f"\r\033[K{line[:110]}", end="", file=sys.stderr, flush=True)
     elif line:
         print(line, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="An alias, such as smollm2-135m, or a Hub id.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash the cached files of an alias again.")] = False,
+) -> None:
+    """Fetch a model, unless it is here, and print its path."""
+    from . import hub
+
+    print(hub.resolve(name, revision=revision, verify=verify))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - or none reads standard input.")] = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from this file.")] = None,
+    model: Annotated[str, typer.Option(help="Alias, .gguf file, folder of safetensors, or Hub id.")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="auto keeps what the file stores; float32 dequantises it.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4.  [default: as stored]")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="How many to generate at most.")] = 128,
+    min_new_tokens: Annotated[int, typer.Option(help="No end of sequence before so many.")] = 0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 takes the likeliest token.  [default: 0; 1 where an option of drawing is given]"),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest tokens of this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Draw from tokens this likely against the likeliest.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes a draw repeatable.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="How many completions.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: against tokens that occurred.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Off the logit of a token once generated.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for each time it was generated.")] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; repeatable.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of sequence.")] = False,
+    logprobs: Annotated[int | None, typer.Option(help="Alternatives for each token, with --json.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and completion.")] = None,
+    threads: Annotated[int | None, typer.Option(help="[default: as torch has it]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of text.")] = False,
+    stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Measure, and say how fast it was.")] = True,
+) -> None:
+    """Complete a prompt: text on stdout as it comes, then one line on stderr that says how fast it was."""
+    from .sampling_params import SamplingParams
+
+    text = _prompt_text(prompt, file)
+    if logprobs is not None and not as_json:
+        raise ValueError(f"--logprobs {logprobs}: they are part of --json; add it")
+    drawing = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "n": n}
+    drawing = {name: value for name, value in drawing.items() if value is not None}
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature if temperature is not None else 1.0 if drawing else 0.0,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop=stop or (),
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+        **drawing,
+    )
+    request, interrupted = None, False
+    try:
+        from .llm import LLM
+
+        llm = LLM(model, dtype=dtype, quantize=quantize, max_model_len=max_model_len, num_threads=threads)
+        request = llm.request(llm.chat_ids([{"role": "user", "content": text}]) if chat else text, params)
+        if as_json:
+            for _ in llm.run(request):
+                pass
+        else:
+            _print_text(llm, request)
+    except KeyboardInterrupt:
+        if request is None:
+            raise typer.Exit(130) from None
+        interrupted = True
+    if not as_json:
+        print()
+    report = _statistics(llm, request, measure=stats and not interrupted)
+    if as_json:
+        print(json.dumps(_as_json(request, model, dtype, quantize) | report))
+    elif stats:
+        print(_statistics_line(report), file=sys.stderr)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _prompt_text(prompt: str | None, file: Path | None) -> str:
+    """The prompt from where it is; the newline that ends a file is not part of it."""
+    if prompt is not None and file is not None:
+        raise ValueError(f"a prompt and the file {file}: give one of them")
+    text = prompt
+    if file is not None or prompt in (None, "-"):
+        if file is None and prompt is None and sys.stdin.isatty():
+            raise ValueError("no prompt; give it as an argument, in a file with -f, or on standard input")
+        name, data = (file, file.read_bytes()) if file else ("standard input", sys.stdin.buffer.read())
+        try:
+            text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8 text: {error}") from error
+    if not text:
+        raise ValueError("the prompt is empty; give at least one character")
+    return text
+
+
+def _print_text(llm: "LLM", request: "RequestOutput") -> None:
+    """Streams the completions to stdout; where there are several, each under a line with its number."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding shows what it can
+    begun = 0
+    for piece in llm.run(request):
+        if request.params.n > 1 and begun < len(request.outputs):
+            print("\n" * (begun > 0) + f"--- {begun + 1} of {request.params.n} ---", flush=True)
+            begun += 1
+        print(piece, end="", flush=True)
+
+
+def _statistics(llm: "LLM", request: "RequestOutput", measure: bool) -> dict:
+    """Speeds of a request, and the memory's reading speed, measured now; None where there is nothing to tell."""
+    timing, read = request.timing, None
+    if measure and timing.decoded:
+        from .bench.harness import read_bandwidth
+
+        read = read_bandwidth(llm.engine.threads or None)
+    rate = timing.decoded / timing.decode_s if timing.decoded else None
+    bandwidth = rate and rate * llm.bytes_per_token / 1e9
+    return {
+        "timing": dataclasses.asdict(timing),
+        "prompt_tokens_per_second": timing.prompt_tokens / timing.prefill_s if timing.prefill_s else None,
+        "tokens_per_second": rate,
+        "bytes_per_token": llm.bytes_per_token,
+        "gb_per_s": bandwidth,
+        "read_gb_per_s": read,
+        "roofline": bandwidth and read and bandwidth / read,
+    }
+
+
+def _statistics_line(report: dict) -> str:
+    timing, rate = report["timing"], report["tokens_per_second"]
+    line = f"prompt: {timing['prompt_tokens']} tokens"
+    if report["prompt_tokens_per_second"]:
+        line += f", {report['prompt_tokens_per_second']:.0f} tok/s"
+    if rate:
+        line += f"; decoded: {timing['decoded']} tokens, {rate:.1f} tok/s"
+        line += f"; {report['bytes_per_token'] / 1e6:.1f} MB/token, {report['gb_per_s']:.1f} GB/s"
+    if report["roofline"]:
+        line += f", {report['roofline']:.0%} of the memory roofline ({report['read_gb_per_s']:.1f} GB/s)"
+    return line
+
+
+def _as_json(request: "RequestOutput", model: str, dtype: str, quantize: str | None) -> dict:
+    """The first completion's fields at hand, and all of them where there are several."""
+    each = [{k: v for k, v in vars(c).items() if k != "index"} for c in request.outputs]
+    several = {"outputs": each} if request.params.n > 1 else {}
+    origin = {"model": model, "dtype": dtype, "quantize": quantize, "seed": request.seed}
+    return (each[0] if each else {}) | several | origin
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
-"""The KV cache of one sequence: pages of 16 tokens for every layer, and the tensors that say where its next token goes."""
+"""The KV cache of one sequence: pages of 16 tokens for every layer, and the tensors that say where a token goes."""
 
 import torch
 
 from .. import ops
+from ..models.arena import Arena
 from ..models.blocks import PagedBatch
 from ..models.decoder import DecoderConfig
 
@@ -12,14 +13,24 @@ PAGE = ops.PAGE
 class SequenceCache:
     """Room for `capacity` tokens of one sequence.
 
-    The pages are allocated at once and touched as they fill, so resident memory follows the sequence. The decode tensors
-    (`ids`, `position`, `slot`, `context_len`) stay where they are: a replayed step reads and advances them.
+    The pages are mapped at once and touched as they fill, so resident memory follows the longest sequence so far. The
+    decode tensors (`ids`, `position`, `slot`, `context_len`) stay where they are: a replayed step reads and advances
+    them. MemoryError when the system refuses the mapping.
     """
 
     def __init__(self, config: DecoderConfig, capacity: int):
-        pages = -(-capacity // PAGE)
+        pages, c = -(-capacity // PAGE), config
         self.capacity = capacity
-        self.pages = [ops.KVPages.empty(pages, config.kv_heads, config.head_dim) for _ in range(config.layers)]
+        # Not on huge pages: 2 x layers of them, some 120 MB, would stand behind the first token.
+        arena, size = Arena(self.nbytes_for(c, capacity), huge=False), pages * c.kv_heads * c.head_dim * PAGE * 4
+
+        def take(*shape: int) -> torch.Tensor:
+            return arena.take(size, align=64).view(torch.float32).view(shape)
+
+        self.pages = [
+            ops.KVPages(take(pages, c.kv_heads, c.head_dim, PAGE), take(pages, c.kv_heads, PAGE, c.head_dim))
+            for _ in range(c.layers)
+        ]
         self.block_table = torch.arange(pages, dtype=torch.int32).unsqueeze(0)
         self.ids = torch.zeros(1, dtype=torch.int64)
         self.position = torch.zeros(1, dtype=torch.int64)
@@ -53,4 +64,3 @@ class SequenceCache:
         self.context_len.fill_(length)
         page, offset = divmod(length - 1, PAGE)
         self.slot.fill_(int(self.block_table[0, page]) * PAGE + offset)
-

@@ -1,12 +1,14 @@
 """The engine: a prompt goes in by chunks, tokens come out one replayed step at a time. One sequence at once.
 
-Prefill runs the model eagerly over chunks of the prompt. The first decode step is captured while it runs and replayed for
-every token after that, of every request: what differs between requests lies in tensors. The arithmetic contract makes tokens
-and log-probabilities independent of the chunking, of the thread count and of what the cache held before.
+Prefill runs the model eagerly over chunks of the prompt. The first decode step is captured while it runs and replayed
+for every token after that, of every request: what differs between requests lies in tensors. The arithmetic contract
+makes tokens and log-probabilities independent of the chunking, of the thread count and of what the cache held before.
+So a generation that another one interrupted reads its tokens in again and goes on as if nothing had happened.
 """
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -24,18 +26,20 @@ SCORE_ROWS = 64  # rows of logits at once when scoring: 64 x 49,152 floats are 1
 
 @dataclass
 class Timing:
-    """Seconds of the prompt and of the tokens after the first, with their counts."""
+    """prefill_s: seconds to a first token, over `prompt_tokens` read in; capture_s: of the step that an engine
+    captures; decode_s: of the `decoded` tokens that were replayed."""
 
     prefill_s: float = 0.0
+    capture_s: float = 0.0
     decode_s: float = 0.0
     prompt_tokens: int = 0
-    new_tokens: int = 0
+    decoded: int = 0
 
 
 @dataclass
 class Step:
-    """One generated token: its log-probability under the untruncated distribution at temperature 1, and, when asked for, the
-    most likely tokens with theirs."""
+    """One generated token: its log-probability under the untruncated distribution at temperature 1, and, when asked
+    for, the most likely tokens with theirs."""
 
     token: int
     logprob: float
@@ -44,7 +48,8 @@ class Step:
 
 @dataclass
 class Engine:
-    """model: packed. capacity: tokens of the longest sequence. threads: 0 takes torch's number. chunk: prompt tokens at once."""
+    """model: packed. capacity: tokens of the longest sequence. threads: 0 takes torch's number. chunk: prompt tokens
+    that are read in at once."""
 
     model: Decoder
     capacity: int
@@ -52,11 +57,12 @@ class Engine:
     threads: int = 0
     chunk: int = 512
     _captured: Captured | None = field(default=None, init=False)
+    _prompt: tuple[Sequence[int], Tensor] | None = field(default=None, init=False)  # in the cache, and its logits
+    _current: list[int] | None = field(default=None, init=False)  # the generation whose next step can be replayed
 
     def __post_init__(self) -> None:
         self.cache = SequenceCache(self.model.config, self.capacity)
         self.state = ops.SampleState.create(1, history=self.capacity + 1, suppress=max(1, len(self.eos_ids)))
-        self.logits = torch.empty(0)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
@@ -71,6 +77,7 @@ class Engine:
 
     def _hidden(self, ids: Tensor) -> Iterator[Tensor]:
         """Final hidden states of a sequence from its start, chunk by chunk [T, dim]; fills the cache."""
+        self._prompt = self._current = None
         for start in range(0, len(ids), self.chunk):
             stop = min(start + self.chunk, len(ids))
             yield self.model.step(ids[start:stop], self.cache.chunk(start, stop))
@@ -78,13 +85,11 @@ class Engine:
     def prefill(self, ids: Sequence[int]) -> Tensor:
         """Logits [1, V] of the token after the prompt."""
         with self._running():
-            hidden = None
-            for hidden in self._hidden(torch.as_tensor(ids)):
-                pass
-            return self.model.logits(hidden[-1:])
+            last = deque(self._hidden(torch.as_tensor(ids)), maxlen=1).pop()
+            return self.model.logits(last[-1:])
 
     def score(self, ids: Sequence[int]) -> Tensor:
-        """log p(ids[i] | ids[:i]) for i from 1: float32 [n - 1]; the same bits as decoding those tokens would report."""
+        """log p(ids[i] | ids[:i]) for i from 1: float32 [n - 1]; the bits that decoding those tokens reports."""
         targets, out = torch.as_tensor(ids), []
         with self._running():
             done = 0
@@ -104,50 +109,70 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------ decoding
 
-    def _decode(self) -> tuple[Tensor, ...]:
+    def _decode(self) -> tuple[Tensor, Tensor, Tensor]:
         """One step on the cache's tensors: the token in `cache.ids` goes in, its successor is drawn and put there."""
-        self.logits = self.model.logits(self.model.step(self.cache.ids, self.cache.next_token()))
-        token, logprob, *_ = ops.sample(self.logits, self.state, entropy=False)
-        self._advance(token)
-        return token, logprob
+        return self._draw(self.model.logits(self.model.step(self.cache.ids, self.cache.next_token())))
 
-    def _advance(self, token: Tensor) -> None:
+    def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(token, logprob, logits) of the next token, which is put where the step after this one reads it."""
         c = self.cache
+        token, logprob, *_ = ops.sample(logits, self.state, entropy=False)
         ops.advance(token, self.state, c.position, c.context_len, c.block_table, c.slot, next_ids=c.ids)
-
-    def _next(self) -> tuple[Tensor, ...]:
-        if self._captured is None:
-            self._captured = capture(self._decode)
-            return self._captured.outputs
-        if self._captured.replay(self.threads):
-            # ids, slots and positions were checked before the step, so what is left is logits without a distribution
-            raise ops.LogitsError([0])
-        return self._captured.outputs
+        return token, logprob, logits
 
     def generate(
-        self, ids: Sequence[int], params: SamplingParams, index: int, seed: int, logits: Tensor, timing: Timing
+        self, prompt: Sequence[int], params: SamplingParams, index: int, seed: int, timing: Timing
     ) -> Iterator[Step]:
-        """Tokens of completion `index` after a prefill of `ids` that gave `logits`; without end: the caller stops."""
-        with self._running():
-            self.cache.seek(len(ids))
-            self.state.set(0, params, index=index, seed=seed, prompt=ids, eos=sorted(self.eos_ids))
-            token, logprob, *_ = ops.sample(logits, self.state, entropy=False)
-            self._advance(token)
-            step = self._report(token, logprob, logits, params)
-        timing.new_tokens += 1
-        yield step
+        """Tokens of completion `index`, without end: the caller stops. Between two of them others may use the engine.
+
+        The completions of one prompt (the same object) read it in once. LogitsError when the model gives NaNs.
+        """
+        done: list[int] = []
         while True:
             started = time.perf_counter()
             with self._running():
-                token, logprob = self._next()
-                step = self._report(token, logprob, self.logits, params)
-            timing.decode_s += time.perf_counter() - started
-            timing.new_tokens += 1
+                if self._current is not done:
+                    spent, drawn = "prefill_s", self._begin(prompt, done, params, index, seed, timing)
+                elif self._captured is None:
+                    self._captured = capture(self._decode)
+                    spent, drawn = "capture_s", self._captured.outputs
+                else:
+                    spent, drawn = "decode_s", self._replay(self._captured)
+                token, logprob, logits = drawn
+                step = Step(int(token), float(logprob), _top(logits, params.logprobs))
+            done.append(step.token)
+            self._current = done
+            setattr(timing, spent, getattr(timing, spent) + time.perf_counter() - started)
+            timing.decoded += spent == "decode_s"
             yield step
 
-    def _report(self, token: Tensor, logprob: Tensor, logits: Tensor, params: SamplingParams) -> Step:
-        top = None
-        if params.logprobs:
-            ids, values = ops.top_logprobs(logits, params.logprobs)
-            top = list(zip(ids[0].tolist(), values[0].tolist(), strict=True))
-        return Step(int(token), float(logprob), top)
+    def _replay(self, captured: Captured) -> tuple[Tensor, Tensor, Tensor]:
+        if captured.replay(self.threads):
+            # ids, slots and positions were checked before the step, so what is left is logits without a distribution
+            raise ops.LogitsError([0])
+        return captured.outputs
+
+    def _begin(
+        self, prompt: Sequence[int], done: list[int], params: SamplingParams, index: int, seed: int, timing: Timing
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Reads in the prompt and what followed it so far, unless the cache has it, and draws the token after that."""
+        if done or self._prompt is None or self._prompt[0] is not prompt:
+            ids = [*prompt, *done]
+            logits = self.prefill(ids)
+            timing.prompt_tokens += len(ids)
+            if not done:
+                self._prompt = prompt, logits
+        else:
+            ids, logits = prompt, self._prompt[1]
+        self.cache.seek(len(ids))
+        self.state.set(0, params, index=index, seed=seed, prompt=ids, eos=sorted(self.eos_ids))
+        self.state.prompt_len[0] = len(prompt)
+        return self._draw(logits)
+
+
+def _top(logits: Tensor, count: int | None) -> list[tuple[int, float]] | None:
+    if count is None:
+        return None
+    ids, values = ops.top_logprobs(logits, count)
+    pairs = zip(ids[0].tolist(), values[0].tolist(), strict=True)
+    return [pair for pair in pairs if pair[0] >= 0]  # -1: nothing is left above -inf

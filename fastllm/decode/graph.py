@@ -1,8 +1,9 @@
 """Capture and replay of a decode step: one `capture(step)` for every device.
 
-On a CPU a capture is our own plan: while `step` runs once, each kernel's entry stores its function and its arguments; replay
-walks the list in one parallel region without entering Python. A capture is right only if the kernels are all that the step
-does, so any compute op that is not ours is refused, also inside our launchers (a hidden copy would not be replayed).
+On a CPU a capture is our own plan: while `step` runs once, each kernel's entry stores its function and its arguments;
+replay walks the list in one parallel region without entering Python. A capture is right only if the kernels are all
+that the step does, so any compute op that is not ours is refused, also inside our launchers (a hidden copy would not be
+replayed).
 """
 
 from collections.abc import Callable
@@ -24,6 +25,10 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.kept: list[Any] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True, torch's default, imports all of torch._dynamo: seconds and 45 MB. Nothing compiles in here
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fastllm":
             with self:  # the launcher's own torch calls are looked at too
@@ -34,8 +39,8 @@ class _Recorder(TorchDispatchMode):
         is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         if not is_view and func._schema.name not in _ALLOCATES:
             raise RuntimeError(
-                f"{func} cannot be captured: a replayed step runs fastllm's kernels only. Move it out of the step, or make its "
-                "operands contiguous if it is a copy"
+                f"{func} cannot be captured: a replayed step runs fastllm's kernels only. Move it out of the step, or "
+                "make its operands contiguous if it is a copy"
             )
         output = func(*args, **(kwargs or {}))
         self.kept.append(output)
@@ -61,7 +66,7 @@ class Captured:
 
 
 def capture(step: Callable[[], Any]) -> Captured:
-    """Runs `step` once and records its kernels. What it reads that changes from step to step must lie in tensors that stay.
+    """Runs `step` once and records its kernels. What changes from step to step must lie in tensors that stay.
 
     RuntimeError when the step computes anything with other than fastllm's ops.
     """
@@ -73,4 +78,3 @@ def capture(step: Callable[[], Any]) -> Captured:
         finally:
             plan.end()
     return Captured(plan, recorder.kept, outputs)
-

@@ -1,6 +1,7 @@
-"""One block of memory for all packed weights: huge pages where the system gives them, filled tensor by tensor.
+"""One block of zeroed memory that takes room when it is written to: for all packed weights, and for a KV cache.
 
-Panels are read once per token from end to end; with 4 KiB pages the page walks alone would cost bandwidth.
+Weights lie on huge pages where the system gives them: panels are read once per token from end to end, and with 4 KiB
+pages the page walks alone would cost bandwidth.
 """
 
 import mmap
@@ -12,16 +13,16 @@ HUGE = 2 << 20
 
 
 class Arena:
-    """Gives out aligned uint8 tensors from one mapping of `nbytes`; they keep it alive."""
+    """Gives out aligned uint8 tensors from one mapping of `nbytes`; they keep it alive. huge: on huge pages."""
 
-    def __init__(self, nbytes: int):
+    def __init__(self, nbytes: int, huge: bool = True):
         """MemoryError when the system refuses the mapping."""
         try:
             # private: a shared mapping, Python's default, gets no huge pages
             self._map = mmap.mmap(-1, nbytes + 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise MemoryError(f"no {nbytes / 1e9:.2f} GB for the weights: {error}") from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+            raise MemoryError(f"no {nbytes / 1e9:.2f} GB of memory: {error}") from error
+        if huge and hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
         start = -whole.data_ptr() % HUGE
