@@ -228,8 +228,8 @@ FL_INLINE vm is_nan(vf a) { vm r{0}; FL_EACH r.v |= uint32_t(a.v[i] != a.v[i]) <
 FL_INLINE vi seti(int32_t x) { vi r; FL_EACH r.v[i] = x; return r; }
 FL_INLINE vi loadi(const void* p) { vi r; memcpy(r.v, p, 64); return r; }
 FL_INLINE void storei(void* p, vi a) { memcpy(p, a.v, 64); }
-FL_INLINE vi operator+(vi a, vi b) { vi r; FL_EACH r.v[i] = a.v[i] + b.v[i]; return r; }
-FL_INLINE vi operator-(vi a, vi b) { vi r; FL_EACH r.v[i] = a.v[i] - b.v[i]; return r; }
+FL_INLINE vi operator+(vi a, vi b) { vi r; FL_EACH r.v[i] = int32_t(uint32_t(a.v[i]) + uint32_t(b.v[i])); return r; }
+FL_INLINE vi operator-(vi a, vi b) { vi r; FL_EACH r.v[i] = int32_t(uint32_t(a.v[i]) - uint32_t(b.v[i])); return r; }
 FL_INLINE vi operator&(vi a, vi b) { vi r; FL_EACH r.v[i] = a.v[i] & b.v[i]; return r; }
 template <int n> FL_INLINE vi shift_left(vi a) { vi r; FL_EACH r.v[i] = int32_t(uint32_t(a.v[i]) << n); return r; }
 template <int n> FL_INLINE vi shift_right(vi a) { vi r; FL_EACH r.v[i] = int32_t(uint32_t(a.v[i]) >> n); return r; }
