@@ -199,6 +199,7 @@ FL_INLINE vi dot4(vi acc, vi w, vi x) { return {dot4_half(acc.a, w.a, x.a), dot4
 
 typedef float float16_t_ __attribute__((vector_size(64)));
 typedef int32_t int16_t_ __attribute__((vector_size(64)));
+typedef uint32_t uint16_t_ __attribute__((vector_size(64)));    // sums may wrap, as they do in the other tiers
 struct vf {
   float16_t_ v;
 };
@@ -244,8 +245,8 @@ FL_INLINE vi loadi(const void* p) {
   return r;
 }
 FL_INLINE void storei(void* p, vi a) { memcpy(p, &a, 64); }
-FL_INLINE vi operator+(vi a, vi b) { return {a.v + b.v}; }
-FL_INLINE vi operator-(vi a, vi b) { return {a.v - b.v}; }
+FL_INLINE vi operator+(vi a, vi b) { return {int16_t_(uint16_t_(a.v) + uint16_t_(b.v))}; }
+FL_INLINE vi operator-(vi a, vi b) { return {int16_t_(uint16_t_(a.v) - uint16_t_(b.v))}; }
 FL_INLINE vi operator&(vi a, vi b) { return {a.v & b.v}; }
 template <int n> FL_INLINE vi shift_left(vi a) { return {a.v << n}; }
 template <int n> FL_INLINE vi shift_right(vi a) { return {(a.v >> n) & int32_t(0xffffffffu >> n)}; }
