@@ -107,5 +107,14 @@ def advance(
         )
         check(page > 0, lambda: f"advance: page is {page}, allowed: ≥ 1")
     forward(
-        token.contiguous(), state.settings, state.history, state.rows, position, context_len, block_table, slot, next_ids, page
+        token.contiguous(),
+        state.settings,
+        state.history,
+        state.rows,
+        position,
+        context_len,
+        block_table,
+        slot,
+        next_ids,
+        page,
     )

@@ -48,7 +48,9 @@ class Panels:
         Raises ValueError for another rank, or an odd N with swiglu.
         """
         if weight.dim() != 2 or (swiglu and weight.shape[0] % 2):
-            raise ValueError(f"Panels.pack: weight has shape {tuple(weight.shape)}; it must be [N, K], N even for swiglu")
+            raise ValueError(
+                f"Panels.pack: weight has shape {tuple(weight.shape)}; it must be [N, K], N even for swiglu"
+            )
         weight = weight.detach().float().contiguous()
         rows, depth = weight.shape
         halves = weight.chunk(2) if swiglu else (weight,)
@@ -186,15 +188,23 @@ def check_fusion(op: str, x: Tensor, weight, bias, norm, residual, swiglu: bool)
     rows, depth = weight.shape
     if not isinstance(weight, Tensor):
         if weight.data.device != x.device:
-            raise ValueError(f"{op}: the weight is on {weight.data.device}, x on {x.device}; packed weights are for the CPU")
+            raise ValueError(
+                f"{op}: the weight is on {weight.data.device}, x on {x.device}; packed weights are for the CPU"
+            )
         if swiglu != weight.swiglu:
             raise ValueError(f"{op}: swiglu={swiglu}, but the weight was packed with swiglu={weight.swiglu}")
     if x.dim() == 0 or x.shape[-1] != depth:
-        raise ValueError(f"{op}: x {tuple(x.shape)} must end in the weight's input size {depth} (weight {(rows, depth)})")
+        raise ValueError(
+            f"{op}: x {tuple(x.shape)} must end in the weight's input size {depth} (weight {(rows, depth)})"
+        )
     if swiglu and (rows % 2 or bias is not None):
         raise ValueError(f"{op}: swiglu takes a weight of 2F rows (gate over up) without bias; it has {rows} rows")
     cols = rows // (1 + swiglu)
-    for name, tensor, wanted in (("bias", bias, (cols,)), ("norm", norm, (depth,)), ("residual", residual, (*x.shape[:-1], cols))):
+    for name, tensor, wanted in (
+        ("bias", bias, (cols,)),
+        ("norm", norm, (depth,)),
+        ("residual", residual, (*x.shape[:-1], cols)),
+    ):
         if tensor is not None:
             check_like(op, name, tensor, "x", x)
             if tensor.shape != wanted:

@@ -66,7 +66,9 @@ class QWeight:
             raise ValueError(f"QWeight.fill: {kind} blocks do not fit into {self.bits} bits, has_min={self.has_min}")
         groups = self.data.shape[1]
         if blocks.dim() != 2 or blocks.shape[1] != groups * size or not 0 <= first <= self.rows - blocks.shape[0]:
-            raise ValueError(f"QWeight.fill: blocks {tuple(blocks.shape)} at row {first} do not fit weight {self.shape}")
+            raise ValueError(
+                f"QWeight.fill: blocks {tuple(blocks.shape)} at row {first} do not fit weight {self.shape}"
+            )
         blocks = blocks.contiguous()
         _C.pack_quants(
             self.data.data_ptr(), blocks.data_ptr(), first, blocks.shape[0], self.rows, groups, self.swiglu,
@@ -117,7 +119,11 @@ class QWeight:
         return self.data.numel()
 
 
-STORED = {"Q4_0": (4, False, 18), "Q4_1": (4, True, 20), "Q8_0": (8, False, 34)}  # bits, minimum, bytes of a block of 32
+STORED = {
+    "Q4_0": (4, False, 18),
+    "Q4_1": (4, True, 20),
+    "Q8_0": (8, False, 34),
+}  # bits, minimum, bytes of a block of 32
 
 
 def quantize_rows(weight: Tensor, bits: int) -> Tensor:
@@ -141,7 +147,9 @@ def quantize_rows(weight: Tensor, bits: int) -> Tensor:
         low, high = (q + 8).to(torch.uint8).chunk(2, -1)
         quants = low | high << 4
     if not scale.isfinite().all():
-        raise ValueError("QWeight.quantize: the weight has NaN, infinite or huge entries, which float16 scales cannot hold")
+        raise ValueError(
+            "QWeight.quantize: the weight has NaN, infinite or huge entries, which float16 scales cannot hold"
+        )
     return torch.cat([scale.view(torch.uint8), quants], -1).flatten(1)
 
 
@@ -193,7 +201,9 @@ def unpack_panels(weight: Tensor, rows: int, bits: int, has_min: bool, swiglu: b
     if bits == 4:
         body = torch.stack([body & 15, body >> 4], 3).flatten(2, 3)
     q = body.permute(0, 3, 1, 2, 4).reshape(weight.shape[0], 16, weight.shape[1], GROUP).float()
-    halves = [weight[:, :, size + o : size + o + 32].contiguous().view(torch.float16).float() for o in (0, 32)[: 1 + has_min]]
+    halves = [
+        weight[:, :, size + o : size + o + 32].contiguous().view(torch.float16).float() for o in (0, 32)[: 1 + has_min]
+    ]
     s, *m = [h.permute(0, 2, 1) for h in halves]
     q = q if has_min else q - 2 ** (bits - 1)
 

@@ -51,7 +51,9 @@ def label(case) -> str:
     return case.label
 
 
-@pytest.mark.parametrize("wanted", ["12x64 to 48", "4x65 to 33 +bias +norm +residual", "25x65 to 33 +norm +residual +swiglu"])
+@pytest.mark.parametrize(
+    "wanted", ["12x64 to 48", "4x65 to 33 +bias +norm +residual", "25x65 to 33 +norm +residual +swiglu"]
+)
 def test_compile_fullgraph(wanted):
     (case,) = [c for c in SUITE.correct if c.label == wanted]
     _oracle.check_compile(SUITE, case)
@@ -163,7 +165,9 @@ def test_swiglu_at_infinity():
     weight = torch.tensor([[1.0], [math.copysign(1e-30, 1)]])
     gate, up = ops.linear(x[2:], weight).chunk(2, -1)
     assert torch.equal(ops.linear(x[2:], weight, swiglu=True), ops.swiglu(gate, up))
-    assert torch.equal(ops.linear(x, weight, swiglu=True).isnan(), torch.tensor([[True], [False], [False]]))  # -0 * -inf
+    assert torch.equal(
+        ops.linear(x, weight, swiglu=True).isnan(), torch.tensor([[True], [False], [False]])
+    )  # -0 * -inf
 
 
 @PACKED

@@ -48,7 +48,9 @@ def test_lower_tiers(tier):
     _oracle.check_lower_tier(__file__, tier)
 
 
-@pytest.mark.parametrize("wanted", ["12x64 to 40 q4_1", "5x64 to 33 int4 +bias +norm +residual", "4x64 to 144 int8 +swiglu"])
+@pytest.mark.parametrize(
+    "wanted", ["12x64 to 40 q4_1", "5x64 to 33 int4 +bias +norm +residual", "4x64 to 144 int8 +swiglu"]
+)
 def test_compile_fullgraph(wanted):
     (case,) = [c for c in SUITE.correct if c.label == wanted]
     _oracle.check_compile(SUITE, case)
@@ -188,7 +190,9 @@ def test_quantising_bounds_and_special_groups(bits):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_swiglu_weight(bits):
     weight = torch.randn(42, 64)
-    assert torch.equal(QWeight.quantize(weight, bits, swiglu=True).dequantize(), QWeight.quantize(weight, bits).dequantize())
+    assert torch.equal(
+        QWeight.quantize(weight, bits, swiglu=True).dequantize(), QWeight.quantize(weight, bits).dequantize()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- arithmetic
@@ -305,7 +309,9 @@ def test_fused_residual_and_bias_are_additions_in_this_order(rows, form):
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 70])
 @pytest.mark.parametrize("cols", [1, 16, 45])
 def test_fused_swiglu_is_two_linears_and_swiglu(rows, cols, kind):
-    blocks = torch.from_numpy(gguf.quants.quantize(np.random.randn(2 * cols, 64).astype("f"), GGMLQuantizationType[kind]))
+    blocks = torch.from_numpy(
+        gguf.quants.quantize(np.random.randn(2 * cols, 64).astype("f"), GGMLQuantizationType[kind])
+    )
     form, x = STORED[kind][:2], torch.randn(rows, 64) * torch.logspace(-2, 3, rows)[:, None]
     gate, up = (ops.quant_linear(x, packed(half, kind, *form)) for half in blocks.chunk(2))
     fused = ops.quant_linear(x, packed(blocks, kind, *form, True), swiglu=True)
