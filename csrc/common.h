@@ -79,7 +79,7 @@ struct QuantLinearArgs {
   double eps;
 };
 static inline int64_t work(const QuantLinearArgs& a) { return a.rows * a.cols * a.depth / 16; }
-static inline int64_t activation_bytes(int64_t rows, int64_t depth) { return rows * (depth + depth / 32 * 8); }
+static inline int64_t activation_bytes(int64_t rows, int64_t depth) { return (rows + 7) / 8 * 8 * (depth + depth / 32 * 8); }
 static inline int64_t scratch_bytes(const QuantLinearArgs& a, int64_t threads) {
   const int64_t depth = (a.depth + 31) / 32 * 32;
   return threads * depth * 4 + (a.rows <= 4 ? threads : 1) * activation_bytes(a.rows, depth);
