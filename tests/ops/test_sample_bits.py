@@ -153,24 +153,29 @@ def test_every_bit_is_that_of_the_stated_arithmetic(fields):
             assert ours[i] == (above / temperature - math.log(int(sum) / 2**40)).float()
 
 
-def outputs_for_comparison() -> str:
+def digest() -> str:
     """A digest of every bit that the sampler returns over settings that take each path of the kernel."""
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     for case in SUITE.correct:
         for output in ops.sample(**_oracle.draw(SUITE, case, torch.float32)):
-            digest.update(output.numpy().tobytes())
-    return digest.hexdigest()
+            sha.update(output.numpy().tobytes())
+    return sha.hexdigest()
 
 
 @pytest.mark.skipif(_C.isa() == "generic", reason="the generic tier rounds an fma twice: its bits are its own")
 def test_tiers_agree_bit_for_bit():
-    program = "import sys; sys.path[:0] = ['tests', 'tests/ops']; import test_sample_bits as t; print(t.outputs_for_comparison())"
+    imports = "import sys; sys.path[:0] = ['tests', 'tests/ops']; import test_sample_bits"
     environment = {**os.environ, "FASTLLM_ISA": "avx2"}
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"{imports}; print(test_sample_bits.digest())"],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert done.stdout.strip() == outputs_for_comparison()
+    assert done.stdout.strip() == digest()
 
 
 @pytest.mark.parametrize("fields", [*DISTRIBUTIONS, {"temperature": 0.0}, {**PENALTIES, **USUAL}], ids=str)
