@@ -7,20 +7,12 @@ import sys
 
 import _bench
 import pytest
+from _cli import call
 
 import fastllm
 from fastllm import cli
 from fastllm.bench import run as runs
 from fastllm.ops._op import OPS
-
-
-def call(monkeypatch, capsys, *arguments):
-    """(status, stdout, stderr) of `fastllm arguments` in this process."""
-    monkeypatch.setattr(sys, "argv", ["fastllm", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    captured = capsys.readouterr()
-    return left.value.code or 0, captured.out, captured.err
 
 
 def test_version_and_help(monkeypatch, capsys):

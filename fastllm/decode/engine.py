@@ -123,12 +123,12 @@ class Engine:
     def generate(
         self, prompt: Sequence[int], params: SamplingParams, index: int, seed: int, timing: Timing
     ) -> Iterator[Step]:
-        """Tokens of completion `index`, without end: the caller stops. Between two of them others may use the engine.
+        """Tokens of completion `index` until the cache is full. Between two of them others may use the engine.
 
         The completions of one prompt (the same object) read it in once. LogitsError when the model gives NaNs.
         """
         done: list[int] = []
-        while True:
+        while len(prompt) + len(done) < self.capacity:
             started = time.perf_counter()
             with self._running():
                 if self._current is not done:

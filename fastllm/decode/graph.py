@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _C
 from ..ops._op import OPS
 
-_ALLOCATES = {"aten::empty", "aten::empty_strided"}
+_ALLOCATES = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 
 
 class _Recorder(TorchDispatchMode):
@@ -37,14 +38,21 @@ class _Recorder(TorchDispatchMode):
             return output
         returns = func._schema.returns
         is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        if not is_view and func._schema.name not in _ALLOCATES:
-            raise RuntimeError(
-                f"{func} cannot be captured: a replayed step runs fastllm's kernels only. Move it out of the step, or "
-                "make its operands contiguous if it is a copy"
-            )
-        output = func(*args, **(kwargs or {}))
-        self.kept.append(output)
-        return output
+        if is_view or func._schema.name in _ALLOCATES:
+            output = func(*args, **(kwargs or {}))
+            if not is_view or _is_view_of(output, args[0]):
+                self.kept.append(output)
+                return output
+        raise RuntimeError(
+            f"{func} cannot be captured: a replayed step runs fastllm's kernels only. Move it out of the step, or make "
+            "its operands contiguous if it is a copy"
+        )
+
+
+def _is_view_of(output: Any, base: Tensor) -> bool:
+    """`contiguous`, `to` and `reshape` call themselves views also where they copy."""
+    views = output if isinstance(output, (list, tuple)) else (output,)
+    return all(v.untyped_storage().data_ptr() == base.untyped_storage().data_ptr() for v in views)
 
 
 class Captured:
