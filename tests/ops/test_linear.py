@@ -280,7 +280,11 @@ X, W = torch.randn(2, 8), torch.randn(6, 8)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ops.linear(X, torch.randn(6, 7)), ValueError, r"x \(2, 8\) must end in the weight's input size 7 \(weight \(6, 7\)\)"),
+        (
+            lambda: ops.linear(X, torch.randn(6, 7)),
+            ValueError,
+            r"x \(2, 8\) must end in the weight's input size 7 \(weight \(6, 7\)\)",
+        ),
         (lambda: ops.linear(torch.tensor(1.0), W), ValueError, r"x \(\) must end in"),
         (lambda: ops.linear(X, torch.randn(8)), ValueError, r"weight has shape \(8,\); it must be \[N, K\]"),
         (lambda: ops.linear(X, torch.randn(1, 6, 8)), ValueError, r"weight has shape \(1, 6, 8\)"),
@@ -297,11 +301,19 @@ X, W = torch.randn(2, 8), torch.randn(6, 8)
         (lambda: ops.linear(X, W, residual=torch.randn(2, 6), swiglu=True), ValueError, r"want \(2, 3\)"),
         (lambda: ops.linear(X, torch.randn(5, 8), swiglu=True), ValueError, "takes a weight of 2F rows .* it has 5 rows"),
         (lambda: ops.linear(X, W, torch.randn(3), swiglu=True), ValueError, "without bias"),
-        (lambda: ops.linear(X, Panels.pack(W), swiglu=True), ValueError, "swiglu=True, but the weight was packed with swiglu=False"),
+        (
+            lambda: ops.linear(X, Panels.pack(W), swiglu=True),
+            ValueError,
+            "swiglu=True, but the weight was packed with swiglu=False",
+        ),
         (lambda: ops.linear(X, Panels.pack(W, True)), ValueError, "swiglu=False, but the weight was packed with swiglu=True"),
         (lambda: Panels.pack(torch.randn(5, 8), True), ValueError, r"\(5, 8\); it must be \[N, K\], N even for swiglu"),
         (lambda: Panels.pack(torch.randn(8)), ValueError, r"shape \(8,\)"),
-        (lambda: Panels.pack(W).rows_at(torch.tensor([1], dtype=torch.int32)), TypeError, r"ids are torch.int32; convert them with .long"),
+        (
+            lambda: Panels.pack(W).rows_at(torch.tensor([1], dtype=torch.int32)),
+            TypeError,
+            r"ids are torch.int32; convert them with .long",
+        ),
         (lambda: Panels.pack(W, True).rows_at(torch.tensor([1])), ValueError, "packed with swiglu, its rows are no table"),
     ],
 )  # fmt: skip
