@@ -71,6 +71,8 @@ template <int R, int P> FL_INLINE void finish_all(const LinearArgs& a, vf (&acc)
 }
 
 // One row (or few) against units [begin, end): P panels at once, each its own stream through memory.
+// Each stream starts one panel further into its run than the one before: runs of a multiple of 4 KiB would otherwise meet in the
+// same cache sets and memory banks, a third of the bandwidth.
 template <int R, int P> void stream(const LinearArgs& a, const float* x, int64_t x_stride, int64_t row, int64_t begin, int64_t end) {
   const int64_t width = a.swiglu ? 2 : 1, lanes = P / width, length = (end - begin) / lanes;
   for (int64_t i = 0; i < length; ++i) {
@@ -78,7 +80,7 @@ template <int R, int P> void stream(const LinearArgs& a, const float* x, int64_t
     int64_t panel[P];
     vf acc[R][P];
     for (int p = 0; p < P; ++p) {
-      panel[p] = (begin + p / width * length + i) * width + p % width;
+      panel[p] = (begin + p / width * length + (i + p / width) % length) * width + p % width;
       t.panel[p] = a.panels + panel[p] * a.depth * kLanes;
       for (int r = 0; r < R; ++r) acc[r][p] = set1(0);
     }
