@@ -324,6 +324,27 @@ FL_INLINE void store(f16* p, vf a, vm m) { store_masked(p, a, m); }
 #endif
 
 // Reductions: one tree (halves folded onto each other) for every tier, so that the order of additions is known.
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+FL_INLINE __m256 low_half(vf a) { return _mm512_castps512_ps256(a.v); }
+FL_INLINE __m256 high_half(vf a) { return _mm512_extractf32x8_ps(a.v, 1); }
+#else
+FL_INLINE __m256 low_half(vf a) { return a.a; }
+FL_INLINE __m256 high_half(vf a) { return a.b; }
+#endif
+FL_INLINE float sum(vf a) {
+  const __m256 h = _mm256_add_ps(low_half(a), high_half(a));
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+FL_INLINE float max(vf a) {
+  const __m256 h = _mm256_max_ps(low_half(a), high_half(a));
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+#else
 FL_INLINE float sum(vf a) {
   float t[16];
   store(t, a);
@@ -338,6 +359,7 @@ FL_INLINE float max(vf a) {
     for (int i = 0; i < width; ++i) t[i] = t[i] > t[i + width] ? t[i] : t[i + width];
   return t[0];
 }
+#endif
 
 // 2^n for n rounded already and within [-252, 254], in two factors so that subnormals come out right.
 FL_INLINE vf ldexp2(vf x, vf n) {
@@ -356,12 +378,11 @@ FL_INLINE vf ldexp2(vf x, vf n) {
 #endif
 }
 
-// e^x, error below 1.1 ulp: x = n ln2 + f with ln2 in two parts (Cody-Waite), then a degree-6 polynomial in f on
-// [-ln2/2, ln2/2] (minimax, the coefficients of Cephes' expf). exp(-inf) = 0, exp(NaN) = NaN, overflow gives +inf.
-FL_INLINE vf exp(vf x) {
-  const vf clamped = min(max(set1(-104.0f), x), set1(89.0f));    // in this order the bounds pass NaN through to `x`
-  const vf n = round(clamped * set1(1.44269504088896341f));
-  vf f = fma(n, set1(-0.693359375f), clamped);
+// e^x for x within [-104, 89] or NaN, error below 1.1 ulp: x = n ln2 + f with ln2 in two parts (Cody-Waite), then a degree-6
+// polynomial in f on [-ln2/2, ln2/2] (minimax, the coefficients of Cephes' expf).
+FL_INLINE vf exp_in_range(vf x) {
+  const vf n = round(x * set1(1.44269504088896341f));
+  vf f = fma(n, set1(-0.693359375f), x);
   f = fma(n, set1(2.12194440e-4f), f);
   vf p = set1(1.9875691500e-4f);
   p = fma(p, f, set1(1.3981999507e-3f));
@@ -370,8 +391,17 @@ FL_INLINE vf exp(vf x) {
   p = fma(p, f, set1(1.6666665459e-1f));
   p = fma(p, f, set1(5.0000001201e-1f));
   p = fma(p, f * f, f) + set1(1.0f);
-  return select(is_nan(x), x, ldexp2(p, n));
+  return ldexp2(p, n);
 }
+
+// e^x: exp(-inf) = 0, exp(NaN) = NaN, overflow gives +inf.
+FL_INLINE vf exp(vf x) {
+  const vf clamped = min(max(set1(-104.0f), x), set1(89.0f));
+  return select(is_nan(x), x, exp_in_range(clamped));
+}
+
+// e^x for x <= 0 or NaN, the bits of exp(): max() hands a NaN in its second operand through.
+FL_INLINE vf exp_not_positive(vf x) { return exp_in_range(max(set1(-104.0f), x)); }
 
 // Calls f with a value of the element type that a DType names; only its type matters.
 template <class F> FL_INLINE void with_dtype(int64_t dtype, F f) {
