@@ -449,12 +449,11 @@ FL_INLINE vf ldexp2(vf x, vf n) {
 #endif
 }
 
-// e^x, error below 1.1 ulp: x = n ln2 + f with ln2 in two parts (Cody-Waite), then a degree-6 polynomial in f on
-// [-ln2/2, ln2/2] (minimax, the coefficients of Cephes' expf). exp(-inf) = 0, exp(NaN) = NaN, overflow gives +inf.
-FL_INLINE vf exp(vf x) {
-  const vf clamped = min(max(set1(-104.0f), x), set1(89.0f));    // in this order the bounds pass NaN through to `x`
-  const vf n = round(clamped * set1(1.44269504088896341f));
-  vf f = fma(n, set1(-0.693359375f), clamped);
+// e^x for x within [-104, 89] or NaN, error below 1.1 ulp: x = n ln2 + f with ln2 in two parts (Cody-Waite), then a degree-6
+// polynomial in f on [-ln2/2, ln2/2] (minimax, the coefficients of Cephes' expf).
+FL_INLINE vf exp_in_range(vf x) {
+  const vf n = round(x * set1(1.44269504088896341f));
+  vf f = fma(n, set1(-0.693359375f), x);
   f = fma(n, set1(2.12194440e-4f), f);
   vf p = set1(1.9875691500e-4f);
   p = fma(p, f, set1(1.3981999507e-3f));
@@ -463,7 +462,7 @@ FL_INLINE vf exp(vf x) {
   p = fma(p, f, set1(1.6666665459e-1f));
   p = fma(p, f, set1(5.0000001201e-1f));
   p = fma(p, f * f, f) + set1(1.0f);
-  return select(is_nan(x), x, ldexp2(p, n));
+  return ldexp2(p, n);
 }
 
 constexpr float kLargest = 3.402823466e38f;    // the largest float
