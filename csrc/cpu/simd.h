@@ -465,6 +465,15 @@ FL_INLINE vf exp_in_range(vf x) {
   return ldexp2(p, n);
 }
 
+// e^x: exp(-inf) = 0, exp(NaN) = NaN, overflow gives +inf.
+FL_INLINE vf exp(vf x) {
+  const vf clamped = min(max(set1(-104.0f), x), set1(89.0f));
+  return select(is_nan(x), x, exp_in_range(clamped));
+}
+
+// e^x for x <= 0 or NaN, the bits of exp(): max() hands a NaN in its second operand through.
+FL_INLINE vf exp_not_positive(vf x) { return exp_in_range(max(set1(-104.0f), x)); }
+
 constexpr float kLargest = 3.402823466e38f;    // the largest float
 
 // sigmoid(x) and sigmoid(-x) from e^-|x|, which overflows on neither side.
