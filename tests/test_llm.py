@@ -70,7 +70,9 @@ def check_contract(llm: LLM, prompt, params: SamplingParams, chunks) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_contract(files, form, params):
     kind, arguments = FORMS[form]
-    check_contract(LLM(files(kind), **arguments), TEXT * 16, params, (1, 7, 64, 512))
+    llm = LLM(files(kind), **arguments)
+    check_contract(llm, TEXT * 3, params, (1, 7, 64, 512))
+    check_contract(llm, TEXT * 16, params, (300, 64))  # some 550 tokens: 512 at once, and the rest
 
 
 def test_contract_of_a_folder(tmp_path):
@@ -222,7 +224,7 @@ def test_chat(llm, files):
 
 def test_perplexity(llm, files):
     model = load(files())
-    for text in (TEXT, "in", [7, 9, 7, 9, 7]):
+    for text in (TEXT, "in a", [7, 9, 7, 9, 7]):
         ids = text if isinstance(text, list) else llm.tokenizer.encode(text)
         with torch.no_grad():
             logits = model(torch.tensor([ids]))[0, :-1].double()
@@ -391,7 +393,8 @@ def test_bad_files(files, tmp_path):
             LLM(cut)
     with pytest.raises(ValueError, match="stored as Q4_1: .* leave quantize out"):
         LLM(files("Q4_1"), quantize="int4")
-    small = _tiny.gguf(tmp_path / "small.gguf", token_embd=np.ones((50, 64), np.float32))
+    few = np.ones((50, 64), np.float32)
+    small = _tiny.gguf(tmp_path / "small.gguf", token_embd=few, output=few)
     with pytest.raises(ValueError, match="the tokenizer has 109 ids, the model 50"):
         LLM(small)
 

@@ -6,6 +6,8 @@
 //     the linker keeps for every tier, and would crash an older processor (a test on `nm` holds this);
 //   - tails are masked vectors, never scalar libm, so that a value does not depend on its column;
 //   - fma() is one rounding in the AVX tiers. The generic tier rounds twice: its bits are its own.
+//
+// Longer than 500 lines: the three tiers of one type stand side by side, so that a new operation is written in all of them.
 #pragma once
 #include <math.h>
 #include <string.h>
