@@ -1,10 +1,15 @@
 """Test-wide set-up: shared helpers importable, and no test that leans on another's global state."""
 
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+os.environ["FASTLLM_TRITON"] = (
+    "1"  # kernels are interpreted and compiled ahead of time here, whatever torch is built for
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 

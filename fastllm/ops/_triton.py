@@ -1,20 +1,24 @@
-"""Triton, where it is installed: the import guard and what launchers share.
+"""Triton, where it is of use: the import guard and what launchers share.
 
-`fastllm` imports without Triton; an op file writes `from ._triton import tl, triton` and decorates with `@triton.jit`
+Importing Triton costs 70 MB and a quarter of a second, so a torch built without CUDA leaves it out, unless TRITON_INTERPRET
+or FASTLLM_TRITON asks for it (to interpret kernels, or to compile them ahead of time). `fastllm` imports without it: an op file writes `from ._triton import tl, triton` and decorates with `@triton.jit`
 through the stand-ins below, which keep the source of a kernel without compiling it.
 """
 
 import functools
+import os
 
 import torch
 
 try:
+    if not (torch.version.cuda or os.environ.get("TRITON_INTERPRET") or os.environ.get("FASTLLM_TRITON")):
+        raise ImportError("this torch is built without CUDA; FASTLLM_TRITON=1 loads Triton all the same")
     import triton
     import triton.language as tl
 
     _missing = None
-except ImportError as error:  # not shipped for this platform
-    _missing = f"Triton is not installed ({error}); pip install triton"
+except ImportError as error:  # of no use here, or not shipped for this platform
+    _missing = f"no Triton: {error}"
 
     class triton:
         """Keeps op files importable where Triton is not installed."""
