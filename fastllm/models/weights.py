@@ -47,7 +47,9 @@ PIECE = 4096  # rows of blocks copied out of a file at once
 
 def _unknown(what: str, known: Iterable[str], path: Path) -> ValueError:
     near = difflib.get_close_matches(what, list(known), n=3, cutoff=0.0)
-    return ValueError(f"{path}: architecture {what!r} is not supported; supported: {', '.join(known)}; nearest: {near[0]}")
+    return ValueError(
+        f"{path}: architecture {what!r} is not supported; supported: {', '.join(known)}; nearest: {near[0]}"
+    )
 
 
 class Source(Protocol):
@@ -91,7 +93,9 @@ class GGUFSource:
         head_dim = int(get("attention.key_length", dim // max(heads, 1)))
         for key in ("attention.value_length", "rope.dimension_count"):
             if get(key, head_dim) != head_dim:
-                raise ValueError(f"{self.file.path}: llama.{key} is {get(key)}, not the head size {head_dim}; not supported")
+                raise ValueError(
+                    f"{self.file.path}: llama.{key} is {get(key)}, not the head size {head_dim}; not supported"
+                )
         return DecoderConfig(
             vocab=self.shape("token_embd.weight")[0],
             layers=int(get("block_count")),
@@ -121,7 +125,9 @@ class GGUFSource:
     def _info(self, name: str):
         info = self.file.tensors.get(name)
         if info is None:
-            raise ValueError(f"{self.file.path}: there is no tensor {name!r}; the file is incomplete or of another model")
+            raise ValueError(
+                f"{self.file.path}: there is no tensor {name!r}; the file is incomplete or of another model"
+            )
         return info
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -183,7 +189,9 @@ class FolderSource:
                 raise ValueError(f"{index} cannot be read: {error!r}; fetch it again") from error
             missing = [name for name in names if not (self.folder / name).is_file()]
             if missing:
-                raise ValueError(f"{self.folder}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}")
+                raise ValueError(
+                    f"{self.folder}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}"
+                )
             return [self.folder / name for name in names]
         files = [whole] if whole.exists() else sorted(self.folder.glob("*.safetensors"))
         if not files:
@@ -282,8 +290,8 @@ def load(path: str | Path) -> nn.Module:
 def load_packed(path: str | Path, quantize: str | None = None, as_float: bool = False) -> Decoder:
     """The model with weights packed for decoding on a CPU, in one arena, read tensor by tensor.
 
-    quantize: None keeps what is stored (Q4_0, Q4_1, Q8_0 without loss; other types become float32 panels); "int8", "int4"
-    quantise in groups of 32 what is not stored so already. as_float: float32 panels whatever is stored. What is stored
+    quantize: None keeps what is stored (Q4_0, Q4_1, Q8_0 without loss; other types become float32 panels); "int8",
+    "int4" quantise in groups of 32 what is not stored so already. as_float: float32 panels whatever is stored. What is stored
     in 5 bits or fewer is never quantised to int4 again: ValueError.
     """
     if quantize not in (None, "int8", "int4"):
@@ -351,7 +359,9 @@ def _form(source: Source, ours: str, module: nn.Module, quantize: str | None, as
     if quantize:
         for name, kind in kinds.items():
             if shape[1] % GROUP:
-                raise ValueError(f"quantize={quantize!r}: {name} has rows of {shape[1]}, no multiple of {GROUP}; leave it out")
+                raise ValueError(
+                    f"quantize={quantize!r}: {name} has rows of {shape[1]}, no multiple of {GROUP}; leave it out"
+                )
             if quantize == "int4" and kind in FEW_BITS:
                 raise ValueError(
                     f"{name} is stored as {kind}: quantising 5 bits or fewer again only loses quality; "
@@ -379,8 +389,8 @@ def _modules(model: Decoder) -> list[tuple[str, nn.Module]]:
 
 
 def _check(source: Source, model: Decoder) -> None:
-    """Every tensor of the model is in the file with the config's shape, and nothing else is: a bias that is left out, say,
-    would change the model silently."""
+    """Every tensor of the model is in the file with the config's shape, and nothing else is: a bias that is left out,
+    say, would change the model silently."""
     c, known = model.config, set()
     parts = {"qkv": (c.heads * c.head_dim, *[c.kv_heads * c.head_dim] * 2), "gate_up": (c.ffn, c.ffn)}
     for ours, module in _modules(model):
@@ -394,7 +404,8 @@ def _check(source: Source, model: Decoder) -> None:
     left = [name for name in source.all_names() if name not in known]
     if left:
         raise ValueError(
-            f"the file holds {len(left)} tensors that a plain Llama does not have, {left[0]!r} first; it is another model"
+            f"the file holds {len(left)} tensors that a plain Llama does not have, {left[0]!r} first; "
+            "it is another model"
         )
 
 

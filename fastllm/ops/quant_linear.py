@@ -1,13 +1,14 @@
 """quant_linear: y = norm(x) W^T + bias (+ residual, or silu(gate) * up) with weights of 4 or 8 bits, and its embedding.
 
 x [..., K] float32, weight a `QWeight` [N, K], y [..., N] float32.
-Arithmetic: within each group of 32 along K, x becomes s8, round(x * (127 / max|x|)), with scale max|x| / 127; a weight is
-scale * (q - zero) or scale * q + minimum, with float16 scale and minimum per row and group. Integer sums are exact; the scaled
-sum runs over groups ascending in float32 FMAs, so one row alone and a thousand give the same bits.
+Arithmetic: within each group of 32 along K, x becomes s8, round(x * (127 / max|x|)), with scale max|x| / 127; a weight
+is scale * (q - zero) or scale * q + minimum, with float16 scale and minimum per row and group. Integer sums are exact;
+the scaled sum runs over groups ascending in float32 FMAs, so one row alone and a thousand give the same bits.
+A group whose max|x| is below 1e-35 counts as zeros; a NaN or an infinity makes its row NaN.
 
-QWeight holds what the file holds, without loss: Q4_0 (4 bits, zero 8), Q4_1 (4 bits, minimum), Q8_0 (8 bits, zero 128 after
-the shift to unsigned). `QWeight.quantize(w, 4 | 8)` makes int4 and int8 with group 32 from float weights. Sources: GGUF's
-block formats; Dettmers et al. 2022 (arXiv 2208.07339) for row-wise activation scales.
+QWeight holds what the file holds, without loss: Q4_0 (4 bits, zero 8), Q4_1 (4 bits, minimum), Q8_0 (8 bits, zero 128
+after the shift to unsigned). `QWeight.quantize(w, 4 | 8)` makes int4 and int8 with group 32 from float weights.
+Sources: GGUF's block formats; Dettmers et al. 2022 (arXiv 2208.07339) for row-wise activation scales.
 Inference only: asked for a gradient, the reference runs; it gives the gradient of x of the dequantised weight.
 """
 
@@ -58,15 +59,17 @@ class QWeight:
     def fill(self, first: int, blocks: Tensor, kind: str) -> int:
         """Rows [first, first + n) from blocks of a GGUF type in `STORED`, uint8 [n, K / 32 * block bytes]; first + n.
 
-        A type of fewer bits, or without a minimum where this weight has one, is widened without loss. Raises ValueError for
-        a type that does not fit in, or another shape.
+        A type of fewer bits, or without a minimum where this weight has one, is widened without loss. Raises
+        ValueError for a type that does not fit in, or another shape.
         """
         bits, has_min, size = STORED[kind]
         if bits > self.bits or has_min > self.has_min:
             raise ValueError(f"QWeight.fill: {kind} blocks do not fit into {self.bits} bits, has_min={self.has_min}")
         groups = self.data.shape[1]
         if blocks.dim() != 2 or blocks.shape[1] != groups * size or not 0 <= first <= self.rows - blocks.shape[0]:
-            raise ValueError(f"QWeight.fill: blocks {tuple(blocks.shape)} at row {first} do not fit weight {self.shape}")
+            raise ValueError(
+                f"QWeight.fill: blocks {tuple(blocks.shape)} at row {first} do not fit weight {self.shape}"
+            )
         blocks = blocks.contiguous()
         _C.pack_quants(
             self.data.data_ptr(), blocks.data_ptr(), first, blocks.shape[0], self.rows, groups, self.swiglu,
@@ -81,7 +84,8 @@ class QWeight:
             raise ValueError(f"QWeight.quantize: bits={bits!r}; allowed: 4, 8")
         if weight.dim() != 2 or weight.shape[1] % GROUP or (swiglu and weight.shape[0] % 2):
             raise ValueError(
-                f"QWeight.quantize: weight {tuple(weight.shape)} must be [N, K], K a multiple of {GROUP}, N even for swiglu"
+                f"QWeight.quantize: weight {tuple(weight.shape)} must be [N, K], K a multiple of {GROUP}, "
+                "N even for swiglu"
             )
         q = cls.empty(*weight.shape, bits, has_min=False, swiglu=swiglu)
         q.data.zero_()  # rows that only pad a panel
@@ -96,7 +100,7 @@ class QWeight:
         return first
 
     def rows_at(self, ids: Tensor) -> Tensor:
-        """Dequantised rows: ids int64 [...] -> float32 [..., K]. IndexError for an id outside [0, N), ValueError for swiglu."""
+        """Dequantised rows: ids int64 [...] -> float32 [..., K]. IndexError for an id outside [0, N)."""
         check_rows_at(ids, self.swiglu)
         return forward_embedding(ids, self.data, self.rows, self.depth, self.bits, self.has_min)
 
@@ -117,7 +121,11 @@ class QWeight:
         return self.data.numel()
 
 
-STORED = {"Q4_0": (4, False, 18), "Q4_1": (4, True, 20), "Q8_0": (8, False, 34)}  # bits, minimum, bytes of a block of 32
+STORED = {
+    "Q4_0": (4, False, 18),
+    "Q4_1": (4, True, 20),
+    "Q8_0": (8, False, 34),
+}  # bits, minimum, bytes of a block of 32
 
 
 def quantize_rows(weight: Tensor, bits: int) -> Tensor:
@@ -141,7 +149,9 @@ def quantize_rows(weight: Tensor, bits: int) -> Tensor:
         low, high = (q + 8).to(torch.uint8).chunk(2, -1)
         quants = low | high << 4
     if not scale.isfinite().all():
-        raise ValueError("QWeight.quantize: the weight has NaN, infinite or huge entries, which float16 scales cannot hold")
+        raise ValueError(
+            "QWeight.quantize: the weight has NaN, infinite or huge entries, which float16 scales cannot hold"
+        )
     return torch.cat([scale.view(torch.uint8), quants], -1).flatten(1)
 
 
@@ -149,8 +159,8 @@ def quantize_rows(weight: Tensor, bits: int) -> Tensor:
 
 
 def reference(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, swiglu) -> Tensor:
-    """The quantised arithmetic in plain PyTorch. x is quantised in float32 whatever its dtype: where it is rounded is part of
-    the meaning. The gradient is that of the dequantised weight, as if x were not rounded."""
+    """The quantised arithmetic in plain PyTorch. x is quantised in float32 whatever its dtype: where it is rounded is
+    part of the meaning. The gradient is that of the dequantised weight, as if x were not rounded."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if norm is not None:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm
@@ -178,7 +188,7 @@ def reference(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, 
 
 
 def quantize_activations(xg: Tensor) -> tuple[Tensor, Tensor]:
-    """Groups [..., 32] as integers in +-127 and a scale each; a group below 1e-35 is zeros, one with NaN or infinity is NaN."""
+    """Groups [..., 32] as integers in +-127, and a scale [...] each."""
     top = xg.abs().amax(-1, keepdim=True)
     scale, inverse = torch.where(top < 1e-35, 0, top / 127), torch.where(top < 1e-35, 0, 127 / top)
     finite = top.isfinite()
@@ -193,7 +203,9 @@ def unpack_panels(weight: Tensor, rows: int, bits: int, has_min: bool, swiglu: b
     if bits == 4:
         body = torch.stack([body & 15, body >> 4], 3).flatten(2, 3)
     q = body.permute(0, 3, 1, 2, 4).reshape(weight.shape[0], 16, weight.shape[1], GROUP).float()
-    halves = [weight[:, :, size + o : size + o + 32].contiguous().view(torch.float16).float() for o in (0, 32)[: 1 + has_min]]
+    halves = [
+        weight[:, :, size + o : size + o + 32].contiguous().view(torch.float16).float() for o in (0, 32)[: 1 + has_min]
+    ]
     s, *m = [h.permute(0, 2, 1) for h in halves]
     q = q if has_min else q - 2 ** (bits - 1)
 
@@ -242,8 +254,8 @@ def cpu_embedding(ids: Tensor, weight: Tensor, rows: int, depth: int, bits: int,
 # -------------------------------------------------------------------------------------------------------- registration
 
 forward = Op(
-    "quant_linear(Tensor x, Tensor weight, int rows, int depth, int bits, bool has_min, Tensor? bias, Tensor? norm, float eps,"
-    " Tensor? residual, bool swiglu) -> Tensor",
+    "quant_linear(Tensor x, Tensor weight, int rows, int depth, int bits, bool has_min, Tensor? bias, Tensor? norm,"
+    " float eps, Tensor? residual, bool swiglu) -> Tensor",
     reference=reference,
     fake=lambda x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, swiglu: _output(x, rows, swiglu),
     cpu=cpu,

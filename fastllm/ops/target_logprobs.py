@@ -1,7 +1,7 @@
 """target_logprobs: the log-probability of one given token in every row of logits, at temperature 1.
 
-The arithmetic is that of `sample` (fp32 exp, weights in fixed point): scoring a text reports the bits that decoding it would
-have reported, whatever the batch.
+The arithmetic is that of `sample` (fp32 exp, weights in fixed point): scoring a text reports the bits that decoding it
+would have reported, whatever the batch.
 Shapes: logits [B, V] fp32 with any row stride; target int64 [B]; result fp32 [B].
 Errors: IndexError for a target outside [0, V); LogitsError for rows with a NaN or nothing above -inf.
 """
@@ -26,7 +26,9 @@ def cpu(logits: Tensor, target: Tensor) -> Tensor:
             outside = (target < 0) | (target >= x.shape[1])
             if outside.any():
                 row = int(outside.nonzero()[0])
-                raise IndexError(f"target_logprobs: target {int(target[row])} of row {row} is outside [0, {x.shape[1]})")
+                raise IndexError(
+                    f"target_logprobs: target {int(target[row])} of row {row} is outside [0, {x.shape[1]})"
+                )
             raise LogitsError(logprob.isnan().nonzero().flatten().tolist())
     return logprob
 
@@ -45,6 +47,8 @@ def target_logprobs(logits: Tensor, target: Tensor) -> Tensor:
     check_dtype("target_logprobs", "target", target, (torch.int64,))
     check(
         target.shape == logits.shape[:1],
-        lambda: f"target_logprobs: target {tuple(target.shape)} must be [{logits.shape[0]}], one for each row of logits",
+        lambda: (
+            f"target_logprobs: target {tuple(target.shape)} must be [{logits.shape[0]}], one for each row of logits"
+        ),
     )
     return forward(logits, target)

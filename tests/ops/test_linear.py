@@ -51,7 +51,9 @@ def label(case) -> str:
     return case.label
 
 
-@pytest.mark.parametrize("wanted", ["12x64 to 48", "4x65 to 33 +bias +norm +residual", "25x65 to 33 +norm +residual +swiglu"])
+@pytest.mark.parametrize(
+    "wanted", ["12x64 to 48", "4x65 to 33 +bias +norm +residual", "25x65 to 33 +norm +residual +swiglu"]
+)
 def test_compile_fullgraph(wanted):
     (case,) = [c for c in SUITE.correct if c.label == wanted]
     _oracle.check_compile(SUITE, case)
@@ -163,7 +165,9 @@ def test_swiglu_at_infinity():
     weight = torch.tensor([[1.0], [math.copysign(1e-30, 1)]])
     gate, up = ops.linear(x[2:], weight).chunk(2, -1)
     assert torch.equal(ops.linear(x[2:], weight, swiglu=True), ops.swiglu(gate, up))
-    assert torch.equal(ops.linear(x, weight, swiglu=True).isnan(), torch.tensor([[True], [False], [False]]))  # -0 * -inf
+    assert torch.equal(
+        ops.linear(x, weight, swiglu=True).isnan(), torch.tensor([[True], [False], [False]])
+    )  # -0 * -inf
 
 
 @PACKED
@@ -225,7 +229,7 @@ def test_gradients_of_every_input():
     torch.testing.assert_close(through, plain[0], rtol=1e-4, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------- panels
+# --------------------------------------------------------------------------------------------------------------- panels
 
 
 @pytest.mark.parametrize(("rows", "depth"), [(1, 1), (16, 16), (17, 33), (40, 100), (0, 8)])
@@ -276,7 +280,11 @@ X, W = torch.randn(2, 8), torch.randn(6, 8)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ops.linear(X, torch.randn(6, 7)), ValueError, r"x \(2, 8\) must end in the weight's input size 7 \(weight \(6, 7\)\)"),
+        (
+            lambda: ops.linear(X, torch.randn(6, 7)),
+            ValueError,
+            r"x \(2, 8\) must end in the weight's input size 7 \(weight \(6, 7\)\)",
+        ),
         (lambda: ops.linear(torch.tensor(1.0), W), ValueError, r"x \(\) must end in"),
         (lambda: ops.linear(X, torch.randn(8)), ValueError, r"weight has shape \(8,\); it must be \[N, K\]"),
         (lambda: ops.linear(X, torch.randn(1, 6, 8)), ValueError, r"weight has shape \(1, 6, 8\)"),
@@ -291,14 +299,34 @@ X, W = torch.randn(2, 8), torch.randn(6, 8)
         (lambda: ops.linear(X, W, norm=torch.randn(16)[::2]), ValueError, "norm must be contiguous"),
         (lambda: ops.linear(X, W, residual=torch.randn(6)), ValueError, r"residual has shape \(6,\), want \(2, 6\)"),
         (lambda: ops.linear(X, W, residual=torch.randn(2, 6), swiglu=True), ValueError, r"want \(2, 3\)"),
-        (lambda: ops.linear(X, torch.randn(5, 8), swiglu=True), ValueError, "takes a weight of 2F rows .* it has 5 rows"),
+        (
+            lambda: ops.linear(X, torch.randn(5, 8), swiglu=True),
+            ValueError,
+            "takes a weight of 2F rows .* it has 5 rows",
+        ),
         (lambda: ops.linear(X, W, torch.randn(3), swiglu=True), ValueError, "without bias"),
-        (lambda: ops.linear(X, Panels.pack(W), swiglu=True), ValueError, "swiglu=True, but the weight was packed with swiglu=False"),
-        (lambda: ops.linear(X, Panels.pack(W, True)), ValueError, "swiglu=False, but the weight was packed with swiglu=True"),
+        (
+            lambda: ops.linear(X, Panels.pack(W), swiglu=True),
+            ValueError,
+            "swiglu=True, but the weight was packed with swiglu=False",
+        ),
+        (
+            lambda: ops.linear(X, Panels.pack(W, True)),
+            ValueError,
+            "swiglu=False, but the weight was packed with swiglu=True",
+        ),
         (lambda: Panels.pack(torch.randn(5, 8), True), ValueError, r"\(5, 8\); it must be \[N, K\], N even for swiglu"),
         (lambda: Panels.pack(torch.randn(8)), ValueError, r"shape \(8,\)"),
-        (lambda: Panels.pack(W).rows_at(torch.tensor([1], dtype=torch.int32)), TypeError, r"ids are torch.int32; convert them with .long"),
-        (lambda: Panels.pack(W, True).rows_at(torch.tensor([1])), ValueError, "packed with swiglu, its rows are no table"),
+        (
+            lambda: Panels.pack(W).rows_at(torch.tensor([1], dtype=torch.int32)),
+            TypeError,
+            r"ids are torch.int32; convert them with .long",
+        ),
+        (
+            lambda: Panels.pack(W, True).rows_at(torch.tensor([1])),
+            ValueError,
+            "packed with swiglu, its rows are no table",
+        ),
     ],
 )  # fmt: skip
 def test_errors(call, error, message):

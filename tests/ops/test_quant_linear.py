@@ -48,7 +48,9 @@ def test_lower_tiers(tier):
     _oracle.check_lower_tier(__file__, tier)
 
 
-@pytest.mark.parametrize("wanted", ["12x64 to 40 q4_1", "5x64 to 33 int4 +bias +norm +residual", "4x64 to 144 int8 +swiglu"])
+@pytest.mark.parametrize(
+    "wanted", ["12x64 to 40 q4_1", "5x64 to 33 int4 +bias +norm +residual", "4x64 to 144 int8 +swiglu"]
+)
 def test_compile_fullgraph(wanted):
     (case,) = [c for c in SUITE.correct if c.label == wanted]
     _oracle.check_compile(SUITE, case)
@@ -70,7 +72,7 @@ def test_opcheck(form):
 
 
 def random_blocks(rows: int, depth: int, kind: str) -> torch.Tensor:
-    """Blocks of a GGUF type: every byte of the quants occurs, scales and minima are any finite float16, subnormals too."""
+    """Blocks of a GGUF type: any byte as quants, any finite float16 as scales and minima."""
     head = 4 if STORED[kind][1] else 2
     quants = torch.randint(0, 256, (rows, depth // 32, STORED[kind][2] - head), dtype=torch.uint8)
     bits = torch.randint(0, 1 << 16, (rows, depth // 32, head // 2), dtype=torch.int32)
@@ -152,7 +154,7 @@ def test_mixed_types_side_by_side_in_one_weight():
     assert first == 57 and torch.equal(weight.dequantize(), wanted)
 
 
-# ------------------------------------------------------------------------------------------------------------- quantising
+# ----------------------------------------------------------------------------------------------------------- quantising
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(4, "Q4_0"), (8, "Q8_0")])
@@ -188,10 +190,12 @@ def test_quantising_bounds_and_special_groups(bits):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_swiglu_weight(bits):
     weight = torch.randn(42, 64)
-    assert torch.equal(QWeight.quantize(weight, bits, swiglu=True).dequantize(), QWeight.quantize(weight, bits).dequantize())
+    assert torch.equal(
+        QWeight.quantize(weight, bits, swiglu=True).dequantize(), QWeight.quantize(weight, bits).dequantize()
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- arithmetic
+# ----------------------------------------------------------------------------------------------------------- arithmetic
 
 
 def draw(rows: int, depth: int, cols: int, form: str, bias=False, norm=False, residual=False, swiglu=False):
@@ -305,7 +309,9 @@ def test_fused_residual_and_bias_are_additions_in_this_order(rows, form):
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 70])
 @pytest.mark.parametrize("cols", [1, 16, 45])
 def test_fused_swiglu_is_two_linears_and_swiglu(rows, cols, kind):
-    blocks = torch.from_numpy(gguf.quants.quantize(np.random.randn(2 * cols, 64).astype("f"), GGMLQuantizationType[kind]))
+    blocks = torch.from_numpy(
+        gguf.quants.quantize(np.random.randn(2 * cols, 64).astype("f"), GGMLQuantizationType[kind])
+    )
     form, x = STORED[kind][:2], torch.randn(rows, 64) * torch.logspace(-2, 3, rows)[:, None]
     gate, up = (ops.quant_linear(x, packed(half, kind, *form)) for half in blocks.chunk(2))
     fused = ops.quant_linear(x, packed(blocks, kind, *form, True), swiglu=True)
@@ -381,7 +387,7 @@ def test_gradient_is_that_of_the_dequantised_weight(form):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------------------- errors
 
 X, W = torch.randn(2, 64), QWeight.quantize(torch.randn(6, 64), 4)
 S = QWeight.quantize(torch.randn(6, 64), 8, swiglu=True)
@@ -399,18 +405,34 @@ def spoilt(value: float) -> torch.Tensor:
         (lambda: ops.quant_linear(X[:, :32], W), ValueError, r"x \(2, 32\) must end in the weight's input size 64"),
         (lambda: ops.quant_linear(X.double(), W), TypeError, "x is float64, allowed: float32"),
         (lambda: ops.quant_linear(X.bfloat16(), W), TypeError, "x is bfloat16, allowed: float32"),
-        (lambda: ops.quant_linear(X, torch.randn(6, 64)), TypeError, r"weight is Tensor; make it with QWeight.quantize"),
+        (
+            lambda: ops.quant_linear(X, torch.randn(6, 64)),
+            TypeError,
+            r"weight is Tensor; make it with QWeight.quantize",
+        ),
         (lambda: ops.quant_linear(X.to("meta"), W), ValueError, "weight is on cpu, x on meta"),
         (lambda: ops.quant_linear(X, W, torch.randn(5)), ValueError, r"bias has shape \(5,\), want \(6,\)"),
         (lambda: ops.quant_linear(X, W, torch.randn(6).double()), TypeError, "bias is torch.float64"),
         (lambda: ops.quant_linear(X, W, norm=torch.randn(128)[::2]), ValueError, "norm must be contiguous"),
         (lambda: ops.quant_linear(X, W, norm=torch.randn(32)), ValueError, r"norm has shape \(32,\), want \(64,\)"),
-        (lambda: ops.quant_linear(X, W, residual=torch.randn(2, 5)), ValueError, r"residual has shape \(2, 5\), want \(2, 6\)"),
-        (lambda: ops.quant_linear(X, W, swiglu=True), ValueError, "swiglu=True, but the weight was packed with swiglu=False"),
+        (
+            lambda: ops.quant_linear(X, W, residual=torch.randn(2, 5)),
+            ValueError,
+            r"residual has shape \(2, 5\), want \(2, 6\)",
+        ),
+        (
+            lambda: ops.quant_linear(X, W, swiglu=True),
+            ValueError,
+            "swiglu=True, but the weight was packed with swiglu=False",
+        ),
         (lambda: ops.quant_linear(X, S), ValueError, "swiglu=False, but the weight was packed with swiglu=True"),
         (lambda: ops.quant_linear(X, S, torch.randn(3), swiglu=True), ValueError, "without bias"),
         (lambda: QWeight.quantize(torch.randn(6, 64), 5), ValueError, "bits=5; allowed: 4, 8"),
-        (lambda: QWeight.quantize(torch.randn(6, 48), 4), ValueError, r"\(6, 48\) must be \[N, K\], K a multiple of 32"),
+        (
+            lambda: QWeight.quantize(torch.randn(6, 48), 4),
+            ValueError,
+            r"\(6, 48\) must be \[N, K\], K a multiple of 32",
+        ),
         (lambda: QWeight.quantize(torch.randn(64), 4), ValueError, r"\(64,\) must be"),
         (lambda: QWeight.quantize(torch.randn(5, 64), 4, swiglu=True), ValueError, "N even for swiglu"),
         *(
@@ -418,11 +440,23 @@ def spoilt(value: float) -> torch.Tensor:
             for v in (math.nan, math.inf, -math.inf, 1e9)
             for b in (4, 8)
         ),
-        (lambda: W.rows_at(torch.tensor([1], dtype=torch.int32)), TypeError, "ids are torch.int32; convert them with .long"),
+        (
+            lambda: W.rows_at(torch.tensor([1], dtype=torch.int32)),
+            TypeError,
+            "ids are torch.int32; convert them with .long",
+        ),
         (lambda: S.rows_at(torch.tensor([1])), ValueError, "packed with swiglu, its rows are no table"),
-        (lambda: W.fill(0, random_blocks(6, 64, "Q4_1"), "Q4_1"), ValueError, "Q4_1 blocks do not fit into 4 bits, has_min=False"),
+        (
+            lambda: W.fill(0, random_blocks(6, 64, "Q4_1"), "Q4_1"),
+            ValueError,
+            "Q4_1 blocks do not fit into 4 bits, has_min=False",
+        ),
         (lambda: W.fill(0, random_blocks(6, 64, "Q8_0"), "Q8_0"), ValueError, "Q8_0 blocks do not fit into 4 bits"),
-        (lambda: W.fill(1, random_blocks(6, 64, "Q4_0"), "Q4_0"), ValueError, r"blocks \(6, 36\) at row 1 do not fit weight \(6, 64\)"),
+        (
+            lambda: W.fill(1, random_blocks(6, 64, "Q4_0"), "Q4_0"),
+            ValueError,
+            r"blocks \(6, 36\) at row 1 do not fit weight \(6, 64\)",
+        ),
         (lambda: W.fill(-1, random_blocks(2, 64, "Q4_0"), "Q4_0"), ValueError, "at row -1 do not fit"),
         (lambda: W.fill(0, random_blocks(6, 32, "Q4_0"), "Q4_0"), ValueError, r"blocks \(6, 18\) at row 0 do not fit"),
     ],

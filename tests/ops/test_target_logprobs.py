@@ -39,7 +39,8 @@ def test_compile_and_opcheck():
 
 @pytest.mark.parametrize("vocab", [1, 11, 256, 4099, 49152])
 @pytest.mark.parametrize(
-    "fields", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 40, "top_p": 0.9}, {"temperature": 2.0, "min_p": 0.01}]
+    "fields",
+    [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 40, "top_p": 0.9}, {"temperature": 2.0, "min_p": 0.01}],
 )
 def test_same_bits_as_the_sampler(vocab, fields):
     """Whatever the draw was asked to do, its reported logprob is that of the untruncated row at temperature 1."""
