@@ -290,8 +290,8 @@ def load(path: str | Path) -> nn.Module:
 def load_packed(path: str | Path, quantize: str | None = None, as_float: bool = False) -> Decoder:
     """The model with weights packed for decoding on a CPU, in one arena, read tensor by tensor.
 
-    quantize: None keeps what is stored (Q4_0, Q4_1, Q8_0 without loss; other types become float32 panels); "int8", "int4"
-    quantise in groups of 32 what is not stored so already. as_float: float32 panels whatever is stored. What is stored
+    quantize: None keeps what is stored (Q4_0, Q4_1, Q8_0 without loss; other types become float32 panels); "int8",
+    "int4" quantise in groups of 32 what is not stored so already. as_float: float32 panels whatever is stored. What is stored
     in 5 bits or fewer is never quantised to int4 again: ValueError.
     """
     if quantize not in (None, "int8", "int4"):
@@ -389,8 +389,8 @@ def _modules(model: Decoder) -> list[tuple[str, nn.Module]]:
 
 
 def _check(source: Source, model: Decoder) -> None:
-    """Every tensor of the model is in the file with the config's shape, and nothing else is: a bias that is left out, say,
-    would change the model silently."""
+    """Every tensor of the model is in the file with the config's shape, and nothing else is: a bias that is left out,
+    say, would change the model silently."""
     c, known = model.config, set()
     parts = {"qkv": (c.heads * c.head_dim, *[c.kv_heads * c.head_dim] * 2), "gate_up": (c.ffn, c.ffn)}
     for ours, module in _modules(model):
@@ -404,7 +404,8 @@ def _check(source: Source, model: Decoder) -> None:
     left = [name for name in source.all_names() if name not in known]
     if left:
         raise ValueError(
-            f"the file holds {len(left)} tensors that a plain Llama does not have, {left[0]!r} first; it is another model"
+            f"the file holds {len(left)} tensors that a plain Llama does not have, {left[0]!r} first; "
+            "it is another model"
         )
 
 

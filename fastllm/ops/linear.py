@@ -1,18 +1,18 @@
 """linear: y = norm(x) W^T + bias (+ residual, or silu(gate) * up), fp32 accumulation in one fixed order.
 
-x [..., K], weight [N, K] or `Panels` of it, bias [N], y [..., N]. float32; bfloat16 and float16 are widened to float32 first
-(a copy), norm(x) is rounded as `ops.rms_norm` rounds it, and y once, at the end.
-The contract: every output element is one chain of fused multiply-adds, k ascending, starting from zero; then + bias, then
-+ residual. One row alone and the same row among a thousand give the same bits, on any number of threads.
+x [..., K], weight [N, K] or `Panels` of it, bias [N], y [..., N]. float32; bfloat16 and float16 are widened to float32
+first (a copy), norm(x) is rounded as `ops.rms_norm` rounds it, and y once, at the end.
+The contract: every output element is one chain of fused multiply-adds, k ascending, starting from zero; then + bias,
+then + residual. One row alone and the same row among a thousand give the same bits, on any number of threads.
 
 A transformer block needs four linears, with these around them, so that no pass over memory is spent on them:
 - norm, eps: x is normalised first, exactly as `ops.rms_norm(x, norm, eps)`;
 - residual [..., N]: added last;
-- swiglu: weight [2F, K] stacks gate over up, and y [..., F] = silu(x W_gate^T) * (x W_up^T).
+- swiglu: weight [2F, K] stacks gate over up, and y [..., F] = silu(x W_gate^T) * (x W_up^T), as `ops.swiglu`.
 
-On a CPU the weights are read in panels of 16 output columns, [N/16, K, 16]: `Panels.pack(weight)` once, or row-major weights
-are packed on every call (5-12 % of it at 500 rows, most of it at one row). Without a backward kernel of its own yet: asked for
-a gradient, the reference runs.
+On a CPU the weights are read in panels of 16 output columns, [N/16, K, 16]: `Panels.pack(weight)` once, or row-major
+weights are packed on every call (5-12 % of it at 500 rows, most of it at one row). Without a backward kernel of its own
+yet: asked for a gradient, the reference runs.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,8 @@ class Panels:
 
     @classmethod
     def pack(cls, weight: Tensor, swiglu: bool = False, out: Tensor | None = None) -> "Panels":
-        """weight [N, K] (swiglu: [2F, K], gate rows first), any float dtype; into `out` (uint8 [nbytes_for(...)]) when given.
+        """weight [N, K] (swiglu: [2F, K], gate rows first) of any float dtype; into `out`, uint8 [nbytes_for(...)],
+        when given.
 
         Raises ValueError for another rank, or an odd N with swiglu.
         """
@@ -64,7 +65,7 @@ class Panels:
         return cls(data, rows, swiglu)
 
     def rows_at(self, ids: Tensor) -> Tensor:
-        """Rows of the weight: ids int64 [...] -> [..., K]. IndexError for an id outside [0, N), ValueError for swiglu."""
+        """Rows of the weight: ids int64 [...] -> [..., K]. IndexError for an id outside [0, N)."""
         check_rows_at(ids, self.swiglu)
         return forward_rows(ids, self.data, self.rows)
 
@@ -168,8 +169,8 @@ forward = Op(
     cpu=cpu,
 )
 forward_panels = Op(
-    "linear_panels(Tensor x, Tensor panels, int rows, Tensor? bias, Tensor? norm, float eps, Tensor? residual, bool swiglu)"
-    " -> Tensor",
+    "linear_panels(Tensor x, Tensor panels, int rows, Tensor? bias, Tensor? norm, float eps, Tensor? residual,"
+    " bool swiglu) -> Tensor",
     reference=reference_panels,
     fake=lambda x, panels, rows, bias, norm, eps, residual, swiglu: _output(x, rows // (1 + swiglu)),
     cpu=cpu_panels,

@@ -1,13 +1,14 @@
 """quant_linear: y = norm(x) W^T + bias (+ residual, or silu(gate) * up) with weights of 4 or 8 bits, and its embedding.
 
 x [..., K] float32, weight a `QWeight` [N, K], y [..., N] float32.
-Arithmetic: within each group of 32 along K, x becomes s8, round(x * (127 / max|x|)), with scale max|x| / 127; a weight is
-scale * (q - zero) or scale * q + minimum, with float16 scale and minimum per row and group. Integer sums are exact; the scaled
-sum runs over groups ascending in float32 FMAs, so one row alone and a thousand give the same bits.
+Arithmetic: within each group of 32 along K, x becomes s8, round(x * (127 / max|x|)), with scale max|x| / 127; a weight
+is scale * (q - zero) or scale * q + minimum, with float16 scale and minimum per row and group. Integer sums are exact;
+the scaled sum runs over groups ascending in float32 FMAs, so one row alone and a thousand give the same bits.
+A group whose max|x| is below 1e-35 counts as zeros; a NaN or an infinity makes its row NaN.
 
-QWeight holds what the file holds, without loss: Q4_0 (4 bits, zero 8), Q4_1 (4 bits, minimum), Q8_0 (8 bits, zero 128 after
-the shift to unsigned). `QWeight.quantize(w, 4 | 8)` makes int4 and int8 with group 32 from float weights. Sources: GGUF's
-block formats; Dettmers et al. 2022 (arXiv 2208.07339) for row-wise activation scales.
+QWeight holds what the file holds, without loss: Q4_0 (4 bits, zero 8), Q4_1 (4 bits, minimum), Q8_0 (8 bits, zero 128
+after the shift to unsigned). `QWeight.quantize(w, 4 | 8)` makes int4 and int8 with group 32 from float weights.
+Sources: GGUF's block formats; Dettmers et al. 2022 (arXiv 2208.07339) for row-wise activation scales.
 Inference only: asked for a gradient, the reference runs; it gives the gradient of x of the dequantised weight.
 """
 
@@ -58,8 +59,8 @@ class QWeight:
     def fill(self, first: int, blocks: Tensor, kind: str) -> int:
         """Rows [first, first + n) from blocks of a GGUF type in `STORED`, uint8 [n, K / 32 * block bytes]; first + n.
 
-        A type of fewer bits, or without a minimum where this weight has one, is widened without loss. Raises ValueError for
-        a type that does not fit in, or another shape.
+        A type of fewer bits, or without a minimum where this weight has one, is widened without loss. Raises
+        ValueError for a type that does not fit in, or another shape.
         """
         bits, has_min, size = STORED[kind]
         if bits > self.bits or has_min > self.has_min:
@@ -83,7 +84,8 @@ class QWeight:
             raise ValueError(f"QWeight.quantize: bits={bits!r}; allowed: 4, 8")
         if weight.dim() != 2 or weight.shape[1] % GROUP or (swiglu and weight.shape[0] % 2):
             raise ValueError(
-                f"QWeight.quantize: weight {tuple(weight.shape)} must be [N, K], K a multiple of {GROUP}, N even for swiglu"
+                f"QWeight.quantize: weight {tuple(weight.shape)} must be [N, K], K a multiple of {GROUP}, "
+                "N even for swiglu"
             )
         q = cls.empty(*weight.shape, bits, has_min=False, swiglu=swiglu)
         q.data.zero_()  # rows that only pad a panel
@@ -98,7 +100,7 @@ class QWeight:
         return first
 
     def rows_at(self, ids: Tensor) -> Tensor:
-        """Dequantised rows: ids int64 [...] -> float32 [..., K]. IndexError for an id outside [0, N), ValueError for swiglu."""
+        """Dequantised rows: ids int64 [...] -> float32 [..., K]. IndexError for an id outside [0, N)."""
         check_rows_at(ids, self.swiglu)
         return forward_embedding(ids, self.data, self.rows, self.depth, self.bits, self.has_min)
 
@@ -153,8 +155,8 @@ def quantize_rows(weight: Tensor, bits: int) -> Tensor:
 
 
 def reference(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, swiglu) -> Tensor:
-    """The quantised arithmetic in plain PyTorch. x is quantised in float32 whatever its dtype: where it is rounded is part of
-    the meaning. The gradient is that of the dequantised weight, as if x were not rounded."""
+    """The quantised arithmetic in plain PyTorch. x is quantised in float32 whatever its dtype: where it is rounded is
+    part of the meaning. The gradient is that of the dequantised weight, as if x were not rounded."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if norm is not None:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm
@@ -182,7 +184,7 @@ def reference(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, 
 
 
 def quantize_activations(xg: Tensor) -> tuple[Tensor, Tensor]:
-    """Groups [..., 32] as integers in +-127 and a scale each; a group below 1e-35 is zeros, one with NaN or infinity is NaN."""
+    """Groups [..., 32] as integers in +-127, and a scale [...] each."""
     top = xg.abs().amax(-1, keepdim=True)
     scale, inverse = torch.where(top < 1e-35, 0, top / 127), torch.where(top < 1e-35, 0, 127 / top)
     finite = top.isfinite()
@@ -248,8 +250,8 @@ def cpu_embedding(ids: Tensor, weight: Tensor, rows: int, depth: int, bits: int,
 # -------------------------------------------------------------------------------------------------------- registration
 
 forward = Op(
-    "quant_linear(Tensor x, Tensor weight, int rows, int depth, int bits, bool has_min, Tensor? bias, Tensor? norm, float eps,"
-    " Tensor? residual, bool swiglu) -> Tensor",
+    "quant_linear(Tensor x, Tensor weight, int rows, int depth, int bits, bool has_min, Tensor? bias, Tensor? norm,"
+    " float eps, Tensor? residual, bool swiglu) -> Tensor",
     reference=reference,
     fake=lambda x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, swiglu: _output(x, rows, swiglu),
     cpu=cpu,

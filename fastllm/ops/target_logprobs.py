@@ -1,7 +1,7 @@
 """target_logprobs: the log-probability of one given token in every row of logits, at temperature 1.
 
-The arithmetic is that of `sample` (fp32 exp, weights in fixed point): scoring a text reports the bits that decoding it would
-have reported, whatever the batch.
+The arithmetic is that of `sample` (fp32 exp, weights in fixed point): scoring a text reports the bits that decoding it
+would have reported, whatever the batch.
 Shapes: logits [B, V] fp32 with any row stride; target int64 [B]; result fp32 [B].
 Errors: IndexError for a target outside [0, V); LogitsError for rows with a NaN or nothing above -inf.
 """

@@ -229,7 +229,7 @@ def test_gradients_of_every_input():
     torch.testing.assert_close(through, plain[0], rtol=1e-4, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------- panels
+# --------------------------------------------------------------------------------------------------------------- panels
 
 
 @pytest.mark.parametrize(("rows", "depth"), [(1, 1), (16, 16), (17, 33), (40, 100), (0, 8)])
@@ -299,7 +299,11 @@ X, W = torch.randn(2, 8), torch.randn(6, 8)
         (lambda: ops.linear(X, W, norm=torch.randn(16)[::2]), ValueError, "norm must be contiguous"),
         (lambda: ops.linear(X, W, residual=torch.randn(6)), ValueError, r"residual has shape \(6,\), want \(2, 6\)"),
         (lambda: ops.linear(X, W, residual=torch.randn(2, 6), swiglu=True), ValueError, r"want \(2, 3\)"),
-        (lambda: ops.linear(X, torch.randn(5, 8), swiglu=True), ValueError, "takes a weight of 2F rows .* it has 5 rows"),
+        (
+            lambda: ops.linear(X, torch.randn(5, 8), swiglu=True),
+            ValueError,
+            "takes a weight of 2F rows .* it has 5 rows",
+        ),
         (lambda: ops.linear(X, W, torch.randn(3), swiglu=True), ValueError, "without bias"),
         (
             lambda: ops.linear(X, Panels.pack(W), swiglu=True),

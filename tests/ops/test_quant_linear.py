@@ -72,7 +72,7 @@ def test_opcheck(form):
 
 
 def random_blocks(rows: int, depth: int, kind: str) -> torch.Tensor:
-    """Blocks of a GGUF type: every byte of the quants occurs, scales and minima are any finite float16, subnormals too."""
+    """Blocks of a GGUF type: any byte as quants, any finite float16 as scales and minima."""
     head = 4 if STORED[kind][1] else 2
     quants = torch.randint(0, 256, (rows, depth // 32, STORED[kind][2] - head), dtype=torch.uint8)
     bits = torch.randint(0, 1 << 16, (rows, depth // 32, head // 2), dtype=torch.int32)
@@ -154,7 +154,7 @@ def test_mixed_types_side_by_side_in_one_weight():
     assert first == 57 and torch.equal(weight.dequantize(), wanted)
 
 
-# ------------------------------------------------------------------------------------------------------------- quantising
+# ----------------------------------------------------------------------------------------------------------- quantising
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(4, "Q4_0"), (8, "Q8_0")])
@@ -193,7 +193,7 @@ def test_quantised_swiglu_weight(bits):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- arithmetic
+# ----------------------------------------------------------------------------------------------------------- arithmetic
 
 
 def draw(rows: int, depth: int, cols: int, form: str, bias=False, norm=False, residual=False, swiglu=False):
@@ -385,7 +385,7 @@ def test_gradient_is_that_of_the_dequantised_weight(form):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------------------- errors
 
 X, W = torch.randn(2, 64), QWeight.quantize(torch.randn(6, 64), 4)
 S = QWeight.quantize(torch.randn(6, 64), 8, swiglu=True)
@@ -403,18 +403,34 @@ def spoilt(value: float) -> torch.Tensor:
         (lambda: ops.quant_linear(X[:, :32], W), ValueError, r"x \(2, 32\) must end in the weight's input size 64"),
         (lambda: ops.quant_linear(X.double(), W), TypeError, "x is float64, allowed: float32"),
         (lambda: ops.quant_linear(X.bfloat16(), W), TypeError, "x is bfloat16, allowed: float32"),
-        (lambda: ops.quant_linear(X, torch.randn(6, 64)), TypeError, r"weight is Tensor; make it with QWeight.quantize"),
+        (
+            lambda: ops.quant_linear(X, torch.randn(6, 64)),
+            TypeError,
+            r"weight is Tensor; make it with QWeight.quantize",
+        ),
         (lambda: ops.quant_linear(X.to("meta"), W), ValueError, "weight is on cpu, x on meta"),
         (lambda: ops.quant_linear(X, W, torch.randn(5)), ValueError, r"bias has shape \(5,\), want \(6,\)"),
         (lambda: ops.quant_linear(X, W, torch.randn(6).double()), TypeError, "bias is torch.float64"),
         (lambda: ops.quant_linear(X, W, norm=torch.randn(128)[::2]), ValueError, "norm must be contiguous"),
         (lambda: ops.quant_linear(X, W, norm=torch.randn(32)), ValueError, r"norm has shape \(32,\), want \(64,\)"),
-        (lambda: ops.quant_linear(X, W, residual=torch.randn(2, 5)), ValueError, r"residual has shape \(2, 5\), want \(2, 6\)"),
-        (lambda: ops.quant_linear(X, W, swiglu=True), ValueError, "swiglu=True, but the weight was packed with swiglu=False"),
+        (
+            lambda: ops.quant_linear(X, W, residual=torch.randn(2, 5)),
+            ValueError,
+            r"residual has shape \(2, 5\), want \(2, 6\)",
+        ),
+        (
+            lambda: ops.quant_linear(X, W, swiglu=True),
+            ValueError,
+            "swiglu=True, but the weight was packed with swiglu=False",
+        ),
         (lambda: ops.quant_linear(X, S), ValueError, "swiglu=False, but the weight was packed with swiglu=True"),
         (lambda: ops.quant_linear(X, S, torch.randn(3), swiglu=True), ValueError, "without bias"),
         (lambda: QWeight.quantize(torch.randn(6, 64), 5), ValueError, "bits=5; allowed: 4, 8"),
-        (lambda: QWeight.quantize(torch.randn(6, 48), 4), ValueError, r"\(6, 48\) must be \[N, K\], K a multiple of 32"),
+        (
+            lambda: QWeight.quantize(torch.randn(6, 48), 4),
+            ValueError,
+            r"\(6, 48\) must be \[N, K\], K a multiple of 32",
+        ),
         (lambda: QWeight.quantize(torch.randn(64), 4), ValueError, r"\(64,\) must be"),
         (lambda: QWeight.quantize(torch.randn(5, 64), 4, swiglu=True), ValueError, "N even for swiglu"),
         *(
@@ -422,7 +438,11 @@ def spoilt(value: float) -> torch.Tensor:
             for v in (math.nan, math.inf, -math.inf, 1e9)
             for b in (4, 8)
         ),
-        (lambda: W.rows_at(torch.tensor([1], dtype=torch.int32)), TypeError, "ids are torch.int32; convert them with .long"),
+        (
+            lambda: W.rows_at(torch.tensor([1], dtype=torch.int32)),
+            TypeError,
+            "ids are torch.int32; convert them with .long",
+        ),
         (lambda: S.rows_at(torch.tensor([1])), ValueError, "packed with swiglu, its rows are no table"),
         (
             lambda: W.fill(0, random_blocks(6, 64, "Q4_1"), "Q4_1"),
