@@ -82,31 +82,37 @@ class Contender:
         return f"{self.name} {self.form}"
 
 
+def files(shape: str, form: str, model: Path) -> tuple[Path, dict, Path | None]:
+    """(file that ours reads, how it is asked for the form, llama.cpp's file of the form); missing files are made.
+
+    int4 and int8 of the real model start from its dequantised weights on both sides, since a file of 5 bits is not
+    quantised further. The random model exists as Q4_0 and as Q8_0 and is read as stored, or as fp32 from Q8_0.
+    """
+    kwargs, kind = FORMS[form]
+    if shape == RANDOM:
+        path = texts.gguf_tinyllama("Q4_0" if form == "int4" else "Q8_0")
+        return (path, kwargs, None) if form == "fp32" else (path, {}, path)
+    wide = texts.gguf_variant(model, "F32") if "quantize" in (kwargs or {}) else model
+    return wide, kwargs, texts.gguf_variant(model, kind) if kind else model
+
+
 def contenders(shape: str, model: Path, options) -> list[Contender]:
-    """Who takes part, with the files they read; files that do not exist yet are made."""
+    """Who takes part, with the files they read."""
     result = []
     for form in options.rows:
         if shape == RANDOM and form not in GOALS[RANDOM]:
-            continue  # a random model has no form of its own, and F16 says nothing that Q8_0 does not
-        kwargs, kind = FORMS[form]
-        if shape == RANDOM:
-            source = texts.gguf_tinyllama("Q4_0" if form == "int4" else "Q8_0")
-            gguf = None if form == "fp32" else source
-        else:
-            source = model
-            gguf = None if "llama.cpp" not in options.peers else texts.gguf_variant(model, kind) if kind else model
-        threads = {"threads": options.threads}
+            continue
+        source, kwargs, gguf = files(shape, form, model)
+        common = {"threads": options.threads}
         if kwargs is not None:
-            result.append(Contender("fastllm", form, {"kind": "ours", "path": str(source), **kwargs, **threads}))
-        if form == "fp32":
-            for name in options.peers:
-                if name.startswith("transformers"):
-                    spec = {"kind": "transformers", "path": str(source), "compiled": name.endswith("compile")}
-                    fp32 = 4 * texts.weight_bytes(source)[1]
-                    result.append(Contender(name, form, spec | threads, fp32))
+            result.append(Contender("fastllm", form, {"kind": "ours", "path": str(source), **kwargs} | common))
+        for name in options.peers if form == "fp32" else ():
+            if name.startswith("transformers"):
+                spec = {"kind": "transformers", "path": str(source), "compiled": name.endswith("compile")}
+                result.append(Contender(name, form, spec | common, 4 * texts.weight_bytes(source)[1]))
         if "llama.cpp" in options.peers and gguf:
-            spec = {"kind": "llama.cpp", "path": str(gguf), **threads}
-            result.append(Contender("llama.cpp", form, spec, texts.weight_bytes(gguf)[0]))
+            spec = {"kind": "llama.cpp", "path": str(gguf)}
+            result.append(Contender("llama.cpp", form, spec | common, texts.weight_bytes(gguf)[0]))
     return result
 
 
@@ -399,8 +405,7 @@ def main() -> int:
             stream, windows = np.random.default_rng(0).integers(259, texts.TINYLLAMA_VOCAB, 150_000).tolist(), []
         if not entrants:
             raise SystemExit(f"nobody takes part in {shape} with --rows {','.join(options.rows)}")
-        weights = texts.weight_bytes(Path(entrants[0].spec["path"]))[1]
-        for group in fitting_groups(entrants, weights):
+        for group in fitting_groups(entrants, texts.weight_bytes(Path(entrants[0].spec["path"]))[1]):
             print(f"{shape}: {', '.join(entrant.label for entrant in group)}", file=sys.stderr, flush=True)
             failures = measure(group, Prompts(stream), windows, options, meter)
             result["failures"] += [f"{shape}: {failure}" for failure in failures]

@@ -33,8 +33,10 @@ import numpy as np
 
 
 class Ours:
-    """fastllm through its public API; `quantize` and `dtype` choose the weight form. Its seconds are those of the calls,
-    detokenisation included; of a decode's, only the prompt's pass is taken off."""
+    """fastllm through its public API; `quantize` and `dtype` choose the weight form.
+
+    Its seconds are those of the calls, detokenisation included; of a decode's, only the prompt's pass is taken off.
+    """
 
     def __init__(self, path, threads, quantize=None, dtype="auto", **_):
         from fastllm import LLM, SamplingParams

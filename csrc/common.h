@@ -79,7 +79,7 @@ struct QuantLinearArgs {
   double eps;
 };
 static inline int64_t work(const QuantLinearArgs& a) { return a.rows * a.cols * a.depth / 16; }
-static inline int64_t activation_bytes(int64_t rows, int64_t depth) { return rows * (depth + depth / 32 * 8); }
+static inline int64_t activation_bytes(int64_t rows, int64_t depth) { return (rows + 7) / 8 * 8 * (depth + depth / 32 * 8); }
 static inline int64_t scratch_bytes(const QuantLinearArgs& a, int64_t threads) {
   const int64_t depth = (a.depth + 31) / 32 * 32;
   return threads * depth * 4 + (a.rows <= 4 ? threads : 1) * activation_bytes(a.rows, depth);
@@ -93,6 +93,16 @@ struct QuantEmbeddingArgs {
   int64_t count, rows, depth, bits, has_min;
 };
 static inline int64_t work(const QuantEmbeddingArgs& a) { return a.count * a.depth; }
+
+// Rows [first, first + count) of a quantised weight of `rows` rows, from blocks of 32 as GGUF stores them: float16 scale, float16
+// minimum if block_min, then 16 bytes of nibbles (k and k + 16) or 32 of s8. A block may hold fewer bits than the panels, and
+// have no minimum where they have one: nothing is lost.
+struct PackQuantsArgs {
+  uint8_t* panels;
+  const uint8_t* blocks;    // [count, groups] contiguous
+  int64_t first, count, rows, groups, swiglu, bits, has_min, block_bits, block_min;
+};
+static inline int64_t work(const PackQuantsArgs& a) { return a.count * a.groups * 32; }
 
 struct PackPanelsArgs {
   float* panels;    // panel p at p * panel_stride

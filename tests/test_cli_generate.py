@@ -92,9 +92,11 @@ def test_json(generate, llm):
     assert found["gb_per_s"] == pytest.approx(found["tokens_per_second"] * llm.bytes_per_token / 1e9)
     assert found["roofline"] == pytest.approx(found["gb_per_s"] / 123) and found["model"].endswith("tiny.gguf")
     assert "outputs" not in found
-    again = json.loads(generate(PROMPT, "--temperature", 1, "--json", "--no-stats", "--max-new-tokens", 12)[1])
+    again = json.loads(
+        generate(PROMPT, "--temperature", 1, "--ignore-eos", "--json", "--no-stats", "--max-new-tokens", 12)[1]
+    )
     assert again["roofline"] is None and again["tokens_per_second"] > 0
-    options = ["--seed", again["seed"], "--max-new-tokens", 12, "--no-stats"]
+    options = ["--seed", again["seed"], "--ignore-eos", "--max-new-tokens", 12, "--no-stats"]
     assert generate(PROMPT, *options)[1] == again["text"] + "\n"  # the seed that was drawn makes it again
 
 

@@ -111,7 +111,10 @@ def test_imports_go_down():
 def test_the_package_imports_little_at_once():
     """Who embeds the kernels does not wait for the rest."""
     eager = [n for n in TREES[PACKAGE / "__init__.py"].body if isinstance(n, (ast.Import, ast.ImportFrom))]
-    assert [a.name for n in eager if isinstance(n, ast.ImportFrom) and n.level for a in n.names] == ["ops", "SamplingParams"]
+    assert [a.name for n in eager if isinstance(n, ast.ImportFrom) and n.level for a in n.names] == [
+        "ops",
+        "SamplingParams",
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- one op, one name

@@ -205,7 +205,7 @@ def test_other_threads_run_python_during_a_replay():
     step = Step()
     with _C.Plan() as plan:
         step.run()
-    replay = threading.Thread(target=plan.replay, kwargs={"times": 200})
+    replay = threading.Thread(target=plan.replay, kwargs={"times": 5000})
     replay.start()
     ticks = 0
     while replay.is_alive():

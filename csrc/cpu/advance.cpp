@@ -1,6 +1,6 @@
-// advance: what lies between a sampled token and the next forward, so that a replayed step needs nobody else. For every row:
-// the token joins its history, its random counter moves on, and position, context length and cache slot become those of the
-// token. A row that is left out (rows[r] < 0) writes nothing to the cache: slot -1.
+// advance: what lies between a sampled token and the next forward, so that a replayed step needs nobody else. For every
+// row: the token joins its history, its random counter moves on, and position, context length and cache slot become
+// those of the token. A row that is left out (rows[r] < 0) writes nothing to the cache: slot -1.
 #include "simd.h"
 
 namespace fastllm {
@@ -25,7 +25,8 @@ void advance(const AdvanceArgs& a, Team& team) noexcept {
     ++s.position;
     if (a.context_len) ++a.context_len[r];
     if (!a.position) continue;
-    const int64_t position = a.position_is_int64 ? ++static_cast<int64_t*>(a.position)[r] : ++static_cast<int32_t*>(a.position)[r];
+    const int64_t position =
+        a.position_is_int64 ? ++static_cast<int64_t*>(a.position)[r] : ++static_cast<int32_t*>(a.position)[r];
     if (!a.slot) continue;
     const int64_t column = position / a.page;
     if (position < 0 || column >= a.pages) {

@@ -22,7 +22,7 @@ struct Dense {
   const float* query(int64_t b, int64_t i, int64_t head) const { return a.q + b * a.q_batch + i * a.q_row + head * a.q_head; }
 
   // Fills the tile for keys [visible) of tile t.
-  void load(KvTile& tile, int64_t b, int64_t head, int64_t t, Visible visible, int64_t keys, float* packed, Team&) const {
+  void load(KvTile& tile, int64_t b, int64_t head, int64_t t, Visible visible, int64_t keys, int64_t, float* packed, Team&) const {
     const float* k = a.k + b * a.k_batch + head * a.k_head + t * kKvTile * a.k_row;
     const float* v = a.v + b * a.v_batch + head * a.v_head + t * kKvTile * a.v_row;
     tile.value_row = a.v_row;
@@ -30,7 +30,7 @@ struct Dense {
       float* panel = packed + p * kLanes * a.dim;
       pack_panel(k + p * kLanes * a.k_row, a.k_row, keys - t * kKvTile - p * kLanes, a.dim, panel);
       tile.keys[p] = panel;
-      tile.values[p] = tile.ahead[p] = v + p * kLanes * a.v_row;
+      tile.values[p] = v + p * kLanes * a.v_row;
     }
   }
 };
@@ -47,16 +47,22 @@ struct Paged {
   int64_t row(int64_t b, int64_t i) const { return a.cu_q[b] + i; }
   const float* query(int64_t b, int64_t i, int64_t head) const { return a.q + row(b, i) * a.q_row + head * a.q_head; }
 
-  void load(KvTile& tile, int64_t b, int64_t head, int64_t t, Visible visible, int64_t keys, float*, Team& team) const {
-    const int64_t size = a.dim * kPage;
+  void load(KvTile& tile, int64_t b, int64_t head, int64_t t, Visible visible, int64_t keys, int64_t ahead, float*, Team& team) const {
+    const int64_t p0 = visible.begin / kLanes, p1 = (visible.end + kLanes - 1) / kLanes, first = t * kPanels;
     tile.value_row = a.dim;
-    for (int64_t p = visible.begin / kLanes; p * kLanes < visible.end; ++p) {
-      const int64_t at = (page(b, t * kPanels + p, team) * a.kv_heads + head) * size, next = (t + 1) * kPanels + p;
-      tile.keys[p] = tile.ahead[p] = a.k_pages + at;
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t at = offset(b, head, first + p, team);
+      tile.keys[p] = a.k_pages + at;
       tile.values[p] = a.v_pages + at;
-      if (next * kPage < keys) tile.ahead[p] = a.k_pages + (page(b, next, team) * a.kv_heads + head) * size;
+    }
+    if (!ahead) return;
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t next = p + ahead, after = first + kPanels + next - p1;    // within the tile, or in the next one
+      tile.keys_ahead[p] = next < p1 ? tile.keys[next] : tile.values[next - p1 + p0 < p1 ? next - p1 + p0 : p];
+      tile.values_ahead[p] = next < p1 ? tile.values[next] : after * kPage < keys ? a.k_pages + offset(b, head, after, team) : tile.values[p];
     }
   }
+  int64_t offset(int64_t b, int64_t head, int64_t index, Team& team) const { return (page(b, index, team) * a.kv_heads + head) * a.dim * kPage; }
   int64_t page(int64_t b, int64_t index, Team& team) const {
     const int64_t p = a.block_table[b * a.table_row + index];
     if (p >= 0 && p < a.pages) return p;
@@ -166,13 +172,14 @@ void run_tiles(const Problem& p, const Source& source, const Item& item, Span sp
     const Visible any = {inside(w.visible[0].begin), inside(w.visible[rows - 1].end)};
     if (any.begin >= any.end) continue;
     KvTile tile;
-    source.load(tile, item.b, item.kv_head, t, any, item.sequence.keys, w.keys, team);
+    const int64_t ahead = Ahead && p.padded == p.dim ? width(int(group_rows(rows))) : 0;
+    source.load(tile, item.b, item.kv_head, t, any, item.sequence.keys, ahead, w.keys, team);
     if (p.padded != p.dim) {
       for (int64_t j = any.begin / kLanes; j * kLanes < any.end; ++j) {
         const int64_t end = any.end - j * kLanes, skip = any.begin > j * kLanes ? any.begin - j * kLanes : 0;
         float* to = w.padded_values + j * kLanes * p.padded;
         copy_rows(tile.values[j] + skip * tile.value_row, tile.value_row, (end < kLanes ? end : kLanes) - skip, p.dim, to + skip * p.padded, p.padded);
-        tile.values[j] = tile.ahead[j] = to;
+        tile.values[j] = to;
       }
       tile.value_row = p.padded;
     }
@@ -181,7 +188,10 @@ void run_tiles(const Problem& p, const Source& source, const Item& item, Span sp
       Visible keys[kGroupRows];
       TileResult result;
       for (int64_t i = 0; i < n; ++i) keys[i] = {inside(w.visible[r + i].begin), inside(w.visible[r + i].end)};
-      attend<Ahead>(p, w, r, n, tile, keys, result);
+      if (ahead && r == 0)    // the group that meets the tile first
+        attend<Ahead>(p, w, r, n, tile, keys, result);
+      else
+        attend<false>(p, w, r, n, tile, keys, result);
       for (int64_t i = 0; i < n; ++i) {
         if (keys[i].begin >= keys[i].end) continue;
         const float* values = w.values + i * p.padded;

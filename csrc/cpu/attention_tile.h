@@ -30,8 +30,9 @@ constexpr int width(int rows) { return rows <= 1 ? 2 : 1; }
 struct KvTile {
   const float* keys[kPanels];
   const float* values[kPanels];
-  const float* ahead[kPanels];    // what the value pass brings closer: the key panels of the next tile
-  int64_t value_row;              // elements from one value row to the next
+  const float* keys_ahead[kPanels];      // what to fetch while these keys, or these values, are at work: the pages are read
+  const float* values_ahead[kPanels];    // in the order keys, values, next tile, and each fetches the one `width` after it
+  int64_t value_row;                     // elements from one value row to the next
 };
 
 struct Visible {
@@ -58,21 +59,23 @@ template <class F> FL_INLINE void with_rows(int64_t rows, F f) {
 
 // ------------------------------------------------------------------------------------------------------------- scores
 
-// s[r][16 p ..] = scale * (q[r] . keys), R rows by N panels. Ahead: the value rows of the same keys are fetched meanwhile; a
-// panel of keys and a page of values have the same number of lines.
+// s[r][16 p ..] = scale * (q[r] . keys), R rows by N panels. Ahead: as many other panels or pages of values, which have the
+// same number of lines, are fetched meanwhile. A page is short and pages lie anywhere: the hardware's own prefetch starts
+// too late on each.
 template <int R, int N, bool Ahead>
 FL_INLINE void score_block(const float* q, const float* const* keys, const float* const* ahead, int64_t dim, vf scale, float* s) {
-  const float* k[N];
+  const float *k[N], *next[N];
   vf acc[R][N];
   FL_UNROLL for (int p = 0; p < N; ++p) {
     k[p] = keys[p];
+    if (Ahead) next[p] = ahead[p];
     FL_UNROLL for (int r = 0; r < R; ++r) acc[r][p] = set1(0);
   }
   for (int64_t d = 0; d < dim; ++d) {
     vf w[N];
     FL_UNROLL for (int p = 0; p < N; ++p) {
       w[p] = load(k[p] + d * kLanes);
-      if (Ahead) __builtin_prefetch(ahead[p] + d * kLanes, 0, 2);
+      if (Ahead) __builtin_prefetch(next[p] + d * kLanes);
     }
     FL_UNROLL for (int r = 0; r < R; ++r) {
       const vf x = set1(q[r * kQueryStride + d]);
@@ -85,7 +88,7 @@ FL_INLINE void score_block(const float* q, const float* const* keys, const float
 
 template <int R, int N, bool Ahead>
 void score_panels(const float* q, const KvTile& tile, int64_t p, int64_t end, int64_t dim, vf scale, float* s) {
-  for (; p + N <= end; p += N) score_block<R, N, Ahead>(q, tile.keys + p, tile.values + p, dim, scale, s + p * kLanes);
+  for (; p + N <= end; p += N) score_block<R, N, Ahead>(q, tile.keys + p, tile.keys_ahead + p, dim, scale, s + p * kLanes);
   if constexpr (N > 1)
     if (p < end) score_panels<R, N / 2, Ahead>(q, tile, p, end, dim, scale, s);
 }
@@ -126,7 +129,7 @@ FL_INLINE void softmax_tile(float* s, Visible keys, float cap, float& highest, f
   const vf shift = set1(highest == -__builtin_inff() ? 0.0f : highest);
   vf sums = set1(0);
   for (int64_t p = p0; p < p1; ++p) {
-    const vf e = exp(load(s + p * kLanes) - shift);
+    const vf e = exp_not_positive(load(s + p * kLanes) - shift);
     store(s + p * kLanes, e);
     sums = sums + keep(e, p, keys, set1(0));
   }
@@ -144,12 +147,12 @@ FL_INLINE void value_block(const float* p, const KvTile& tile, int64_t column, V
   for (int64_t j = keys.begin; j < keys.end;) {
     const int64_t panel = j / kLanes, stop = (panel + 1) * kLanes < keys.end ? (panel + 1) * kLanes : keys.end;
     const float* v = tile.values[panel] + (j % kLanes) * tile.value_row + column;
-    const float* ahead = Ahead ? tile.ahead[panel] + (j % kLanes) * line + column : nullptr;
+    const float* ahead = Ahead ? tile.values_ahead[panel] + (j % kLanes) * line + column : nullptr;
     for (; j < stop; ++j, v += tile.value_row) {
       vf w[N];
       FL_UNROLL for (int c = 0; c < N; ++c) {
         w[c] = load(v + c * kLanes);
-        if (Ahead) __builtin_prefetch(ahead + c * kLanes, 0, 2);
+        if (Ahead) __builtin_prefetch(ahead + c * kLanes);
       }
       if (Ahead) ahead += line;
       FL_UNROLL for (int r = 0; r < R; ++r) {
@@ -180,7 +183,14 @@ void weigh_values(const float* p, const KvTile& tile, const Visible* keys, int64
     if (keys[r].begin > common.begin) common.begin = keys[r].begin;
     if (keys[r].end < common.end) common.end = keys[r].end;
   }
-  if (same) return value_columns<R, width(R), Ahead>(p, tile, 0, common, padded, acc, true);
+  if (same) {    // several passes over the columns: in steps that stay in the first-level cache, if the values are new to it
+    const int64_t step = Ahead && padded > width(R) * kLanes ? width(R) * kLanes : kKvTile;
+    for (int64_t j = common.begin, stop; j < common.end; j = stop) {
+      stop = (j / step + 1) * step < common.end ? (j / step + 1) * step : common.end;
+      value_columns<R, width(R), Ahead>(p, tile, 0, {j, stop}, padded, acc, j == common.begin);
+    }
+    return;
+  }
   if (common.begin >= common.end) common.begin = common.end = kKvTile;
   for (int r = 0; r < R; ++r) {
     const Visible head = {keys[r].begin, keys[r].end < common.begin ? keys[r].end : common.begin};

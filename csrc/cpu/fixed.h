@@ -1,6 +1,6 @@
-// Softmax in fixed point: the weight of a logit is exp(x - max) as a multiple of 2^-40 in 64 bits, rounded to nearest even.
-// Integer sums are associative: the same for any cut of the vocabulary, any thread count, any batch. What every reader of
-// these sums needs (sampler, log-probabilities, entropy) is here, so that all of them get the same bits.
+// Softmax in fixed point: the weight of a logit is exp(x - max) as a multiple of 2^-40 in 64 bits, rounded to nearest
+// even. Integer sums are associative: the same for any cut of the vocabulary, any thread count, any batch. What every
+// reader of these sums needs (sampler, log-probabilities, entropy) is here, so that all of them get the same bits.
 //
 // The sum of a row stays below 2^63 for up to 2^23 logits.
 #pragma once
@@ -9,16 +9,16 @@
 namespace fastllm {
 namespace {
 
-constexpr float kLargest = 3.40282347e38f;
 constexpr float kNothing = -33.0f;    // exp(z) and -z exp(z) both round to zero below this
 constexpr float kMagic = 12582912.0f;    // 1.5 * 2^23: adding it leaves a value below 2^22, rounded, in the low bits
 constexpr float kUnit = 1048576.0f;      // 2^20: weights in vectors are multiples of 2^-20
 
-// N vectors go through exp side by side: its chain of some 20 dependent operations is longer than a processor looks ahead.
+// N vectors go through exp side by side: its chain of some 20 dependent operations is longer than a processor looks
+// ahead.
 #define FL_ABREAST for (int i = 0; i < N; ++i)
 
-// x becomes z = scale * (x - max), within [-80, 0]. `max` is finite: a row whose largest logit is +inf passes the largest
-// float; its infinities get 0, everything else -80.
+// x becomes z = scale * (x - max), within [-80, 0]. `max` is finite: a row whose largest logit is +inf passes the
+// largest float; its infinities get 0, everything else -80.
 template <int N> FL_INLINE void exponents(vf (&x)[N], vf max, vf scale) {
   FL_ABREAST x[i] = x[i] - max;
   FL_ABREAST x[i] = x[i] * scale;
@@ -26,8 +26,8 @@ template <int N> FL_INLINE void exponents(vf (&x)[N], vf max, vf scale) {
   FL_ABREAST x[i] = min(x[i], set1(0));
 }
 
-// e = 2^20 exp(z): the value of exp() in simd.h, bit for bit, without what it does for other arguments; the factor comes with
-// the exponent. Over every float of [-30, 0] it never falls where z rises, and exp(0) = 1.
+// e = 2^20 exp(z): the value of exp() in simd.h, bit for bit, without what it does for other arguments; the factor
+// comes with the exponent. Over every float of [-30, 0] it never falls where z rises, and exp(0) = 1.
 template <int N> FL_INLINE void exponentials(const vf (&z)[N], vf (&e)[N]) {
   vf n[N], f[N], square[N];
   vi power[N];
@@ -60,9 +60,9 @@ FL_INLINE vf weight(vf x, vf max, vf scale) {
   return e[0];
 }
 
-// Sums of weights, up to 1024 a lane. e / 2^20 = high 2^-20 + low 2^-40 in integers: the part above 2^-20 comes off exactly,
-// and both parts are read from the bits of a sum with kMagic, which takes no conversion. Each addition leaves the bits of
-// kMagic behind, to be taken off at the end.
+// Sums of weights, up to 1024 a lane. e / 2^20 = high 2^-20 + low 2^-40 in integers: the part above 2^-20 comes off
+// exactly, and both parts are read from the bits of a sum with kMagic, which takes no conversion. Each addition leaves
+// the bits of kMagic behind, to be taken off at the end.
 struct Fixed {
   vi high, low;
 };
@@ -127,8 +127,8 @@ template <class F> FL_INLINE uint64_t sum_weights(int64_t n, F v) {
   return sum;
 }
 
-// Natural logarithm of a positive normal number, error below 2 ulp: x = 2^e m with m in [sqrt(1/2), sqrt(2)), then the series
-// of 2 atanh((m - 1) / (m + 1)). Additions, products and one division only: the same bits in every tier.
+// Natural logarithm of a positive normal number, error below 2 ulp: x = 2^e m with m in [sqrt(1/2), sqrt(2)), then the
+// series of 2 atanh((m - 1) / (m + 1)). Additions, products and one division only: the same bits in every tier.
 [[maybe_unused]] inline double natural_log(double x) {
   uint64_t u;
   memcpy(&u, &x, 8);
@@ -147,8 +147,8 @@ template <class F> FL_INLINE uint64_t sum_weights(int64_t n, F v) {
 // log of a sum of weights
 [[maybe_unused]] inline double log_weight(uint64_t sum) { return natural_log(double(sum) * 0x1p-40); }
 
-// log of exp(x - max) / sum, for a logit and the largest of its row. Both in double: the difference is exact but for one
-// rounding, whatever their size.
+// log of exp(x - max) / sum, for a logit and the largest of its row. Both in double: the difference is exact but for
+// one rounding, whatever their size.
 [[maybe_unused]] inline float log_probability(float x, float max, uint64_t sum, double temperature = 1) {
   if (max == __builtin_inff()) {
     if (x < max) return -__builtin_inff();

@@ -71,6 +71,8 @@ template <int R, int P> FL_INLINE void finish_all(const LinearArgs& a, vf (&acc)
 }
 
 // One row (or few) against units [begin, end): P panels at once, each its own stream through memory.
+// Each stream starts one panel further into its run than the one before: runs of a multiple of 4 KiB would otherwise meet in the
+// same cache sets and memory banks, a third of the bandwidth.
 template <int R, int P> void stream(const LinearArgs& a, const float* x, int64_t x_stride, int64_t row, int64_t begin, int64_t end) {
   const int64_t width = a.swiglu ? 2 : 1, lanes = P / width, length = (end - begin) / lanes;
   for (int64_t i = 0; i < length; ++i) {
@@ -78,17 +80,29 @@ template <int R, int P> void stream(const LinearArgs& a, const float* x, int64_t
     int64_t panel[P];
     vf acc[R][P];
     for (int p = 0; p < P; ++p) {
-      panel[p] = (begin + p / width * length + i) * width + p % width;
+      panel[p] = (begin + p / width * length + (i + p / width) % length) * width + p % width;
       t.panel[p] = a.panels + panel[p] * a.depth * kLanes;
       for (int r = 0; r < R; ++r) acc[r][p] = set1(0);
     }
     multiply<R, P>(acc, t, a.depth);
     finish_all<R, P>(a, acc, row, panel);
   }
-  if constexpr (P > 2)
+  if constexpr (P == 6)
+    return;    // taken only where nothing is left over
+  else if constexpr (P > 2)
     stream<R, P / 2>(a, x, x_stride, row, begin + length * lanes, end);
   else if constexpr (P == 2)
     if (!a.swiglu) stream<R, 1>(a, x, x_stride, row, begin + length * lanes, end);
+}
+
+// One row. A left-over of one or two panels would run with one or two streams, far below the memory's rate: take six streams
+// where they come out even and eight do not.
+void stream_row(const LinearArgs& a, const float* x, int64_t x_stride, int64_t row, int64_t begin, int64_t end) {
+  const int64_t width = a.swiglu ? 2 : 1, units = end - begin;
+  if (kStreams == 8 && units % (8 / width) && units % (6 / width) == 0)
+    stream<1, 6>(a, x, x_stride, row, begin, end);
+  else
+    stream<1, kStreams>(a, x, x_stride, row, begin, end);
 }
 
 // R rows against P panels over one block of the depth; partial chains rest in `rest` between blocks.
@@ -196,7 +210,7 @@ void linear(const LinearArgs& a, Team& team) noexcept {
     int64_t r = 0;
     if (a.rows == 4) stream<4, 4>(a, x, x_stride, 0, mine.begin, mine.end), r = 4;
     if (a.rows == 2 || a.rows == 3) stream<2, kStreams>(a, x, x_stride, 0, mine.begin, mine.end), r = 2;
-    if (r < a.rows) stream<1, kStreams>(a, x + r * x_stride, x_stride, r, mine.begin, mine.end);
+    if (r < a.rows) stream_row(a, x + r * x_stride, x_stride, r, mine.begin, mine.end);
     return;
   }
   // Items: row blocks x panel groups, panel groups of one row block next to each other so that its rows stay in cache.

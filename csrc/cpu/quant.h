@@ -29,14 +29,17 @@ template <int kBits> struct Quants;
 
 // dot(x, start): start + sum over the group of quant * x, per row.
 template <> struct Quants<8> {
-  const uint8_t* w;
-  FL_INLINE_MEMBER void load(const uint8_t* p) { w = p; }
+  vi q[8];    // k 4c..4c+3
+  FL_INLINE_MEMBER void load(const uint8_t* w) {
+    FL_UNROLL
+    for (int c = 0; c < 8; ++c) q[c] = loadi(w + c * 64);
+  }
   FL_INLINE_MEMBER vi dot(const int8_t* x, vi start) const {
     vi even = start, odd = seti(0);
     FL_UNROLL
     for (int c = 0; c < 8; c += 2) {
-      even = dot4(even, loadi(w + c * 64), broadcast4(x + c * 4));
-      odd = dot4(odd, loadi(w + c * 64 + 64), broadcast4(x + c * 4 + 4));
+      even = dot4(even, q[c], broadcast4(x + c * 4));
+      odd = dot4(odd, q[c + 1], broadcast4(x + c * 4 + 4));
     }
     return even + odd;
   }

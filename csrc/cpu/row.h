@@ -66,7 +66,8 @@ template <class F> FL_INLINE void for_rows(int64_t count, int64_t vocab, Team& t
   const int64_t whole = count / team.size * team.size, bytes = sample_scratch(vocab, team.size);
   Team alone{0, 1, team.barrier, nullptr, team.status};
   const Range mine = share(team, whole);
-  for (int64_t r = mine.begin; r < mine.end; ++r) row(r, alone, row_scratch(team.scratch + team.rank * bytes, vocab, 1));
+  const RowScratch own = row_scratch(team.scratch + team.rank * bytes, vocab, 1);
+  for (int64_t r = mine.begin; r < mine.end; ++r) row(r, alone, own);
   for (int64_t r = whole; r < count; ++r) {
     if (r) sync(team);    // the scratch is in use until here
     row(r, team, row_scratch(team.scratch, vocab, team.size));

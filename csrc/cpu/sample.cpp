@@ -1,10 +1,10 @@
-// sample: one token a row. Penalties, then greedy or temperature -> top-k -> top-p -> min-p -> draw; beside it the token's
-// log-probability and the entropy of the row as given.
+// sample: one token a row. Penalties, then greedy or temperature -> top-k -> top-p -> min-p -> draw; beside it the
+// token's log-probability and the entropy of the row as given.
 //
-// The kept set is always a beginning of the order "larger logit first, lower index among equals". The draw is an inverse CDF
-// on integers: with the weights w of the kept set (fixed.h), S their sum and u 64 random bits, r = floor(u S / 2^64), and the
-// token is the first, in order of the vocabulary, whose running sum of w exceeds r. Only exp() has floating-point rounding
-// in it, so the threads that share a row, and rows that share a call, cannot change a bit.
+// The kept set is always a beginning of the order "larger logit first, lower index among equals". The draw is an
+// inverse CDF on integers: with the weights w of the kept set (fixed.h), S their sum and u 64 random bits, r = floor(u
+// S / 2^64), and the token is the first, in order of the vocabulary, whose running sum of w exceeds r. Only exp() has
+// floating-point rounding in it, so the threads that share a row, and rows that share a call, cannot change a bit.
 #include "philox.h"
 #include "row.h"
 
@@ -29,13 +29,14 @@ bool changes_logits(const SampleRow& s, int64_t suppressed) {
          (suppressed > 0 && s.history_len - s.prompt_len < s.min_new);
 }
 
-// Repetition looks at all of the history, as transformers does; frequency and presence at what was generated, as OpenAI's API
-// does. Every distinct id once: `counts` is first cleared where the history will touch it. Ids outside the vocabulary have no
-// logit to change.
-void penalise(const SampleRow& s, const int32_t* history, int64_t room, const int32_t* suppress, int64_t suppressed, float* x,
-              int64_t vocab, int32_t* counts) {
-  const int64_t length = s.history_len < room ? s.history_len : room;
-  auto known = [&](int64_t i) { return uint32_t(history[i]) < uint64_t(vocab); };
+// Repetition looks at all of the history, as transformers does; frequency and presence at what was generated, as
+// OpenAI's API does. Every distinct id once: `counts` is first cleared where the history will touch it. Ids outside the
+// vocabulary have no logit to change.
+void penalise(const SampleArgs& a, int64_t which, float* x, int32_t* counts) {
+  const SampleRow& s = a.state[which];
+  const int32_t *history = a.history + which * a.history_stride, *suppress = a.suppress + which * a.suppressed;
+  const int64_t length = s.history_len < a.history_stride ? s.history_len : a.history_stride;
+  auto known = [&](int64_t i) { return uint32_t(history[i]) < uint64_t(a.vocab); };
   for (int64_t i = 0; i < length; ++i)
     if (known(i)) counts[history[i]] = 0;
   for (int64_t i = s.prompt_len > 0 ? s.prompt_len : 0; i < length; ++i)
@@ -54,8 +55,8 @@ void penalise(const SampleRow& s, const int32_t* history, int64_t room, const in
     x[history[i]] = v;
   }
   if (s.history_len - s.prompt_len < s.min_new)
-    for (int64_t i = 0; i < suppressed; ++i)
-      if (uint32_t(suppress[i]) < uint64_t(vocab)) x[suppress[i]] = -__builtin_inff();
+    for (int64_t i = 0; i < a.suppressed; ++i)
+      if (uint32_t(suppress[i]) < uint64_t(a.vocab)) x[suppress[i]] = -__builtin_inff();
 }
 
 uint64_t multiply_high(uint64_t a, uint64_t b) { return uint64_t(static_cast<unsigned __int128>(a) * b >> 64); }
@@ -85,15 +86,15 @@ uint64_t sum_of(const float* e, int64_t n) {
   return sum_weights(n, [&](int64_t i) { return load_or(e + i, n - i, 0); });
 }
 
-// The nucleus ends at the first sum that reaches p of the total, less 2^-22 of it: what p itself and a sum of probabilities
-// lose to rounding must not let one more token in.
+// The nucleus ends at the first sum that reaches p of the total, less 2^-22 of it: what p itself and a sum of
+// probabilities lose to rounding must not let one more token in.
 uint64_t nucleus(float p, uint64_t sum) {
   const uint64_t part = uint64_t(double(p > 0 ? p : 0) * double(sum)), slack = sum >> 22;
   return part > slack + 1 ? part - slack : 1;
 }
 
-// A logit below which no token of the nucleus lies: tokens that all weigh less than half of (1 - p) S / V cannot together
-// weigh (1 - p) S. Weights of zero are outside for free.
+// A logit below which no token of the nucleus lies: tokens that all weigh less than half of (1 - p) S / V cannot
+// together weigh (1 - p) S. Weights of zero are outside for free.
 float nucleus_bound(const Row& row, float p, uint64_t sum, int64_t vocab, float temperature) {
   const double least = 0.5 * (1 - double(p)) * double(sum) / double(vocab);
   const double z = least < 1 ? -29.0 : natural_log(least * 0x1p-40) - 0.01;
@@ -115,39 +116,43 @@ struct Limits {
 };
 
 // From the n candidates, in order of the vocabulary, to the token. sum: weight of all logits where top-p needs it.
-Outcome choose(const SampleRow& s, const Limits& limits, const Row& row, const RowScratch& scratch, int64_t n, uint64_t sum) {
+Outcome choose(const SampleRow& s, const Limits& limits, const Row& row, const RowScratch& scratch, int64_t n,
+               uint64_t sum) {
   if (limits.top_k && n > limits.top_k) {
     const Cut cut = find_cut<false>(scratch.value, nullptr, n, uint64_t(limits.top_k), scratch.work_x, scratch.work_e);
     n = apply_cut(cut, scratch.value, scratch.index, nullptr, n);
   }
-  for (int64_t i = 0; i < n; i += kLanes) store(scratch.weight + i, weight(load(scratch.value + i), set1(row.top), set1(row.scale)));
+  for (int64_t i = 0; i < n; i += kLanes)
+    store(scratch.weight + i, weight(load(scratch.value + i), set1(row.top), set1(row.scale)));
   if (limits.has_top_p) {
     const uint64_t target = nucleus(limits.top_p, limits.top_k ? sum_of(scratch.weight, n) : sum);
     const Cut cut = find_cut<true>(scratch.value, scratch.weight, n, target, scratch.work_x, scratch.work_e);
     n = apply_cut(cut, scratch.value, scratch.index, scratch.weight, n);
   }
   if (limits.has_min_p) {
-    const vf least = set1(limits.min_p * kUnit);
+    const vf least = set1(limits.min_p * kUnit * (1 - 0x1p-22f));
     int64_t kept = 0;
     for (int64_t i = 0; i < n; i += kLanes) {
       const vf v = load(scratch.value + i), e = load(scratch.weight + i);
       const vi id = loadi(scratch.index + i);
       const uint32_t keep = reach(e, least) & exist(n - i);
-      append(scratch.value + kept, v, keep), append(scratch.weight + kept, e, keep), append(scratch.index + kept, id, keep);
+      append(scratch.value + kept, v, keep);
+      append(scratch.weight + kept, e, keep);
+      append(scratch.index + kept, id, keep);
       kept += __builtin_popcount(keep);
     }
     n = kept;
   }
   const uint64_t kept_sum = sum_of(scratch.weight, n);
-  uint64_t r = multiply_high(random_bits(s.seed, s.index, s.position), kept_sum);
+  uint64_t left = multiply_high(random_bits(s.seed, s.index, s.position), kept_sum);
   for (int64_t i = 0;; i += kLanes) {
     const vf e = load_or(scratch.weight + i, n - i, 0);
     const uint64_t here = total(e);
-    if (r < here) {
-      const int64_t j = i + lane_of(e, r);
+    if (left < here) {
+      const int64_t j = i + lane_of(e, left);
       return {scratch.index[j], n, log_probability(scratch.value[j], row.max, kept_sum, s.temperature)};
     }
-    r -= here;
+    left -= here;
   }
 }
 
@@ -180,6 +185,8 @@ void sample_row(const SampleArgs& a, int64_t r, Team& team, const RowScratch& sc
   const SampleRow& s = a.state[which];
   const Range mine = share(team, blocks);
   Part& part = scratch.part[team.rank];
+  float* value = scratch.value + mine.begin * kBlock;    // this thread's candidates
+  int32_t* index = scratch.index + mine.begin * kBlock;
   Row row{};
   row.raw = row.x = a.logits + r * a.logits_stride;
   const bool changed = changes_logits(s, a.suppressed);
@@ -187,9 +194,7 @@ void sample_row(const SampleArgs& a, int64_t r, Team& team, const RowScratch& sc
     const int64_t begin = mine.begin * kBlock, end = mine.end * kBlock < n ? mine.end * kBlock : n;
     memcpy(scratch.adjusted + begin, row.raw + begin, size_t(end > begin ? end - begin : 0) * 4);
     sync(team);
-    if (!team.rank)
-      penalise(s, a.history + which * a.history_stride, a.history_stride, a.suppress + which * a.suppressed, a.suppressed,
-               scratch.adjusted, n, scratch.counts);
+    if (!team.rank) penalise(a, which, scratch.adjusted, scratch.counts);
     sync(team);
     row.x = scratch.adjusted;
   }
@@ -216,7 +221,8 @@ void sample_row(const SampleArgs& a, int64_t r, Team& team, const RowScratch& sc
   const bool greedy = !(s.temperature > 0);
   row.scale = greedy ? 1 : 1 / s.temperature;
   if (row.scale > kLargest) row.scale = kLargest;
-  const Limits limits{s.top_k > 0 && s.top_k < n ? s.top_k : 0, s.top_p, s.min_p < 1 ? s.min_p : 1, s.top_p < 1, s.min_p > 0};
+  const int64_t top_k = s.top_k > 0 && s.top_k < n ? s.top_k : 0;
+  const Limits limits{top_k, s.top_p, s.min_p < 1 ? s.min_p : 1, s.top_p < 1, s.min_p > 0};
   const bool all = !greedy && !limits.top_k && !limits.has_top_p && !limits.has_min_p;
   const bool total_first = !greedy && limits.has_top_p && !limits.top_k;    // the nucleus of the whole row
   const bool listed = !greedy && !all;
@@ -230,12 +236,13 @@ void sample_row(const SampleArgs& a, int64_t r, Team& team, const RowScratch& sc
   part.first = greedy ? find_first(row.x, n, mine, scratch.groups, row.max) : 0;
   if (listed && !total_first) {
     float bound = -kLargest;
-    if (limits.top_k && limits.top_k <= blocks * kLanes / 2) bound = bound_of_best(scratch.groups, blocks * kLanes, limits.top_k, row.max);
+    if (limits.top_k && limits.top_k <= blocks * kLanes / 2)
+      bound = bound_of_best(scratch.groups, blocks * kLanes, limits.top_k, row.max);
     if (limits.has_min_p && !limits.has_top_p) {
       const float other = min_p_bound(row, limits.min_p, s.temperature);
       bound = other > bound ? other : bound;
     }
-    part.found = collect(row.x, n, mine, scratch.groups, bound, scratch.value + mine.begin * kBlock, scratch.index + mine.begin * kBlock);
+    part.found = collect(row.x, n, mine, scratch.groups, bound, value, index);
   }
   sync(team);
 
@@ -244,7 +251,7 @@ void sample_row(const SampleArgs& a, int64_t r, Team& team, const RowScratch& sc
   for (int t = 0; t < team.size; ++t) tempered += scratch.part[t].tempered;
   if (total_first) {
     const float bound = nucleus_bound(row, limits.top_p, tempered, n, s.temperature);
-    part.found = collect(row.x, n, mine, scratch.groups, bound, scratch.value + mine.begin * kBlock, scratch.index + mine.begin * kBlock);
+    part.found = collect(row.x, n, mine, scratch.groups, bound, value, index);
     sync(team);
   }
 
@@ -258,7 +265,8 @@ void sample_row(const SampleArgs& a, int64_t r, Team& team, const RowScratch& sc
     while (scratch.part[t].first < 0) ++t;
     out.token = scratch.part[t].first;
   } else if (all) {
-    out.token = draw_from_blocks(row, n, scratch.sums, multiply_high(random_bits(s.seed, s.index, s.position), tempered));
+    const uint64_t at = multiply_high(random_bits(s.seed, s.index, s.position), tempered);
+    out.token = draw_from_blocks(row, n, scratch.sums, at);
     out.kept = n - (row.any_banned ? count_banned(row.x, n) : 0);
     out.truncated_logprob = log_probability(row.x[out.token], row.max, tempered, s.temperature);
   } else {
@@ -273,7 +281,7 @@ void sample_row(const SampleArgs& a, int64_t r, Team& team, const RowScratch& sc
 namespace FASTLLM_TIER {
 
 void sample(const SampleArgs& a, Team& team) noexcept {
-  for_rows(a.count, a.vocab, team, [&](int64_t r, Team& t, const RowScratch& scratch) { sample_row(a, r, t, scratch); });
+  for_rows(a.count, a.vocab, team, [&](int64_t r, Team& t, const RowScratch& s) { sample_row(a, r, t, s); });
 }
 
 }  // namespace FASTLLM_TIER

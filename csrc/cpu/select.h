@@ -1,8 +1,8 @@
 // Finding the best few of many logits without sorting them. Order: larger first, the lower index first among equals.
 //
-// A row is read in blocks of 256; the 16 lane maxima of every block are kept. The k-th largest of these maxima is a lower
-// bound of the k-th largest logit, and at most a few more logits than k reach it, so that the exact selection runs on a short
-// list, whose source are the few blocks that reach the bound.
+// A row is read in blocks of 256; the 16 lane maxima of every block are kept. The k-th largest of these maxima is a
+// lower bound of the k-th largest logit, and at most a few more logits than k reach it, so that the exact selection
+// runs on a short list, whose source are the few blocks that reach the bound.
 #pragma once
 #include "fixed.h"
 
@@ -23,10 +23,12 @@ FL_INLINE uint32_t reach(vf v, vf bound) { return bits(v >= bound); }
 FL_INLINE uint32_t exist(int64_t left) { return left >= kLanes ? 0xffffu : (1u << left) - 1; }
 
 #if defined(__AVX512F__)
-// Writes the lanes of `keep` side by side, 16 lanes in all; returns how many count. Through a register: a compressing store
-// to memory is microcode on some processors.
+// Writes the lanes of `keep` side by side, 16 lanes in all; returns how many count. Through a register: a compressing
+// store to memory is microcode on some processors.
 FL_INLINE void append(float* p, vf v, uint32_t keep) { store(p, vf{_mm512_maskz_compress_ps(__mmask16(keep), v.v)}); }
-FL_INLINE void append(int32_t* p, vi v, uint32_t keep) { storei(p, vi{_mm512_maskz_compress_epi32(__mmask16(keep), v.v)}); }
+FL_INLINE void append(int32_t* p, vi v, uint32_t keep) {
+  storei(p, vi{_mm512_maskz_compress_epi32(__mmask16(keep), v.v)});
+}
 FL_INLINE bool any_nan(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q) != 0; }
 #else
 template <class T, class V> FL_INLINE void append_lanes(T* p, V v, uint32_t keep) {
@@ -89,8 +91,9 @@ struct Extremes {
   return {max(high), min(low), nan};
 }
 
-// A value that at least k of the maxima reach, and not many more: halving between values, so it may stop early where logits
-// lie on very different scales; the selection that follows is exact. -(largest float) where fewer than k are finite.
+// A value that at least k of the maxima reach, and not many more: halving between values, so it may stop early where
+// logits lie on very different scales; the selection that follows is exact. -(largest float) where fewer than k are
+// finite.
 [[maybe_unused]] float bound_of_best(const float* groups, int64_t count, int64_t k, float largest) {
   // Maxima of several groups do as well, as long as they are many times k, and are counted sooner.
   constexpr int64_t kFew = 2048;
@@ -129,9 +132,10 @@ struct Extremes {
   return low;
 }
 
-// Appends the logits that reach the bound, in order of their index. Writes up to 16 elements past the last, never past the
-// blocks' own place.
-[[maybe_unused]] int64_t collect(const float* x, int64_t n, Range blocks, const float* groups, float bound, float* value, int32_t* index) {
+// Appends the logits that reach the bound, in order of their index. Writes up to 16 elements past the last, never past
+// the blocks' own place.
+[[maybe_unused]] int64_t collect(const float* x, int64_t n, Range blocks, const float* groups, float bound,
+                                 float* value, int32_t* index) {
   const vf v_bound = set1(bound);
   alignas(64) int32_t t[16];
   for (int32_t i = 0; i < 16; ++i) t[i] = i;
@@ -167,10 +171,11 @@ struct Mass {
   uint64_t sum, moment;    // of weight, and of weight * (max - x)
 };
 
-// Weights of the blocks at scale * (x - max). Blocks whose weights all round to zero are left out: that changes nothing.
-// sums: where each block's sum goes, or null.
+// Weights of the blocks at scale * (x - max). Blocks whose weights all round to zero are left out: that changes
+// nothing. sums: where each block's sum goes, or null.
 template <bool kMoment>
-[[maybe_unused]] Mass weigh(const float* x, int64_t n, Range blocks, const float* groups, float max, float scale, uint64_t* sums) {
+[[maybe_unused]] Mass weigh(const float* x, int64_t n, Range blocks, const float* groups, float max, float scale,
+                            uint64_t* sums) {
 #if defined(__AVX512F__)
   constexpr int kAbreast = kMoment ? 4 : 8;
 #else
@@ -217,7 +222,7 @@ template <bool kMoment>
   return mass;
 }
 
-// ---- on short lists ---------------------------------------------------------------------------------------------------
+// ---- on short lists -------------------------------------------------------------------------------------------------
 // Keeps x > value, and of those equal to it the first `ties`.
 struct Cut {
   float value;
@@ -238,10 +243,11 @@ FL_INLINE float from_order(int64_t k) {
 }
 
 // The shortest beginning of the order whose elements (kWeighted: weights e) sum to the target or more; the target is at
-// least 1 and at most the total. Halves the range of values and keeps the half that holds the end: about 2n element steps
-// on ordinary data, at most 32n. work_x, work_e: room for n + 16.
+// least 1 and at most the total. Halves the range of values and keeps the half that holds the end: about 2n element
+// steps on ordinary data, at most 32n. work_x, work_e: room for n + 16.
 template <bool kWeighted>
-[[maybe_unused]] Cut find_cut(const float* x, const float* e, int64_t n, uint64_t target, float* work_x, float* work_e) {
+[[maybe_unused]] Cut find_cut(const float* x, const float* e, int64_t n, uint64_t target, float* work_x,
+                              float* work_e) {
   uint64_t above = 0;
   for (;;) {
     vf high = set1(-__builtin_inff()), low = set1(__builtin_inff());
@@ -291,8 +297,8 @@ template <bool kWeighted>
     const vf v = load_or(x + i, n - i, -__builtin_inff());
     const vi id = loadi(index + i);
     uint32_t keep = bits(value < v);
-    for (uint32_t equal = bits(v >= value) & ~keep & exist(n - i); equal && cut.ties > 0; equal &= equal - 1, --cut.ties)
-      keep |= equal & -equal;
+    uint32_t equal = bits(v >= value) & ~keep & exist(n - i);
+    for (; equal && cut.ties > 0; equal &= equal - 1, --cut.ties) keep |= equal & -equal;
     if (e) append(e + kept, load(e + i), keep);
     append(x + kept, v, keep);
     append(index + kept, id, keep);

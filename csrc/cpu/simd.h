@@ -6,6 +6,8 @@
 //     the linker keeps for every tier, and would crash an older processor (a test on `nm` holds this);
 //   - tails are masked vectors, never scalar libm, so that a value does not depend on its column;
 //   - fma() is one rounding in the AVX tiers. The generic tier rounds twice: its bits are its own.
+//
+// Longer than 500 lines: the three tiers of one type stand side by side, so that a new operation is written in all of them.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -199,6 +201,7 @@ FL_INLINE vi dot4(vi acc, vi w, vi x) { return {dot4_half(acc.a, w.a, x.a), dot4
 
 typedef float float16_t_ __attribute__((vector_size(64)));
 typedef int32_t int16_t_ __attribute__((vector_size(64)));
+typedef uint32_t uint16_t_ __attribute__((vector_size(64)));    // sums may wrap, as they do in the other tiers
 struct vf {
   float16_t_ v;
 };
@@ -244,8 +247,8 @@ FL_INLINE vi loadi(const void* p) {
   return r;
 }
 FL_INLINE void storei(void* p, vi a) { memcpy(p, &a, 64); }
-FL_INLINE vi operator+(vi a, vi b) { return {a.v + b.v}; }
-FL_INLINE vi operator-(vi a, vi b) { return {a.v - b.v}; }
+FL_INLINE vi operator+(vi a, vi b) { return {int16_t_(uint16_t_(a.v) + uint16_t_(b.v))}; }
+FL_INLINE vi operator-(vi a, vi b) { return {int16_t_(uint16_t_(a.v) - uint16_t_(b.v))}; }
 FL_INLINE vi operator&(vi a, vi b) { return {a.v & b.v}; }
 template <int n> FL_INLINE vi shift_left(vi a) { return {a.v << n}; }
 template <int n> FL_INLINE vi shift_right(vi a) { return {(a.v >> n) & int32_t(0xffffffffu >> n)}; }
@@ -448,12 +451,11 @@ FL_INLINE vf ldexp2(vf x, vf n) {
 #endif
 }
 
-// e^x, error below 1.1 ulp: x = n ln2 + f with ln2 in two parts (Cody-Waite), then a degree-6 polynomial in f on
-// [-ln2/2, ln2/2] (minimax, the coefficients of Cephes' expf). exp(-inf) = 0, exp(NaN) = NaN, overflow gives +inf.
-FL_INLINE vf exp(vf x) {
-  const vf clamped = min(max(set1(-104.0f), x), set1(89.0f));    // in this order the bounds pass NaN through to `x`
-  const vf n = round(clamped * set1(1.44269504088896341f));
-  vf f = fma(n, set1(-0.693359375f), clamped);
+// e^x for x within [-104, 89] or NaN, error below 1.1 ulp: x = n ln2 + f with ln2 in two parts (Cody-Waite), then a degree-6
+// polynomial in f on [-ln2/2, ln2/2] (minimax, the coefficients of Cephes' expf).
+FL_INLINE vf exp_in_range(vf x) {
+  const vf n = round(x * set1(1.44269504088896341f));
+  vf f = fma(n, set1(-0.693359375f), x);
   f = fma(n, set1(2.12194440e-4f), f);
   vf p = set1(1.9875691500e-4f);
   p = fma(p, f, set1(1.3981999507e-3f));
@@ -462,11 +464,35 @@ FL_INLINE vf exp(vf x) {
   p = fma(p, f, set1(1.6666665459e-1f));
   p = fma(p, f, set1(5.0000001201e-1f));
   p = fma(p, f * f, f) + set1(1.0f);
-  return select(is_nan(x), x, ldexp2(p, n));
+  return ldexp2(p, n);
 }
 
-// x * sigmoid(x). exp(-x) overflows to inf for very negative x and the quotient is -0, the right limit.
-FL_INLINE vf silu(vf x) { return x / (set1(1.0f) + exp(set1(0.0f) - x)); }
+// e^x: exp(-inf) = 0, exp(NaN) = NaN, overflow gives +inf.
+FL_INLINE vf exp(vf x) {
+  const vf clamped = min(max(set1(-104.0f), x), set1(89.0f));
+  return select(is_nan(x), x, exp_in_range(clamped));
+}
+
+// e^x for x <= 0 or NaN, the bits of exp(): max() hands a NaN in its second operand through.
+FL_INLINE vf exp_not_positive(vf x) { return exp_in_range(max(set1(-104.0f), x)); }
+
+constexpr float kLargest = 3.402823466e38f;    // the largest float
+
+// sigmoid(x) and sigmoid(-x) from e^-|x|, which overflows on neither side.
+struct Sigmoid {
+  vf of, of_negative;
+};
+FL_INLINE Sigmoid sigmoid(vf x) {
+  const vf t = exp(set1(0) - abs(x)), near_one = set1(1) / (t + set1(1)), near_zero = t * near_one;
+  const vm positive = x >= set1(0);
+  return {select(positive, near_one, near_zero), select(positive, near_zero, near_one)};
+}
+
+// x * sigmoid(x); -0 at -inf, its limit.
+FL_INLINE vf silu(vf x) {
+  const vf bounded = max(set1(-kLargest), x);    // -inf * 0 would be NaN; in this order NaN passes
+  return bounded * sigmoid(bounded).of;
+}
 
 // Calls f with a value of the element type that a DType names; only its type matters.
 template <class F> FL_INLINE void with_dtype(int64_t dtype, F f) {

@@ -4,23 +4,6 @@
 namespace fastllm {
 namespace {
 
-constexpr float kLargest = 3.402823466e38f;    // stands for infinity where inf * 0 would make a NaN out of a limit of 0
-
-// sigmoid(x) and sigmoid(-x) from e^-|x|, which overflows on neither side.
-struct Sigmoid {
-  vf of, of_negative;
-};
-FL_INLINE Sigmoid sigmoid(vf x) {
-  const vf t = exp(set1(0) - abs(x)), near_one = set1(1) / (t + set1(1)), near_zero = t * near_one;
-  const vm positive = x >= set1(0);
-  return {select(positive, near_one, near_zero), select(positive, near_zero, near_one)};
-}
-
-FL_INLINE vf swiglu(vf gate, vf up) {
-  const vf g = max(set1(-kLargest), gate);    // in this order NaN passes
-  return g * sigmoid(g).of * up;
-}
-
 // dgate = dy * up * s * (1 + g * (1 - s)) and dup = dy * g * s with s = sigmoid(g).
 struct Gradients {
   vf gate, up;
@@ -60,12 +43,12 @@ template <class T, bool stream_out> void forward(const SwigluArgs& a, Team& team
     int64_t i = begin;
     for (; i < end; i += kLanes) {
       prefetch(gate + ahead(i, a.cols, a.gate_stride)), prefetch(up + ahead(i, a.cols, a.up_stride));
-      const vf v = swiglu(load(gate + i), load(up + i));
+      const vf v = silu(load(gate + i)) * load(up + i);
       stream_out ? stream(y + i, v) : store(y + i, v);
     }
     if (i < tail) {
       const vm m = first(tail - i);
-      store(y + i, swiglu(load(gate + i, m), load(up + i, m)), m);
+      store(y + i, silu(load(gate + i, m)) * load(up + i, m), m);
     }
   });
   if (stream_out) fence();

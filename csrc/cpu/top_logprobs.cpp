@@ -1,5 +1,6 @@
-// top_logprobs: the best few tokens of every row with their log-probabilities at temperature 1, in order: larger first, lower
-// index first among equals. The arithmetic is the sampler's, so a token that both report has the same bits in both.
+// top_logprobs: the best few tokens of every row with their log-probabilities at temperature 1, in order: larger first,
+// lower index first among equals. The arithmetic is the sampler's, so a token that both report has the same bits in
+// both.
 #include "row.h"
 
 namespace fastllm {
@@ -53,7 +54,7 @@ void top_row(const TopLogprobsArgs& a, int64_t r, Team& team, const RowScratch& 
 namespace FASTLLM_TIER {
 
 void top_logprobs(const TopLogprobsArgs& a, Team& team) noexcept {
-  for_rows(a.count, a.vocab, team, [&](int64_t r, Team& t, const RowScratch& scratch) { top_row(a, r, t, scratch); });
+  for_rows(a.count, a.vocab, team, [&](int64_t r, Team& t, const RowScratch& s) { top_row(a, r, t, s); });
 }
 
 }  // namespace FASTLLM_TIER

@@ -53,7 +53,8 @@ class Suite:
     makes it the oracle). peers: other implementations to time, name -> callable(**inputs).
     gradients: names of the inputs that receive one. rows: names of the inputs whose first dimension is a batch of
     independent rows; the contract test cuts them. dtypes: what the CPU kernel takes. peak: what its flops run on and
-    are compared with, "fma" (fp32) or "dot" (8-bit products)."""
+    are compared with, "fma" (fp32) or "dot" (8-bit products). error: how many times plain PyTorch's error is allowed; more
+    than 2 where the contract's order of additions costs accuracy."""
 
     op: str
     run: Callable[..., Any]
@@ -65,6 +66,7 @@ class Suite:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     peak: str = "fma"
+    error: float = 2.0
 
 
 def as_tuple(output: Any) -> tuple[torch.Tensor, ...]:

@@ -18,7 +18,8 @@ class Arena:
     def __init__(self, nbytes: int, huge: bool = True):
         """MemoryError when the system refuses the mapping."""
         try:
-            self._map = mmap.mmap(-1, nbytes + 2 * HUGE)
+            # private: a shared mapping, Python's default, gets no huge pages
+            self._map = mmap.mmap(-1, nbytes + 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryError(f"no {nbytes / 1e9:.2f} GB of memory: {error}") from error
         if huge and hasattr(mmap, "MADV_HUGEPAGE"):

@@ -34,7 +34,16 @@ class DecoderConfig:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = (self.vocab, self.layers, self.dim, self.ffn, self.heads, self.kv_heads, self.head_dim, self.max_position)
+        sizes = (
+            self.vocab,
+            self.layers,
+            self.dim,
+            self.ffn,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.max_position,
+        )
         if min(sizes) < 1:
             raise ValueError(f"DecoderConfig: every size must be at least 1, got {self}")
         if self.heads % self.kv_heads:

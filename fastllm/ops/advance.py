@@ -2,7 +2,8 @@
 
 For every row b of the step, with record r = state.rows[b] (or b):
     history[r, history_len[r]] = token[b]; history_len[r] += 1; state.position[r] += 1
-    next_ids[b] = token[b]; position[b] += 1; context_len[b] += 1; slot[b] = block_table[b, position[b] // page] * page + position[b] % page
+    next_ids[b] = token[b]; position[b] += 1; context_len[b] += 1;
+    slot[b] = block_table[b, position[b] // page] * page + position[b] % page
 The second line is for tensors that were given: where the token stands, how many keys it sees, and where the cache
 takes it. The next forward reads `token`, `position`, `context_len` and `slot`; so a replayed step needs no work from
 the host but to look at the tokens. A row that is left out (r < 0) changes nothing and gets slot -1: its keys are
@@ -107,5 +108,14 @@ def advance(
         )
         check(page > 0, lambda: f"advance: page is {page}, allowed: ≥ 1")
     forward(
-        token.contiguous(), state.settings, state.history, state.rows, position, context_len, block_table, slot, next_ids, page
+        token.contiguous(),
+        state.settings,
+        state.history,
+        state.rows,
+        position,
+        context_len,
+        block_table,
+        slot,
+        next_ids,
+        page,
     )

@@ -1,7 +1,7 @@
 """linear: y = norm(x) W^T + bias (+ residual, or silu(gate) * up), fp32 accumulation in one fixed order.
 
 x [..., K], weight [N, K] or `Panels` of it, bias [N], y [..., N]. float32; bfloat16 and float16 are widened to float32 first
-(a copy) and y is rounded once.
+(a copy), norm(x) is rounded as `ops.rms_norm` rounds it, and y once, at the end.
 The contract: every output element is one chain of fused multiply-adds, k ascending, starting from zero; then + bias, then
 + residual. One row alone and the same row among a thousand give the same bits, on any number of threads.
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import _C
 from ._op import Op, as_rows, check_dtype, check_like, pointer
+from .rms_norm import rms_norm
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Panels:
         Raises ValueError for another rank, or an odd N with swiglu.
         """
         if weight.dim() != 2 or (swiglu and weight.shape[0] % 2):
-            raise ValueError(f"Panels.pack: weight has shape {tuple(weight.shape)}; it must be [N, K], N even for swiglu")
+            raise ValueError(
+                f"Panels.pack: weight has shape {tuple(weight.shape)}; it must be [N, K], N even for swiglu"
+            )
         weight = weight.detach().float().contiguous()
         rows, depth = weight.shape
         halves = weight.chunk(2) if swiglu else (weight,)
@@ -61,7 +64,8 @@ class Panels:
         return cls(data, rows, swiglu)
 
     def rows_at(self, ids: Tensor) -> Tensor:
-        """Rows of the weight (not of a swiglu one): ids int64 [...] -> [..., K]. IndexError for an id outside [0, N)."""
+        """Rows of the weight: ids int64 [...] -> [..., K]. IndexError for an id outside [0, N), ValueError for swiglu."""
+        check_rows_at(ids, self.swiglu)
         return forward_rows(ids, self.data, self.rows)
 
     @property
@@ -111,6 +115,8 @@ def _output(x: Tensor, cols: int) -> Tensor:
 
 def _launch(x, panels, weight, cols, bias, norm, eps, residual, swiglu) -> Tensor:
     if x.dtype != torch.float32:
+        if norm is not None:
+            x, norm = rms_norm(x, norm, eps), None
         widened = [None if t is None else t.float() for t in (x, weight, bias, norm, residual)]
         x32, weight, bias, norm, residual = widened
         return _launch(x32, panels, weight, cols, bias, norm, eps, residual, swiglu).to(x.dtype)
@@ -170,15 +176,35 @@ forward_panels = Op(
 )
 
 
-def check_fusion(op: str, x: Tensor, shape: tuple[int, int], bias, norm, residual, swiglu: bool) -> None:
-    """Shapes, dtypes and devices around a weight [N, K]."""
-    rows, depth = shape
+def check_rows_at(ids: Tensor, swiglu: bool) -> None:
+    if ids.dtype != torch.int64:
+        raise TypeError(f"embedding: ids are {ids.dtype}; convert them with .long()")
+    if swiglu:
+        raise ValueError("embedding: the weight was packed with swiglu, its rows are no table; pack it without")
+
+
+def check_fusion(op: str, x: Tensor, weight, bias, norm, residual, swiglu: bool) -> None:
+    """Shapes, dtypes and devices around a weight [N, K]: a tensor, Panels or QWeight."""
+    rows, depth = weight.shape
+    if not isinstance(weight, Tensor):
+        if weight.data.device != x.device:
+            raise ValueError(
+                f"{op}: the weight is on {weight.data.device}, x on {x.device}; packed weights are for the CPU"
+            )
+        if swiglu != weight.swiglu:
+            raise ValueError(f"{op}: swiglu={swiglu}, but the weight was packed with swiglu={weight.swiglu}")
     if x.dim() == 0 or x.shape[-1] != depth:
-        raise ValueError(f"{op}: x {tuple(x.shape)} must end in the weight's input size {depth} (weight {shape})")
+        raise ValueError(
+            f"{op}: x {tuple(x.shape)} must end in the weight's input size {depth} (weight {(rows, depth)})"
+        )
     if swiglu and (rows % 2 or bias is not None):
         raise ValueError(f"{op}: swiglu takes a weight of 2F rows (gate over up) without bias; it has {rows} rows")
     cols = rows // (1 + swiglu)
-    for name, tensor, wanted in (("bias", bias, (cols,)), ("norm", norm, (depth,)), ("residual", residual, (*x.shape[:-1], cols))):
+    for name, tensor, wanted in (
+        ("bias", bias, (cols,)),
+        ("norm", norm, (depth,)),
+        ("residual", residual, (*x.shape[:-1], cols)),
+    ):
         if tensor is not None:
             check_like(op, name, tensor, "x", x)
             if tensor.shape != wanted:
@@ -203,12 +229,10 @@ def linear(
     """
     check_dtype("linear", "x", x)
     if isinstance(weight, Panels):
-        check_fusion("linear", x, weight.shape, bias, norm, residual, swiglu)
-        if swiglu != weight.swiglu:
-            raise ValueError(f"linear: swiglu={swiglu}, but the panels were packed with swiglu={weight.swiglu}")
+        check_fusion("linear", x, weight, bias, norm, residual, swiglu)
         return forward_panels(x, weight.data, weight.rows, bias, norm, eps, residual, swiglu)
     check_like("linear", "weight", weight, "x", x)
     if weight.dim() != 2:
         raise ValueError(f"linear: weight has shape {tuple(weight.shape)}; it must be [N, K]")
-    check_fusion("linear", x, tuple(weight.shape), bias, norm, residual, swiglu)
+    check_fusion("linear", x, weight, bias, norm, residual, swiglu)
     return forward(x, weight, bias, norm, eps, residual, swiglu)

@@ -1,25 +1,24 @@
 """quant_linear: y = norm(x) W^T + bias (+ residual, or silu(gate) * up) with weights of 4 or 8 bits, and its embedding.
 
 x [..., K] float32, weight a `QWeight` [N, K], y [..., N] float32.
-Arithmetic: within each group of 32 along K, x becomes s8 with scale max|x| / 127 (one per row and group); a weight is
+Arithmetic: within each group of 32 along K, x becomes s8, round(x * (127 / max|x|)), with scale max|x| / 127; a weight is
 scale * (q - zero) or scale * q + minimum, with float16 scale and minimum per row and group. Integer sums are exact; the scaled
 sum runs over groups ascending in float32 FMAs, so one row alone and a thousand give the same bits.
 
 QWeight holds what the file holds, without loss: Q4_0 (4 bits, zero 8), Q4_1 (4 bits, minimum), Q8_0 (8 bits, zero 128 after
 the shift to unsigned). `QWeight.quantize(w, 4 | 8)` makes int4 and int8 with group 32 from float weights. Sources: GGUF's
 block formats; Dettmers et al. 2022 (arXiv 2208.07339) for row-wise activation scales.
-Inference only: asked for a gradient, the reference runs.
+Inference only: asked for a gradient, the reference runs; it gives the gradient of x of the dequantised weight.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _C
 from ._op import Op, as_rows, check_dtype, pointer
-from .linear import check_fusion
+from .linear import check_fusion, check_rows_at
 
 GROUP = 32
 
@@ -56,32 +55,36 @@ class QWeight:
         halves = 2 if swiglu else 1
         return halves * -(-rows // halves // 16) * -(-depth // GROUP) * cls.block_bytes(bits, has_min)
 
-    def fill(self, first: int, quants: Tensor, scale: Tensor, minimum: Tensor | None = None) -> None:
-        """Rows [first, first + n): quants uint8 [n, K] (K a multiple of 32), scale and minimum float16 [n, K / 32]."""
-        half = self.rows // 2 if self.swiglu else self.rows
-        count, groups = quants.shape[0], quants.shape[1] // GROUP
-        rows = torch.arange(first, first + count)
-        panel = rows % half // 16 * (2 if self.swiglu else 1) + rows // half if self.swiglu else rows // 16
-        lane = rows % half % 16
-        size = 16 * GROUP * self.bits // 8
-        blocks = quants.reshape(count, groups, -1, 4)  # [n, groups, chunks of 4 k, 4]
-        if self.bits == 4:
-            blocks = blocks[:, :, 0::2] | blocks[:, :, 1::2] << 4
-        body = self.data[:, :, :size].view(self.data.shape[0], groups, -1, 16, 4)
-        body[panel, :, :, lane] = blocks
-        self.data[:, :, size : size + 32].view(torch.float16)[panel, :, lane] = scale
-        if self.has_min:
-            self.data[:, :, size + 32 :].view(torch.float16)[panel, :, lane] = minimum
+    def fill(self, first: int, blocks: Tensor, kind: str) -> int:
+        """Rows [first, first + n) from blocks of a GGUF type in `STORED`, uint8 [n, K / 32 * block bytes]; first + n.
+
+        A type of fewer bits, or without a minimum where this weight has one, is widened without loss. Raises ValueError for
+        a type that does not fit in, or another shape.
+        """
+        bits, has_min, size = STORED[kind]
+        if bits > self.bits or has_min > self.has_min:
+            raise ValueError(f"QWeight.fill: {kind} blocks do not fit into {self.bits} bits, has_min={self.has_min}")
+        groups = self.data.shape[1]
+        if blocks.dim() != 2 or blocks.shape[1] != groups * size or not 0 <= first <= self.rows - blocks.shape[0]:
+            raise ValueError(
+                f"QWeight.fill: blocks {tuple(blocks.shape)} at row {first} do not fit weight {self.shape}"
+            )
+        blocks = blocks.contiguous()
+        _C.pack_quants(
+            self.data.data_ptr(), blocks.data_ptr(), first, blocks.shape[0], self.rows, groups, self.swiglu,
+            self.bits, self.has_min, bits, has_min,
+        )  # fmt: skip
+        return first + blocks.shape[0]
 
     @classmethod
     def quantize(cls, weight: Tensor, bits: int, swiglu: bool = False) -> "QWeight":
-        """Group-32 int8 or int4 (round to nearest; int4 takes the scale of least squared error) of a float [N, K]."""
+        """Group-32 int8 or int4 of a float [N, K]."""
         if bits not in (4, 8):
             raise ValueError(f"QWeight.quantize: bits={bits!r}; allowed: 4, 8")
-        if weight.dim() != 2 or weight.shape[1] % GROUP:
-            raise ValueError(f"QWeight.quantize: weight {tuple(weight.shape)} must be [N, K] with K a multiple of {GROUP}")
-        if not weight.isfinite().all():
-            raise ValueError("QWeight.quantize: weight has NaN or infinite entries; quantised weights cannot hold them")
+        if weight.dim() != 2 or weight.shape[1] % GROUP or (swiglu and weight.shape[0] % 2):
+            raise ValueError(
+                f"QWeight.quantize: weight {tuple(weight.shape)} must be [N, K], K a multiple of {GROUP}, N even for swiglu"
+            )
         q = cls.empty(*weight.shape, bits, has_min=False, swiglu=swiglu)
         q.data.zero_()  # rows that only pad a panel
         q.fill_quantized(0, weight)
@@ -89,29 +92,23 @@ class QWeight:
 
     def fill_quantized(self, first: int, weight: Tensor) -> int:
         """Quantises float rows into [first, first + n); returns first + n. In pieces: the float copies stay small."""
-        for start in range(0, weight.shape[0], 2048):
-            self.fill(first + start, *quantize_rows(weight[start : start + 2048].float(), self.bits))
-        return first + weight.shape[0]
-
-    def widen(self, quants: Tensor, scale: Tensor, minimum: Tensor | None, bits: int):
-        """Quants of a narrower stored format in this one, without loss: for weights whose parts are stored differently."""
-        zero, own = 2 ** (bits - 1), 2 ** (self.bits - 1)
-        if minimum is None and self.has_min:
-            return quants, scale, scale * -zero  # a power of two: exact in float16
-        return quants + (own - zero if minimum is None else 0), scale, minimum
+        for start in range(0, weight.shape[0], 1024):
+            blocks = quantize_rows(weight[start : start + 1024].detach().float(), self.bits)
+            first = self.fill(first, blocks, "Q4_0" if self.bits == 4 else "Q8_0")
+        return first
 
     def rows_at(self, ids: Tensor) -> Tensor:
-        """Dequantised rows: ids int64 [...] -> float32 [..., K]. IndexError for an id outside [0, N)."""
-        return embedding_rows(ids, self)
+        """Dequantised rows: ids int64 [...] -> float32 [..., K]. IndexError for an id outside [0, N), ValueError for swiglu."""
+        check_rows_at(ids, self.swiglu)
+        return forward_embedding(ids, self.data, self.rows, self.depth, self.bits, self.has_min)
 
-    def dequantize(self, ids: Tensor | None = None) -> Tensor:
-        """float32 [N, K], or the rows `ids`; exact."""
-        if ids is None:
-            ids = torch.arange(self.rows)
-            if self.swiglu:
-                half = self.rows // 2
-                ids = ids % half // 16 * 32 + ids // half * 16 + ids % half % 16
-        return embedding_rows(ids, self)
+    def dequantize(self) -> Tensor:
+        """float32 [N, K], exact."""
+        ids, panels = torch.arange(self.rows), self.data.shape[0]
+        if self.swiglu:
+            half = self.rows // 2
+            ids = ids % half // 16 * 32 + ids // half * 16 + ids % half % 16
+        return forward_embedding(ids, self.data, panels * 16, self.depth, self.bits, self.has_min)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -122,81 +119,87 @@ class QWeight:
         return self.data.numel()
 
 
-def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Unsigned quants [n, K] and float16 scales [n, K / 32] of weight ~ scale * (q - 2^(bits-1))."""
+STORED = {
+    "Q4_0": (4, False, 18),
+    "Q4_1": (4, True, 20),
+    "Q8_0": (8, False, 34),
+}  # bits, minimum, bytes of a block of 32
+
+
+def quantize_rows(weight: Tensor, bits: int) -> Tensor:
+    """Q8_0 or Q4_0 blocks, uint8 [n, K / 32 * block bytes], of float32 [n, K]: scale * q with q in +-127 or -8..7."""
     groups = weight.reshape(weight.shape[0], -1, GROUP)
-    top = 2 ** (bits - 1)
     if bits == 8:
         scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
         q = torch.where(scale > 0, groups / scale.float(), 0).round().clamp(-127, 127)
+        quants = q.to(torch.int8).view(torch.uint8)
     else:
-        # The extreme value maps to -8 exactly, as in Q4_0; shrinking the range a little often lowers the squared error.
+        # The extreme value maps to -8 exactly, as in Q4_0. A scale of least squared error loses: large weights matter more
+        # than their share of the error (benchmarks/LOG.md).
         extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-        best = torch.full_like(extreme, torch.inf)
-        scale, q = extreme.half(), groups
-        for steps in (-8.0, -7.6, -7.2, -8.4, -6.8, -9.0):
-            s = (extreme / steps).half()
-            candidate = torch.where(s != 0, groups / s.float(), 0).round().clamp(-top, top - 1)
-            error = (candidate * s.float() - groups).square().sum(-1, keepdim=True)
-            better = error < best
-            best, scale, q = best.minimum(error), torch.where(better, s, scale), torch.where(better, candidate, q)
-    return (q + top).to(torch.uint8).flatten(1), scale.squeeze(-1)
-
-
-# ------------------------------------------------------------------------------------------------- the stored GGUF types
-
-STORED = {"Q4_0": (4, False, 18), "Q4_1": (4, True, 20), "Q8_0": (8, False, 34)}  # bits, minimum, bytes of a block of 32
-
-
-def unpack_stored(blocks: np.ndarray, kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows of GGUF blocks, uint8 [n, K / 32 * block bytes], as `QWeight.fill` takes them."""
-    bits, has_min, size = STORED[kind]
-    raw = np.ascontiguousarray(blocks).reshape(blocks.shape[0], -1, size)
-    head = 4 if has_min else 2
-    halves = np.ascontiguousarray(raw[:, :, :head]).view(np.float16)
-    body = raw[:, :, head:]
-    if bits == 4:
-        quants = np.concatenate([body & 15, body >> 4], -1)
-    else:
-        quants = body + np.uint8(128)  # s8 to unsigned
-    scale = torch.from_numpy(halves[:, :, 0].copy())
-    minimum = torch.from_numpy(halves[:, :, 1].copy()) if has_min else None
-    return torch.from_numpy(quants.reshape(blocks.shape[0], -1)), scale, minimum
+        exact = extreme / -8
+        q = torch.where(exact != 0, groups / exact, 0).add(0.5).floor().clamp(-8, 7)
+        scale = exact.half()
+        low, high = (q + 8).to(torch.uint8).chunk(2, -1)
+        quants = low | high << 4
+    if not scale.isfinite().all():
+        raise ValueError(
+            "QWeight.quantize: the weight has NaN, infinite or huge entries, which float16 scales cannot hold"
+        )
+    return torch.cat([scale.view(torch.uint8), quants], -1).flatten(1)
 
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
 def reference(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, swiglu) -> Tensor:
-    """The quantised arithmetic in plain PyTorch: integer sums in float64, which holds them exactly."""
+    """The quantised arithmetic in plain PyTorch. x is quantised in float32 whatever its dtype: where it is rounded is part of
+    the meaning. The gradient is that of the dequantised weight, as if x were not rounded."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     if norm is not None:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm
     groups = weight.shape[1]
-    xg = torch.nn.functional.pad(x, (0, groups * GROUP - depth)).reshape(*x.shape[:-1], groups, GROUP)
-    scale = xg.abs().amax(-1, keepdim=True) / 127
-    quants = torch.where(scale > 0, xg / scale, 0).round()
-    q, s, m = unpack_panels(weight, rows, bits, has_min, swiglu)
-    integers = torch.einsum("...gk,ngk->...ng", quants.double(), q.double())
-    y = (integers * s.double() * scale.squeeze(-1).unsqueeze(-2).double()).sum(-1)
+    xg = torch.nn.functional.pad(x, (0, groups * GROUP - depth)).unflatten(-1, (groups, GROUP))
+    q, s, m = (None if t is None else t.to(wide) for t in unpack_panels(weight, rows, bits, has_min, swiglu))
+    quants, scale = quantize_activations(xg.detach().float())
+    quants, scale = quants.to(wide), scale.to(wide)  # [..., groups, 32] and [..., groups]
+    integers = torch.einsum("...gk,ngk->...ng", quants, q)  # exact: below 2^24
+    y = (integers * (s * scale.unsqueeze(-2))).sum(-1)
     if m is not None:
-        y = y + ((quants.sum(-1, keepdim=True) * scale).squeeze(-1).unsqueeze(-2).double() * m.double()).sum(-1)
-    y = y.to(x.dtype)
+        y = y + (quants.sum(-1) * scale) @ m.t()
+    if torch.is_grad_enabled() and x.requires_grad:
+        w = (q * s.unsqueeze(-1) + (0 if m is None else m.unsqueeze(-1))).flatten(1)
+        linear = xg.flatten(-2).to(wide) @ w.t()
+        y = y + (linear - linear.detach())
     if bias is not None:
         y = y + bias
     if swiglu:
         gate, up = y.chunk(2, -1)
         y = torch.nn.functional.silu(gate) * up
-    return y if residual is None else y + residual
+    if residual is not None:
+        y = y + residual
+    return y.to(x.dtype)
+
+
+def quantize_activations(xg: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups [..., 32] as integers in +-127 and a scale each; a group below 1e-35 is zeros, one with NaN or infinity is NaN."""
+    top = xg.abs().amax(-1, keepdim=True)
+    scale, inverse = torch.where(top < 1e-35, 0, top / 127), torch.where(top < 1e-35, 0, 127 / top)
+    finite = top.isfinite()
+    quants = torch.where(finite, xg * inverse, 0).round()
+    return quants, torch.where(finite, scale, torch.nan).squeeze(-1)
 
 
 def unpack_panels(weight: Tensor, rows: int, bits: int, has_min: bool, swiglu: bool):
     """Signed quants [N, groups, 32], scales [N, groups] and minima of the panels; zero points subtracted."""
     size = 16 * GROUP * bits // 8
-    body = weight[:, :, :size].reshape(*weight.shape[:2], -1, 16, 4)
+    body = weight[:, :, :size].reshape(*weight.shape[:2], size // 64, 16, 4)
     if bits == 4:
         body = torch.stack([body & 15, body >> 4], 3).flatten(2, 3)
     q = body.permute(0, 3, 1, 2, 4).reshape(weight.shape[0], 16, weight.shape[1], GROUP).float()
-    halves = [weight[:, :, size + o : size + o + 32].contiguous().view(torch.float16).float() for o in (0, 32)[: 1 + has_min]]
+    halves = [
+        weight[:, :, size + o : size + o + 32].contiguous().view(torch.float16).float() for o in (0, 32)[: 1 + has_min]
+    ]
     s, *m = [h.permute(0, 2, 1) for h in halves]
     q = q if has_min else q - 2 ** (bits - 1)
 
@@ -259,14 +262,6 @@ forward_embedding = Op(
 )
 
 
-def embedding_rows(ids: Tensor, weight: QWeight) -> Tensor:
-    """Dequantised panel rows: ids int64 of any shape -> float32 [..., K]. IndexError for an id outside the panels."""
-    if ids.dtype != torch.int64:
-        raise TypeError(f"embedding: ids are {ids.dtype}; convert them with .long()")
-    rows = weight.data.shape[0] * 16 if weight.swiglu else weight.rows
-    return forward_embedding(ids, weight.data, rows, weight.depth, weight.bits, weight.has_min)
-
-
 def quant_linear(
     x: Tensor,
     weight: QWeight,
@@ -284,9 +279,7 @@ def quant_linear(
     check_dtype("quant_linear", "x", x, (torch.float32,))
     if not isinstance(weight, QWeight):
         raise TypeError(f"quant_linear: weight is {type(weight).__name__}; make it with QWeight.quantize(weight, bits)")
-    check_fusion("quant_linear", x, weight.shape, bias, norm, residual, swiglu)
-    if swiglu != weight.swiglu:
-        raise ValueError(f"quant_linear: swiglu={swiglu}, but the weight was packed with swiglu={weight.swiglu}")
+    check_fusion("quant_linear", x, weight, bias, norm, residual, swiglu)
     return forward(
         x, weight.data, weight.rows, weight.depth, weight.bits, weight.has_min, bias, norm, eps, residual, swiglu
     )

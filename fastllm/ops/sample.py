@@ -12,7 +12,7 @@ transformers' logits processors:
 - top_k: the first k, exactly. (transformers keeps all that tie with the k-th: more than k where logits are coarse.)
 - top_p (Holtzman et al. 2020): the shortest beginning whose probability, after top-k, reaches p: at least one token.
   Sums are compared with a slack of 2^-22 of the total: .2 + .1 reaches p = .3.
-- min_p: tokens at least min_p times as likely as the first. Always keeps the first.
+- min_p: tokens at least min_p times as likely as the first, less the same slack. Always keeps the first.
 - logits of -inf are never kept; where the largest is +inf, those that are +inf share the mass.
 
 Arithmetic: weights w = round(2^40 exp((x - max) * (1 / temperature))) as 64-bit integers, exp and its argument in
@@ -225,7 +225,7 @@ def kept_tokens(x: Tensor, weights: Tensor, temperature: float, top_k: int, top_
         order = order[: int(torch.searchsorted(running, target)) + 1]
     if min_p > 0:
         ratio = torch.exp((x[order].double() - x[order[0]].double()).nan_to_num(0.0) / temperature)
-        order = order[ratio >= min(min_p, 1.0)]
+        order = order[ratio >= min(min_p, 1.0) * (1 - 2.0**-22)]
     return order
 
 
@@ -278,6 +278,8 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     state = SampleState(settings, history, suppress)
     which = range(len(logits)) if rows is None else rows.tolist()
+    if max(which, default=-1) >= len(settings):
+        raise _no_record(settings)
     found = [(0, 0.0, 0.0, 0, 0.0) if r < 0 else sample_one(logits[b], state, r) for b, r in enumerate(which)]
     columns = zip(*found, strict=True) if found else ((),) * 5
     outputs = _outputs(logits, entropy)
@@ -302,6 +304,10 @@ def _outputs(logits: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Ten
     )
 
 
+def _no_record(settings: Tensor) -> IndexError:
+    return IndexError(f"sample: state.rows names a record beyond the {settings.shape[0]} of the state")
+
+
 def _raise_for(outputs: tuple[Tensor, ...]) -> None:
     bad = outputs[1].isnan().nonzero().flatten().tolist()
     if bad:
@@ -323,7 +329,7 @@ def cpu(
             x.shape[0], x.shape[1], x.stride(0), settings.shape[0], history.shape[1], suppress.shape[1],
         )  # fmt: skip
         if status == _INDEX_OUT_OF_RANGE:
-            raise IndexError(f"sample: state.rows names a record beyond the {settings.shape[0]} of the state")
+            raise _no_record(settings)
         if status == _NOT_A_NUMBER:
             _raise_for(outputs)
     return outputs

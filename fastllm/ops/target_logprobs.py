@@ -26,7 +26,9 @@ def cpu(logits: Tensor, target: Tensor) -> Tensor:
             outside = (target < 0) | (target >= x.shape[1])
             if outside.any():
                 row = int(outside.nonzero()[0])
-                raise IndexError(f"target_logprobs: target {int(target[row])} of row {row} is outside [0, {x.shape[1]})")
+                raise IndexError(
+                    f"target_logprobs: target {int(target[row])} of row {row} is outside [0, {x.shape[1]})"
+                )
             raise LogitsError(logprob.isnan().nonzero().flatten().tolist())
     return logprob
 
@@ -45,6 +47,8 @@ def target_logprobs(logits: Tensor, target: Tensor) -> Tensor:
     check_dtype("target_logprobs", "target", target, (torch.int64,))
     check(
         target.shape == logits.shape[:1],
-        lambda: f"target_logprobs: target {tuple(target.shape)} must be [{logits.shape[0]}], one for each row of logits",
+        lambda: (
+            f"target_logprobs: target {tuple(target.shape)} must be [{logits.shape[0]}], one for each row of logits"
+        ),
     )
     return forward(logits, target)

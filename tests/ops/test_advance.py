@@ -51,13 +51,13 @@ def test_what_does_not_fit():
 def test_opcheck_and_compile():
     inputs = _oracle.draw(SUITE, SUITE.correct[1], torch.float32)
     s = inputs["state"]
-    rest = (inputs["position"], inputs["context_len"], inputs["block_table"], inputs["slot"])
+    rest = tuple(inputs[k] for k in ("position", "context_len", "block_table", "slot", "next_ids"))
     torch.library.opcheck(OPS["advance"].raw, (inputs["token"], s.settings, s.history, None, *rest, 16))
     torch._dynamo.reset()
     compiled = torch.compile(ops.advance, fullgraph=True)
     expected = SUITE.run(**inputs)
     compiled(inputs["token"], s, *rest)
-    for ours, want in zip((s.settings, s.history, rest[0], rest[1], rest[3]), expected, strict=True):
+    for ours, want in zip((s.settings, s.history, rest[0], rest[1], rest[3], rest[4]), expected, strict=True):
         assert torch.equal(ours, want)
 
 

@@ -124,6 +124,13 @@ def test_errors(arguments, error, message):
         ops.kv_append(*arguments)
 
 
+def test_a_large_cache_is_zero_aligned_and_of_its_shape():
+    cache = KVPages.empty(300, 4, 64)
+    assert cache.k.shape == (300, 4, 64, 16) and cache.v.shape == (300, 4, 16, 64)
+    assert all(t.is_contiguous() and not t.any() and t.data_ptr() % 64 == 0 for t in cache)
+    assert KVPages.empty(300, 4, 64, device="meta").k.device.type == "meta"
+
+
 def test_cache_errors():
     with pytest.raises(ValueError, match="kv_heads is 0, allowed: >= 1"):
         KVPages.empty(1, 0, 64)

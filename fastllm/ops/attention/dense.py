@@ -2,7 +2,7 @@
 
 Shapes: q [B, Sq, H, D]; k, v [B, Sk, Hk, D], H a multiple of Hk (query head h reads KV head h // (H / Hk)); result
 [B, Sq, H, D]. Sk != Sq is cross attention; causal is aligned to the end: query i stands at Sk - Sq + i.
-Dtype: float32. D up to 256 (multiples of 16 are fast). Any strides: a copy is made only where the elements of a head are
+Dtype: float32. D up to 256 (multiples of 16 are fast). Any strides: a copy is made only where a head's elements are
 not contiguous.
 
 Arithmetic: keys are cut in tiles of 256 at absolute positions; in a tile a score is one FMA chain over D ascending,

@@ -1,0 +1,132 @@
+"""quant_linear against its own arithmetic in plain PyTorch; timed, it stands beside the float32 linear of the same weight."""
+
+import torch
+
+from ... import ops
+from ...ops import QWeight
+from ...ops.quant_linear import GROUP, STORED, reference
+from ..case import Case, Suite
+from .linear import plain as dense_linear
+
+FORMATS = {"int4": (4, False), "q4_1": (4, True), "int8": (8, False), "8 bits + minimum": (8, True)}
+
+
+def run(x, weight, dense=None, **fused):
+    return ops.quant_linear(x, weight, **fused)
+
+
+def plain(x, weight, dense=None, bias=None, norm=None, eps=1e-6, residual=None, swiglu=False):
+    if dense is not None:
+        return dense_linear(x, dense, None, bias, norm, eps, residual, swiglu)
+    w = weight
+    return reference(x, w.data, w.rows, w.depth, w.bits, w.has_min, bias, norm, eps, residual, swiglu)
+
+
+def random_weight(make, rows: int, depth: int, form: str, swiglu: bool = False) -> QWeight:
+    """Quants over their full range, scales of either sign."""
+    bits, has_min = FORMATS[form]
+    weight = QWeight.empty(rows, depth, bits, has_min, swiglu)
+    weight.data.zero_()
+    groups, first = depth // GROUP, 0
+    kinds = {4: ("Q4_1",) if has_min else ("Q4_0",), 8: ("Q8_0", "Q4_1", "Q4_0") if has_min else ("Q8_0", "Q4_0")}[bits]
+    for i, kind in enumerate(kinds):  # 8 bits hold every stored type, side by side
+        count = rows // len(kinds) if i + 1 < len(kinds) else rows - first
+        if not count:
+            continue
+        head = 4 if STORED[kind][1] else 2
+        scale = make.normal(count, groups, head // 2, scale=depth**-0.5 / (50 if kind == "Q8_0" else 4))
+        scale = scale.half().cpu().contiguous().view(torch.uint8)
+        quants = make.integers(0, 256, count, groups, STORED[kind][2] - head, dtype=torch.uint8).cpu()
+        first = weight.fill(first, torch.cat([scale, quants], -1).flatten(1), kind)
+    return weight
+
+
+def case(
+    *shape: int, cols: int, form: str, bias=False, norm=False, residual=False, swiglu: bool = False, timed=False
+) -> Case:
+    rows, depth = torch.Size(shape[:-1]).numel(), shape[-1]
+    height = cols * (1 + swiglu)
+    words = {"+bias": bias, "+norm": norm, "+residual": residual, "+swiglu": swiglu}
+    bits, has_min = FORMATS[form]
+
+    def inputs(make):
+        drawn = {"x": make.normal(*shape), "weight": random_weight(make, height, depth, form, swiglu), "swiglu": swiglu}
+        if timed:
+            drawn["dense"] = make.normal(height, depth)
+        if bias:
+            drawn["bias"] = make.normal(cols)
+        if norm:
+            drawn["norm"] = make.normal(depth)
+        if residual:
+            drawn["residual"] = make.normal(*shape[:-1], cols)
+        return drawn
+
+    stored = QWeight.nbytes_for(height, depth, bits, has_min, swiglu)
+    return Case(
+        " ".join(["x".join(map(str, shape)), f"to {cols}", form, *(word for word, given in words.items() if given)]),
+        inputs,
+        bytes=lambda size: stored + rows * (depth + cols * (1 + residual)) * size,
+        flops=2 * rows * height * depth,
+    )
+
+
+def strided(label: str, view) -> Case:
+    """x of 64 columns seen through a view of a [60, 80]."""
+
+    def inputs(make):
+        return {"x": view(make.normal(60, 80)), "weight": random_weight(make, 37, 64, "q4_1")}
+
+    return Case(label, inputs)
+
+
+SUITE = Suite(
+    op="quant_linear",
+    run=run,
+    reference=plain,
+    rows=("x", "residual"),
+    error=8.0,  # one chain over the groups
+    dtypes=(torch.float32,),
+    peak="dot",
+    correct=(
+        *(
+            case(*shape, cols=cols, form=form)
+            for form in FORMATS
+            for shape, cols in (
+                ((1, 32), 1), ((2, 64), 5), ((3, 96), 17), ((4, 576), 48), ((5, 160), 33), ((12, 64), 40), ((13, 96), 31),
+                ((97, 64), 20), ((2, 3, 64), 19), ((1, 4992), 130), ((9, 4992), 18), ((0, 32), 4), ((2, 0, 32), 4), ((3, 32), 0),
+            )
+        ),
+        *(
+            case(rows, depth, cols=cols, form=form, **fused)
+            for form in ("int4", "q4_1", "int8")
+            for rows, depth, cols, fused in (
+                (1, 96, 130, {"bias": True}), (13, 64, 17, {"bias": True}),
+                (1, 96, 40, {"norm": True}), (6, 64, 40, {"norm": True}),
+                (1, 96, 35, {"residual": True}), (13, 96, 35, {"residual": True}),
+                (1, 64, 40, {"swiglu": True}), (3, 64, 7, {"swiglu": True}), (4, 64, 144, {"swiglu": True}),
+                (13, 96, 33, {"swiglu": True}), (66, 32, 16, {"swiglu": True}),
+                (5, 64, 33, {"norm": True, "residual": True, "bias": True}),
+                (2, 64, 33, {"norm": True, "residual": True, "swiglu": True}),
+            )
+        ),
+        strided("columns of a wider tensor", lambda t: t[:6, 5:69]),
+        strided("transposed", lambda t: t.reshape(80, 60)[:64].t()),
+        strided("every second row", lambda t: t[::2, :64]),
+        strided("broadcast row", lambda t: t[:1, :64].expand(9, -1)),
+    ),
+    benchmark=(
+        case(512, 2048, cols=2048, form="q4_1", timed=True),
+        *(
+            case(rows, depth, cols=cols, form=form, timed=True, **fused)
+            for rows in (1, 512)
+            for form, depth, cols, fused in (
+                ("q4_1", 576, 960, {"norm": True}),
+                ("q4_1", 576, 1536, {"norm": True, "swiglu": True}),
+                ("q4_1", 1536, 576, {"residual": True}),
+                ("int4", 576, 1536, {"norm": True, "swiglu": True}),
+                ("int8", 576, 1536, {"norm": True, "swiglu": True}),
+                ("int8", 576, 49152, {"norm": True}),
+            )
+        ),
+    ),
+)  # fmt: skip
