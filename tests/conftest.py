@@ -8,8 +8,8 @@ os.environ["FASTLLM_TRITON"] = (
     "1"  # kernels are interpreted and compiled ahead of time here, whatever torch is built for
 )
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -1,8 +1,9 @@
 """Triton, where it is of use: the import guard and what launchers share.
 
 Importing Triton costs 70 MB and a quarter of a second, so a torch built without CUDA leaves it out, unless TRITON_INTERPRET
-or FASTLLM_TRITON asks for it (to interpret kernels, or to compile them ahead of time). `fastllm` imports without it: an op file writes `from ._triton import tl, triton` and decorates with `@triton.jit`
-through the stand-ins below, which keep the source of a kernel without compiling it.
+or FASTLLM_TRITON asks for it (to interpret kernels, or to compile them ahead of time). `fastllm` imports without it: an op
+file writes `from ._triton import tl, triton` and decorates with `@triton.jit` through the stand-ins below, which keep the
+source of a kernel without compiling it.
 """
 
 import functools
