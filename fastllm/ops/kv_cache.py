@@ -51,7 +51,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     real_cpu = torch.empty(0, device=device).device.type == "cpu" and not (is_compiling() or dispatch_modes())
     if not real_cpu or size < 2 * _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size + _HUGE)
+    # private: a shared mapping, Python's default, gets no huge pages, and a forked child would write into its parent's cache
+    memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=dtype)

@@ -1,5 +1,7 @@
 """kv_append: the oracle's table, and that it writes its rows and nothing else."""
 
+import os
+
 import _oracle
 import pytest
 import torch
@@ -134,3 +136,13 @@ def test_a_large_cache_is_zero_aligned_and_of_its_shape():
 def test_cache_errors():
     with pytest.raises(ValueError, match="kv_heads is 0, allowed: >= 1"):
         KVPages.empty(1, 0, 64)
+
+
+def test_a_forked_child_does_not_write_into_its_parents_cache():
+    pages = ops.KVPages.empty(512, 3, 64)  # large enough for a mapping of its own
+    child = os.fork()
+    if child == 0:
+        pages.k[0, 0, 0, 0] = 7.0
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert pages.k[0, 0, 0, 0] == 0
