@@ -27,7 +27,7 @@ template <class T> void forward(const EmbeddingArgs& a, Team& team) {
         if (next) prefetch(next + i);
         memcpy(y + i, row + i, kLanes * sizeof(T));
       }
-      memcpy(y + i, row + i, size_t(a.cols - i) * sizeof(T));
+      if (i < a.cols) memcpy(y + i, row + i, size_t(a.cols - i) * sizeof(T));
     } else {
       report(team, kIndexOutOfRange);
       for (; i < a.cols; i += kLanes) store(y + i, as_float(seti(0x7fc00000)), first(a.cols - i));    // NaN
