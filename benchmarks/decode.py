@@ -8,6 +8,10 @@ Every contender waits in a worker process (`peers.py`), stopped by SIGSTOP while
 each once, for a prefill and for a decode; a sample during which other processes used more than a tenth of a core is
 thrown away and taken again. Figures are medians over the rounds; R is the DRAM read bandwidth of the same run.
 
+A goal is a speed on the machine that the goals were set on, scaled by what this machine reaches at best in the same run:
+by R for a decode, by the peak of multiply-adds or of 8-bit dot products for a prefill. Besides, ours must be ahead of
+every peer of the same form, by the factor that the goal names.
+
 The exit status is 1 when a contender is missing, a goal is missed or the machine was not quiet. Left out: sampling,
 batches, GPU.
 """
@@ -41,12 +45,23 @@ BITS = {"stored": 5.8, "int4": 4.5, "int8": 8.5, "fp32": 32, "f16": 16}  # a wei
 REAL, RANDOM = "smollm2-135m", "tinyllama-1.1b"
 PEERS = ("transformers", "transformers-compile", "llama.cpp")
 
-# Goals: decode and prefill over the best peer of the same form in the same run. Perplexity: percent over fp32, at most.
+
+@dataclass(frozen=True)
+class Goal:
+    """Tokens/s on the machine of the goals; `lead`: decode over the best peer of the same form, at least."""
+
+    decode: float
+    prefill: float
+    lead: float = 1.0
+
+
 GOALS = {
-    REAL: {"stored": (2.0, 3.1), "int4": (2.6, 3.1), "int8": (2.1, 5.0), "fp32": (1.5, 1.6)},
-    RANDOM: {"int4": (2.0, 3.0), "int8": (1.75, 5.6), "fp32": (1.4, 1.2)},
+    REAL: {"stored": Goal(225, 1700, 2.0), "int4": Goal(290, 1700), "int8": Goal(150, 1700), "fp32": Goal(43, 850)},
+    RANDOM: {"int4": Goal(38, 300), "int8": Goal(21, 300), "fp32": Goal(5, 110)},
 }
-AT_CEILING = 0.98  # decode within 2 % of R is at its goal whatever the ratio
+CEILINGS = {"read": 29.0, "fma": 320.0, "dot": 1240.0}  # of that machine: GB/s, GFLOP/s, GOP/s (2 cores of an Ice Lake)
+AT_CEILING = 0.98  # decode within 2 % of R is at its goal whatever a peer does
+# Perplexity: percent over fp32, at most.
 QUALITY = {"stored": 1.0, "int8": 0.5}  # int4: no worse than llama.cpp's Q4_0
 WINDOW, WINDOWS = 512, 8
 
@@ -70,7 +85,8 @@ class Contender:
     decode: list[float] = field(default_factory=list)
     nll: list[float] | None = None  # a window each
     greedy: list[int] = field(default_factory=list)  # the tokens after the first prompt
-    bandwidth: float | None = None  # R in GB/s, of the rounds that measured this row
+    ceilings: dict[str, float] = field(default_factory=dict)  # by the names of CEILINGS, in the rounds of this row
+
     worker: Worker | None = None
 
     @property
@@ -225,21 +241,23 @@ def measure(group: list[Contender], prompts: Prompts, windows: list[list[int]], 
         for entrant in everyone:
             print(f"  loading {entrant.label.strip()}", file=sys.stderr, flush=True)
             attempt(entrant, warm_up)
-        bandwidths = []
+        ceilings: dict[str, list[float]] = {name: [] for name in CEILINGS}
         for number in range(options.repeats):
             print(f"  round {number + 1} of {options.repeats}", file=sys.stderr, flush=True)
             for entrant in everyone:
                 if entrant.worker is None:
                     continue
                 if entrant is ceiling:
-                    reply = attempt(entrant, lambda who: meter.sample(who.worker, do="bandwidth"))
-                    bandwidths += [reply["gb_per_s"]] if reply else []
+                    for name, rate in (
+                        attempt(entrant, lambda who: meter.sample(who.worker, do="ceilings")) or {}
+                    ).items():
+                        ceilings[name].append(rate)
                     continue
                 for do in ("prefill", "decode"):
                     taken = entrant.worker and attempt(entrant, lambda who, do=do: speed(who, do)[0])
                     getattr(entrant, do).extend([taken] if taken else [])
         for entrant in group:
-            entrant.bandwidth = median(bandwidths) if bandwidths else None
+            entrant.ceilings = {name: median(rates) for name, rates in ceilings.items() if rates}
     finally:
         for entrant in everyone:
             if entrant.worker:
@@ -265,11 +283,11 @@ def judge(shape: str, entrants: list[Contender], compare: bool) -> tuple[list[di
     for entrant in entrants:
         rivals = [e for e in entrants if e.form == entrant.form and not e.ours]
         row = {"name": entrant.name, "form": entrant.form, "bytes_per_token": entrant.bytes_per_token}
-        row |= {"prefill": middle(entrant.prefill), "decode": middle(entrant.decode), "bandwidth": entrant.bandwidth}
+        row |= {"prefill": middle(entrant.prefill), "decode": middle(entrant.decode), "ceilings": entrant.ceilings}
         row |= {"prefill_samples": entrant.prefill, "decode_samples": entrant.decode}
         if row["decode"] and entrant.bytes_per_token:
             row["gb_per_s"] = row["decode"] * entrant.bytes_per_token / 1e9
-            row["of_bandwidth"] = row["gb_per_s"] / entrant.bandwidth if entrant.bandwidth else None
+            row["of_read"] = row["gb_per_s"] / entrant.ceilings["read"] if entrant.ceilings else None
         if ppl := perplexity(entrant):
             row["perplexity"] = ppl
             row["perplexity_over_fp32"] = 100 * (ppl / true_ppl - 1) if true_ppl else None
@@ -277,19 +295,31 @@ def judge(shape: str, entrants: list[Contender], compare: bool) -> tuple[list[di
             same = (a == b for a, b in zip(entrant.greedy, truth.greedy, strict=True))
             row["same_greedy_tokens"] = next((i for i, equal in enumerate(same) if not equal), len(truth.greedy))
         if entrant.ours and compare:
-            for do, goal in zip(("decode", "prefill"), GOALS[shape][entrant.form], strict=True):
-                best = max((middle(getattr(e, do)) or 0 for e in rivals), default=0)
-                ratio = row[do] / best if row[do] and best else None
-                at_ceiling = do == "decode" and (row.get("of_bandwidth") or 0) >= AT_CEILING
-                row[f"{do}_goal"], row[f"{do}_ratio"] = goal, ratio
-                row[f"{do}_met"] = at_ceiling or (ratio or 0) >= goal
-                if not row[f"{do}_met"]:
-                    found = f"{ratio:.2f}x" if ratio else "not measured"
-                    missed.append(f"{shape} {entrant.form} {do}: {found}, the goal is {goal}x the best peer")
+            missed += [
+                f"{shape} {entrant.form} {line}" for line in judge_speed(GOALS[shape][entrant.form], row, rivals)
+            ]
         if entrant.ours and entrant.nll:
             missed += judge_quality(entrant, row, entrants)
         rows.append(row)
     return rows, missed
+
+
+def judge_speed(goal: Goal, row: dict, rivals: list[Contender]) -> list[str]:
+    """Adds goals and ratios to our row; a line for each that is missed."""
+    missed = []
+    scaled_by = {"decode": "read", "prefill": "fma" if row["form"] == "fp32" else "dot"}
+    for do, ceiling in scaled_by.items():
+        best = max((middle(getattr(rival, do)) or 0 for rival in rivals), default=0)
+        ratio = row[do] / best if row[do] and best else None
+        wanted = getattr(goal, do) * row["ceilings"][ceiling] / CEILINGS[ceiling] if row["ceilings"] else None
+        lead = goal.lead if do == "decode" else 1.0
+        at_ceiling = do == "decode" and (row.get("of_read") or 0) >= AT_CEILING
+        row |= {f"{do}_ratio": ratio, f"{do}_lead": lead, f"{do}_goal": wanted}
+        row[f"{do}_met"] = at_ceiling or bool(row[do] and wanted and row[do] >= wanted and (ratio or 0) >= lead)
+        if not row[f"{do}_met"]:
+            found = f"{row[do] or 0:.1f} tokens/s and {ratio or 0:.2f}x the best peer"
+            missed.append(f"{do}: {found}, the goal is {wanted or 0:.1f} and {lead}x")
+    return missed
 
 
 def judge_quality(entrant: Contender, row: dict, entrants: list[Contender]) -> list[str]:
@@ -304,25 +334,32 @@ def judge_quality(entrant: Contender, row: dict, entrants: list[Contender]) -> l
     return []
 
 
+def describe(ceilings: dict[str, float]) -> str:
+    if not ceilings:
+        return "ceilings not measured"
+    return f"R = {ceilings['read']:.1f} GB/s, {ceilings['fma']:.0f} GFLOP/s fp32, {ceilings['dot']:.0f} GOP/s 8-bit"
+
+
 def table(rows: list[dict]) -> str:
-    """The rows as text; a goal is shown as ratio / goal, with a mark where it is missed."""
+    """The rows as text; speed as a share of its goal, with a mark where it is missed."""
 
     def number(value, places=0, suffix=""):
         return "-" if value is None else f"{value:.{places}f}{suffix}"
 
     def goal(row, do):
-        if row.get(f"{do}_ratio") is None:
-            return "-"
-        return f"{row[f'{do}_ratio']:.2f}x / {row[f'{do}_goal']}x {'met' if row[f'{do}_met'] else 'MISSED'}"
+        if row.get(f"{do}_goal") is None:
+            return ["-", "-"]
+        share = 100 * row[do] / row[f"{do}_goal"]
+        return [f"{share:.0f} % {'met' if row[f'{do}_met'] else 'MISSED'}", number(row[f"{do}_ratio"], 2, "x")]
 
     titles = ["contender", "form", "MB/token", "prefill tok/s", "decode tok/s", "GB/s", "of R"]
-    titles += ["decode ratio / goal", "prefill ratio / goal", "perplexity", "over fp32", "same tokens"]
+    titles += ["decode of goal", "over peer", "prefill of goal", "over peer", "perplexity", "over fp32", "same tokens"]
     lines = [titles]
     for row in rows:
         megabytes = row["bytes_per_token"] and row["bytes_per_token"] / 1e6
         cells = [row["name"], row["form"], number(megabytes, 1), number(row["prefill"]), number(row["decode"], 1)]
-        cells += [number(row.get("gb_per_s"), 1), number(row.get("of_bandwidth"), 2)]
-        cells += [goal(row, "decode"), goal(row, "prefill"), number(row.get("perplexity"), 3)]
+        cells += [number(row.get("gb_per_s"), 1), number(row.get("of_read"), 2)]
+        cells += [*goal(row, "decode"), *goal(row, "prefill"), number(row.get("perplexity"), 3)]
         cells += [number(row.get("perplexity_over_fp32"), 2, " %"), number(row.get("same_greedy_tokens"))]
         lines.append(cells)
     columns = []
@@ -355,8 +392,8 @@ def plot(result: dict, path: Path) -> None:
         for y, row in enumerate(rows):
             axis.barh(y, row["decode"], color="tab:orange" if row["name"] == "fastllm" else "tab:gray")
             axis.text(row["decode"], y, f" {row['decode']:.0f}", va="center", fontsize=8)
-            if row["bandwidth"]:
-                axis.plot(row["bandwidth"] * 1e9 / row["bytes_per_token"], y, "k|", markersize=14)
+            if row["ceilings"]:
+                axis.plot(row["ceilings"]["read"] * 1e9 / row["bytes_per_token"], y, "k|", markersize=14)
         axis.set_yticks(range(len(rows)), [f"{row['name']} {row['form']}" for row in rows])
         axis.set_xlabel("decode, tokens/s (mark: bytes at the measured DRAM bandwidth)")
         axis.set_title(shape)
@@ -412,8 +449,8 @@ def main() -> int:
         rows, missed = judge(shape, entrants, compare=bool(options.peers))
         result["shapes"][shape] = rows
         result["missed"] += missed
-        ceilings = sorted({f"{row['bandwidth']:.1f}" for row in rows if row["bandwidth"]})
-        print(f"\n{shape}: R = {' / '.join(ceilings) or 'not measured'} GB/s\n{table(rows)}\n", flush=True)
+        reached = dict.fromkeys(describe(row["ceilings"]) for row in rows)  # one line for each group of rows
+        print(f"\n{shape}: {'; '.join(reached)}\n{table(rows)}\n", flush=True)
     if meter.foreign is None:
         result["failures"].append("not quiet: this system does not say how busy it is")
     if meter.noisy:

@@ -8,7 +8,7 @@ A worker reads one JSON object a line from stdin and answers with one on stdout:
     {"do": "prefill", "prompts": [ids, ...]}              -> {"seconds": float, "tokens": int}
     {"do": "decode", "prompts": [ids, ...], "new": 64}    -> {"seconds": float, "tokens": int, "ids": [ids, ...]}
     {"do": "nll", "windows": [ids, ...]}                  -> {"nll": [mean over positions 1..n-1 of a window, ...]}
-    {"do": "bandwidth"}                                   -> {"gb_per_s": float}         (of the "ceiling" alone)
+    {"do": "ceilings"}                                    -> {"read", "fma", "dot": float}   (of the "ceiling" alone)
 
 Decoding is greedy, batch 1, never stops at EOS; the prompt's own pass is not in its seconds, the choice of each token
 is. An error comes back as {"error": text}. `Worker` is the other end of the pipe; it stops its process by SIGSTOP
@@ -260,12 +260,13 @@ class LlamaCpp:
 
 
 class Ceiling:
-    """Not a contender: the DRAM read bandwidth that the same threads reach, in GB/s."""
+    """Not a contender: what the same threads reach at best, in GB/s, GFLOP/s and GOP/s."""
 
     def __init__(self, path, threads, **_):
-        from fastllm.bench.harness import read_bandwidth
+        from fastllm.bench.harness import dot_peak, fma_peak, read_bandwidth
 
-        self.read, self.bytes_per_token = read_bandwidth, None
+        self.bytes_per_token = None
+        self.measure = {"read": read_bandwidth, "fma": fma_peak, "dot": dot_peak}
 
 
 KINDS = {"ours": Ours, "transformers": Transformers, "llama.cpp": LlamaCpp, "ceiling": Ceiling}
@@ -283,9 +284,9 @@ def answer(contender, request):
         return {"seconds": seconds, "tokens": request["new"] * len(ids), "ids": ids}
     if request["do"] == "nll":
         return {"nll": contender.nll(request["windows"])}
-    if request["do"] == "bandwidth":
-        return {"gb_per_s": float(contender.read())}
-    raise ValueError(f"unknown request {request['do']!r}: prefill, decode, nll or bandwidth")
+    if request["do"] == "ceilings":
+        return {name: float(measure()) for name, measure in contender.measure.items()}
+    raise ValueError(f"unknown request {request['do']!r}: prefill, decode, nll or ceilings")
 
 
 def main():

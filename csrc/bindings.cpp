@@ -1,6 +1,7 @@
 // The module fastllm._C. Every kernel of kernels.def becomes a function that takes its record field by field; adding a kernel
 // adds nothing here. The functions trust their caller: shapes, dtypes and devices were checked in fastllm/ops.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <string.h>
 
 #include <deque>
@@ -56,15 +57,22 @@ struct PlanHandle {
   void end() const {
     if (!plan_end(plan)) throw std::runtime_error("this thread does not record into this plan");
   }
-  int replay(int threads, int64_t times) const {
+  int replay(int threads, int64_t times, int64_t* nanoseconds = nullptr) const {
     if (plan_recording(plan.get())) throw std::runtime_error("the plan still records; end the recording before a replay");
     int status;
     {
       py::gil_scoped_release release;
-      status = plan_replay(plan.get(), threads, times);
+      status = plan_replay(plan.get(), threads, times, nanoseconds);
     }
     if (status < 0) throw std::bad_alloc();
     return status;
+  }
+  std::vector<double> profile(int threads, int64_t times) const {
+    std::vector<int64_t> total(size_t(plan_size(plan.get())));
+    replay(threads, times, total.data());
+    std::vector<double> seconds;
+    for (const int64_t t : total) seconds.push_back(double(t) * 1e-9 / double(times));
+    return seconds;
   }
 };
 
@@ -111,7 +119,9 @@ PYBIND11_MODULE(_C, m) {
         for (int64_t i = 0; i < plan_size(h.plan.get()); ++i) names.append(plan_kernel(h.plan.get(), i));
         return names;
       })
-      .def("replay", &PlanHandle::replay, py::arg("threads") = 0, py::arg("times") = 1);
+      .def("replay", [](const PlanHandle& h, int threads, int64_t times) { return h.replay(threads, times); },
+           py::arg("threads") = 0, py::arg("times") = 1)
+      .def("profile", &PlanHandle::profile, py::arg("threads") = 0, py::arg("times") = 1);
 
   m.def("load_cuda", [](const std::string& path) {    // device count, or minus the CUDA error; throws only for a broken file
     cuda = open_cuda(path.c_str());

@@ -26,6 +26,12 @@ struct Team {
   int32_t* status;
 };
 
+// How this processor reads memory fastest: runs side by side in a thread, and bytes to prefetch ahead in each (cpu/registry.cpp).
+struct Streaming {
+  int64_t streams, ahead;
+};
+extern const Streaming streaming;
+
 // Defaults, overloaded beside the records that need more.
 template <class Args> int64_t scratch_bytes(const Args&, int64_t /*threads*/) { return 0; }
 
@@ -184,13 +190,13 @@ static inline int64_t work(const RopeArgs& a) { return a.batch * a.tokens * (a.h
 constexpr int64_t kPage = 16;    // tokens a page of the cache: K as [dim][16], V as [16][dim]
 
 struct KvAppendArgs {
-  float *q_out, *k_pages, *v_pages;    // q_out [tokens, heads, dim] contiguous; pages [pages, kv_heads, dim * 16]
+  float *q_out, *k_pages, *v_pages;    // q_out [tokens, heads, dim] contiguous; pages [pages][kv_heads, dim * 16]
   const float *q, *k, *v;
   const int64_t* slot;     // [tokens]: page * 16 + offset, negative: write nothing
   const void* position;    // [tokens]: int64 or int32
   const float* table;
   int64_t tokens, heads, kv_heads, dim, rotary, positions, pages;    // heads is 0 without q
-  int64_t q_row, q_head, k_row, k_head, v_row, v_head, position_is_int64;
+  int64_t q_row, q_head, k_row, k_head, v_row, v_head, position_is_int64, k_page, v_page;    // _page: from page to page
 };
 static inline int64_t work(const KvAppendArgs& a) { return a.tokens * (a.heads + 2 * a.kv_heads) * a.dim * 2; }
 
@@ -213,7 +219,7 @@ struct PagedAttentionArgs {
   const float *q, *k_pages, *v_pages;
   const int32_t *block_table, *context_len, *cu_q;
   int64_t batch, rows, heads, kv_heads, dim, pages, max_pages, table_row;
-  int64_t q_row, q_head;
+  int64_t q_row, q_head, k_page, v_page;
   int64_t causal, window;
   double scale, softcap;
 };

@@ -51,18 +51,18 @@ struct Paged {
     const int64_t p0 = visible.begin / kLanes, p1 = (visible.end + kLanes - 1) / kLanes, first = t * kPanels;
     tile.value_row = a.dim;
     for (int64_t p = p0; p < p1; ++p) {
-      const int64_t at = offset(b, head, first + p, team);
-      tile.keys[p] = a.k_pages + at;
-      tile.values[p] = a.v_pages + at;
+      const int64_t at = page(b, first + p, team);
+      tile.keys[p] = keys_at(at, head);
+      tile.values[p] = a.v_pages + at * a.v_page + head * a.dim * kPage;
     }
     if (!ahead) return;
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t next = p + ahead, after = first + kPanels + next - p1;    // within the tile, or in the next one
       tile.keys_ahead[p] = next < p1 ? tile.keys[next] : tile.values[next - p1 + p0 < p1 ? next - p1 + p0 : p];
-      tile.values_ahead[p] = next < p1 ? tile.values[next] : after * kPage < keys ? a.k_pages + offset(b, head, after, team) : tile.values[p];
+      tile.values_ahead[p] = next < p1 ? tile.values[next] : after * kPage < keys ? keys_at(page(b, after, team), head) : tile.values[p];
     }
   }
-  int64_t offset(int64_t b, int64_t head, int64_t index, Team& team) const { return (page(b, index, team) * a.kv_heads + head) * a.dim * kPage; }
+  const float* keys_at(int64_t page, int64_t head) const { return a.k_pages + page * a.k_page + head * a.dim * kPage; }
   int64_t page(int64_t b, int64_t index, Team& team) const {
     const int64_t p = a.block_table[b * a.table_row + index];
     if (p >= 0 && p < a.pages) return p;

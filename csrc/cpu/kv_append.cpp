@@ -8,10 +8,10 @@ namespace {
 void append_head(const KvAppendArgs& a, const float* k, const float* v, const float* angle, int64_t slot, int64_t head) {
   alignas(64) float rotated[kMaxHeadDim];
   rotate(k, angle, a.rotary, a.dim, rotated);
-  const int64_t page = (slot / kPage * a.kv_heads + head) * a.dim * kPage, offset = slot % kPage;
-  float* column = a.k_pages + page + offset;
+  const int64_t page = slot / kPage, offset = slot % kPage, at = head * a.dim * kPage;
+  float* column = a.k_pages + page * a.k_page + at + offset;
   for (int64_t d = 0; d < a.dim; ++d) column[d * kPage] = rotated[d];
-  float* row = a.v_pages + page + offset * a.dim;
+  float* row = a.v_pages + page * a.v_page + at + offset * a.dim;
   for (int64_t d = 0; d < a.dim; d += kLanes) store(row + d, load(v + d, first(a.dim - d)), first(a.dim - d));
 }
 

@@ -21,7 +21,6 @@ constexpr int kStreams = 2;
 constexpr int tile_rows(int panels) { return kTileRows * kTilePanels / panels; }
 constexpr int64_t kRowBlock = 96;      // rows of x that stay in L2 while the panels pass
 constexpr int64_t kDepthBlock = 2048;  // of K: two panels of this depth stay in L2 while the rows pass
-constexpr int64_t kAhead = 1024;       // bytes to prefetch ahead in each stream
 constexpr int64_t kFewRows = 4;        // up to here each thread makes its own normalised rows and needs no barrier
 
 struct Tile {
@@ -32,12 +31,13 @@ struct Tile {
 
 // acc[r][p] continues its chain over k in [0, depth).
 template <int R, int P> FL_INLINE void multiply(vf (&acc)[R][P], const Tile& t, int64_t depth) {
+  const int64_t ahead = streaming.ahead;
   for (int64_t k = 0; k < depth; ++k) {
     vf w[P];
     FL_UNROLL
     for (int p = 0; p < P; ++p) {
       w[p] = load(t.panel[p] + k * kLanes);
-      if (R == 1) prefetch(reinterpret_cast<const char*>(t.panel[p] + k * kLanes) + kAhead);
+      if (R == 1) prefetch(reinterpret_cast<const char*>(t.panel[p] + k * kLanes) + ahead);
     }
     FL_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -95,14 +95,16 @@ template <int R, int P> void stream(const LinearArgs& a, const float* x, int64_t
     if (!a.swiglu) stream<R, 1>(a, x, x_stride, row, begin + length * lanes, end);
 }
 
-// One row. A left-over of one or two panels would run with one or two streams, far below the memory's rate: take six streams
-// where they come out even and eight do not.
-void stream_row(const LinearArgs& a, const float* x, int64_t x_stride, int64_t row, int64_t begin, int64_t end) {
+// Few rows, with as many streams as this machine's memory wants. A left-over of one or two panels would run with one or two
+// streams: where eight are wanted, one row takes six if they come out even and eight do not.
+template <int R> void stream_rows(const LinearArgs& a, const float* x, int64_t x_stride, int64_t row, int64_t begin, int64_t end) {
   const int64_t width = a.swiglu ? 2 : 1, units = end - begin;
-  if (kStreams == 8 && units % (8 / width) && units % (6 / width) == 0)
+  if (streaming.streams == 2)
+    stream<R, 2>(a, x, x_stride, row, begin, end);
+  else if (R == 1 && kStreams == 8 && units % (8 / width) && units % (6 / width) == 0)
     stream<1, 6>(a, x, x_stride, row, begin, end);
   else
-    stream<1, kStreams>(a, x, x_stride, row, begin, end);
+    stream<R, (R == 4 ? 4 : kStreams)>(a, x, x_stride, row, begin, end);
 }
 
 // R rows against P panels over one block of the depth; partial chains rest in `rest` between blocks.
@@ -208,9 +210,9 @@ void linear(const LinearArgs& a, Team& team) noexcept {
   if (few && a.panels) {
     const Range mine = share(team, units);
     int64_t r = 0;
-    if (a.rows == 4) stream<4, 4>(a, x, x_stride, 0, mine.begin, mine.end), r = 4;
-    if (a.rows == 2 || a.rows == 3) stream<2, kStreams>(a, x, x_stride, 0, mine.begin, mine.end), r = 2;
-    if (r < a.rows) stream_row(a, x + r * x_stride, x_stride, r, mine.begin, mine.end);
+    if (a.rows == 4) stream_rows<4>(a, x, x_stride, 0, mine.begin, mine.end), r = 4;
+    if (a.rows == 2 || a.rows == 3) stream_rows<2>(a, x, x_stride, 0, mine.begin, mine.end), r = 2;
+    if (r < a.rows) stream_rows<1>(a, x + r * x_stride, x_stride, r, mine.begin, mine.end);
     return;
   }
   // Items: row blocks x panel groups, panel groups of one row block next to each other so that its rows stay in cache.

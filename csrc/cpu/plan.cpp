@@ -4,6 +4,7 @@
 #include "runtime.h"
 
 #include <string.h>
+#include <time.h>
 
 #include <new>
 #include <vector>
@@ -39,15 +40,32 @@ void run_one(void* context, Team& team) {
 struct Replay {
   const Plan* plan;
   int64_t times;
+  int64_t* nanoseconds;    // of each record, added up, or null
 };
+
+int64_t now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
+}
+
 void run_plan(void* context, Team& team) {
   const Replay* replay = static_cast<const Replay*>(context);
   const Isa tier = isa();
-  for (int64_t i = 0; i < replay->times; ++i)
+  int64_t* const clock = team.rank == 0 ? replay->nanoseconds : nullptr;
+  for (int64_t i = 0; i < replay->times; ++i) {
+    int64_t* total = clock;
+    int64_t last = clock ? now() : 0;
     for (const Record& r : replay->plan->records) {
       kKernels[r.kernel].run[tier](r.slots, team);
       sync(team);
+      if (clock) {
+        const int64_t t = now();
+        *total++ += t - last;
+        last = t;
+      }
     }
+  }
 }
 
 }  // namespace
@@ -91,7 +109,7 @@ bool plan_recording(const Plan* p) { return p->recording; }
 int64_t plan_size(const Plan* p) { return int64_t(p->records.size()); }
 const char* plan_kernel(const Plan* p, int64_t i) { return kKernels[p->records[size_t(i)].kernel].name; }
 
-int plan_replay(const Plan* plan, int threads, int64_t times) {
+int plan_replay(const Plan* plan, int threads, int64_t times, int64_t* nanoseconds) {
   int available = max_threads();
   if (threads <= 0 || threads > available) threads = available;
   int64_t bytes = 0;
@@ -102,7 +120,7 @@ int plan_replay(const Plan* plan, int threads, int64_t times) {
   char* buffer = bytes ? scratch(bytes) : nullptr;
   if (bytes && !buffer) return -1;
   int32_t status = kOk;
-  Replay replay{plan, times};
+  Replay replay{plan, times, nanoseconds};
   parallel(threads, buffer, &status, run_plan, &replay);
   return status;
 }

@@ -22,7 +22,6 @@ constexpr int kStreams = 4, kTileRows = 4;
 constexpr int kStreams = 2, kTileRows = 4;
 #endif
 constexpr int64_t kRowBlock = 64;
-constexpr int64_t kAhead = 512;
 constexpr int64_t kFewRows = 4;    // up to here each thread quantises the rows for itself and needs no barrier
 
 // Quantised rows lie in tiles of kTileRows: for each group the values of the tile's rows, 32 bytes each, then their scales,
@@ -101,7 +100,7 @@ FL_INLINE void finish(const QuantLinearArgs& a, vf v, int64_t row, int64_t n) {
 // same cache sets and memory banks, a third of the bandwidth.
 template <int kBits, bool kMin, int R, int P>
 void stream(const QuantLinearArgs& a, const Rows& x, int64_t row, int64_t begin, int64_t end) {
-  const int64_t depth = padded(a.depth), groups = depth / kGroup, bytes = Format<kBits, kMin>::kBytes;
+  const int64_t ahead = streaming.ahead, depth = padded(a.depth), groups = depth / kGroup, bytes = Format<kBits, kMin>::kBytes;
   const int64_t width = a.swiglu ? 2 : 1, lanes = P / width, length = (end - begin) / lanes;
   for (int64_t i = 0; i < length; ++i) {
     const uint8_t* w[P];
@@ -119,7 +118,7 @@ void stream(const QuantLinearArgs& a, const Rows& x, int64_t row, int64_t begin,
       FL_UNROLL
       for (int p = 0; p < P; ++p) {
         if (R <= kFewRows)
-          for (int64_t line = 0; line < bytes; line += 64) prefetch(w[p] + g * bytes + kAhead + line);
+          for (int64_t line = 0; line < bytes; line += 64) prefetch(w[p] + g * bytes + ahead + line);
         accumulate<kBits, kMin, R>(acc[p], w[p] + g * bytes, at);
       }
     FL_UNROLL
@@ -141,14 +140,16 @@ void stream(const QuantLinearArgs& a, const Rows& x, int64_t row, int64_t begin,
     if (!a.swiglu) stream<kBits, kMin, R, 1>(a, x, row, begin + length * lanes, end);
 }
 
-// One row. A left-over of one or two panels would run with one or two streams, far below the memory's rate: take six streams
-// where they come out even and eight do not.
-template <int kBits, bool kMin> void stream_row(const QuantLinearArgs& a, const Rows& x, int64_t row, int64_t begin, int64_t end) {
+// Few rows, with as many streams as this machine's memory wants. A left-over of one or two panels would run with one or two
+// streams: where eight are wanted, one row takes six if they come out even and eight do not.
+template <int kBits, bool kMin, int R> void stream_rows(const QuantLinearArgs& a, const Rows& x, int64_t row, int64_t begin, int64_t end) {
   const int64_t width = a.swiglu ? 2 : 1, units = end - begin;
-  if (kStreams == 8 && units % (8 / width) && units % (6 / width) == 0)
+  if (streaming.streams == 2)
+    stream<kBits, kMin, R, 2>(a, x, row, begin, end);
+  else if (R == 1 && kStreams == 8 && units % (8 / width) && units % (6 / width) == 0)
     stream<kBits, kMin, 1, 6>(a, x, row, begin, end);
   else
-    stream<kBits, kMin, 1, kStreams>(a, x, row, begin, end);
+    stream<kBits, kMin, R, (R == 4 ? 4 : kStreams)>(a, x, row, begin, end);
 }
 
 template <int kBits, bool kMin> void run(const QuantLinearArgs& a, Team& team) {
@@ -173,9 +174,9 @@ template <int kBits, bool kMin> void run(const QuantLinearArgs& a, Team& team) {
   if (few) {
     const Range u = share(team, units);
     int64_t r = 0;
-    if (a.rows >= 4) stream<kBits, kMin, 4, 4>(a, rows_at(all, r, groups), r, u.begin, u.end), r += 4;
-    if (a.rows - r >= 2) stream<kBits, kMin, 2, kStreams>(a, rows_at(all, r, groups), r, u.begin, u.end), r += 2;
-    if (a.rows - r >= 1) stream_row<kBits, kMin>(a, rows_at(all, r, groups), r, u.begin, u.end);
+    if (a.rows >= 4) stream_rows<kBits, kMin, 4>(a, rows_at(all, r, groups), r, u.begin, u.end), r += 4;
+    if (a.rows - r >= 2) stream_rows<kBits, kMin, 2>(a, rows_at(all, r, groups), r, u.begin, u.end), r += 2;
+    if (a.rows - r >= 1) stream_rows<kBits, kMin, 1>(a, rows_at(all, r, groups), r, u.begin, u.end);
     return;
   }
   // Row blocks stay in cache while the panels pass; a tile takes one unit.

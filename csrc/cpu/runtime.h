@@ -43,6 +43,7 @@ bool plan_end(const std::shared_ptr<Plan>&);      // false when this thread does
 bool plan_recording(const Plan*);
 int64_t plan_size(const Plan*);
 const char* plan_kernel(const Plan*, int64_t index);
-int plan_replay(const Plan*, int threads, int64_t times);    // Status, or -1 when out of memory
+// Status, or -1 when out of memory; adds each record's time, up to the barrier after it, to nanoseconds unless that is null.
+int plan_replay(const Plan*, int threads, int64_t times, int64_t* nanoseconds);
 
 }  // namespace fastllm

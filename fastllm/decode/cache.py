@@ -21,15 +21,12 @@ class SequenceCache:
     def __init__(self, config: DecoderConfig, capacity: int):
         pages, c = -(-capacity // PAGE), config
         self.capacity = capacity
-        # Not on huge pages: 2 x layers of them, some 120 MB, would stand behind the first token.
-        arena, size = Arena(self.nbytes_for(c, capacity), huge=False), pages * c.kv_heads * c.head_dim * PAGE * 4
-
-        def take(*shape: int) -> torch.Tensor:
-            return arena.take(size, align=64).view(torch.float32).view(shape)
-
+        # A page holds all layers, so that the first tokens of a sequence lie together on few huge pages of memory.
+        size = self.nbytes_for(c, capacity)
+        block = Arena(size).take(size).view(torch.float32).view(pages, c.layers, 2, c.kv_heads, c.head_dim, PAGE)
         self.pages = [
-            ops.KVPages(take(pages, c.kv_heads, c.head_dim, PAGE), take(pages, c.kv_heads, PAGE, c.head_dim))
-            for _ in range(c.layers)
+            ops.KVPages(block[:, i, 0], block[:, i, 1].view(pages, c.kv_heads, PAGE, c.head_dim))
+            for i in range(c.layers)
         ]
         self.block_table = torch.arange(pages, dtype=torch.int32).unsqueeze(0)
         self.ids = torch.zeros(1, dtype=torch.int64)

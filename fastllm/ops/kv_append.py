@@ -59,6 +59,7 @@ def cpu(
             slot.data_ptr(), position.data_ptr(), table.data_ptr(),
             tokens, 0 if q is None else q.shape[1], kv_heads, dim, table.shape[1], table.shape[0], k_pages.shape[0],
             *((0, 0) if q is None else q.stride()[:2]), *k.stride()[:2], *v.stride()[:2], position.dtype == torch.int64,
+            k_pages.stride(0), v_pages.stride(0),
         )  # fmt: skip
         if status:
             raise IndexError(

@@ -22,7 +22,7 @@ PAGE = 16  # tokens; csrc/common.h: kPage
 
 
 class KVPages(NamedTuple):
-    """k [P, Hk, D, 16] and v [P, Hk, 16, D]: one layer's pages. A token's flat slot is page * 16 + offset."""
+    """k [P, Hk, D, 16] and v [P, Hk, 16, D]: one layer's pages, each contiguous. A token's flat slot is page * 16 + offset."""
 
     k: Tensor
     v: Tensor
@@ -63,11 +63,14 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
 def check_pages(op: str, k_pages: Tensor, v_pages: Tensor, kv_heads: int | None, dim: int) -> None:
     k, v = tuple(k_pages.shape), tuple(v_pages.shape)
     good = k_pages.dim() == 4 and v_pages.dim() == 4 and k[2:] == (dim, PAGE) and v == (*k[:2], PAGE, dim)
-    good = good and kv_heads in (None, k[1]) and k_pages.is_contiguous() and v_pages.is_contiguous()
+    good = good and kv_heads in (None, k[1])
+    # One page in one piece; pages may lie apart, as they do where a page holds all layers.
+    good = good and all(t.stride()[1:] == (dim * PAGE, t.shape[3], 1) for t in (k_pages, v_pages))
     check(
         good,
         lambda: (
-            f"{op}: cache pages {k} and {v} must be contiguous [P, {kv_heads or 'Hk'}, {dim}, {PAGE}] and "
-            f"[P, {kv_heads or 'Hk'}, {PAGE}, {dim}]; make them with KVPages.empty(pages, kv_heads, head_dim)"
+            f"{op}: cache pages {k} and {v} must be [P, {kv_heads or 'Hk'}, {dim}, {PAGE}] and "
+            f"[P, {kv_heads or 'Hk'}, {PAGE}, {dim}], each page contiguous; "
+            "make them with KVPages.empty(pages, kv_heads, head_dim)"
         ),
     )

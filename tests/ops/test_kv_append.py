@@ -53,6 +53,18 @@ def test_other_slots_are_untouched_and_negative_slots_are_skipped():
     assert (cache.k.permute(0, 3, 1, 2).reshape(96, -1)[~untouched] != 7).all()
 
 
+def test_pages_may_lie_apart():
+    q, k, v, position, table = draw()
+    slot, together = torch.randperm(96)[:40], KVPages.empty(6, 2, 64)
+    block = torch.full((6, 3, 2, 2, 64, 16), 7.0)  # a page holds K and V of three layers
+    apart = KVPages(block[:, 1, 0], block[:, 1, 1].view(6, 2, 16, 64))
+    apart.k.zero_(), apart.v.zero_()
+    for cache in (together, apart):
+        ops.kv_append(k, v, cache, slot, position, table, q)
+    assert torch.equal(together.k, apart.k) and torch.equal(together.v, apart.v)
+    assert (block[:, ::2] == 7).all()
+
+
 def test_threads_and_neighbours_do_not_change_a_bit():
     q, k, v, position, table = draw(tokens=700)
     slot = torch.randperm(720)[:700]
@@ -112,7 +124,8 @@ CACHE, SLOT = KVPages.empty(2, 2, 64), torch.arange(3)
         ((K, V.half(), CACHE, SLOT, P, TABLE), TypeError, "v is torch.float16, k is torch.float32"),
         ((K, V[:2], CACHE, SLOT, P, TABLE), ValueError, r"v \(2, 2, 64\) must both be"),
         ((K, V, CACHE, SLOT, P, TABLE, Q[:2]), ValueError, r"q \(2, 4, 64\) must be \[3, H, 64\]"),
-        ((K, V, KVPages.empty(2, 3, 64), SLOT, P, TABLE), ValueError, r"must be contiguous \[P, 2, 64, 16\]"),
+        ((K, V, KVPages.empty(2, 3, 64), SLOT, P, TABLE), ValueError, r"must be \[P, 2, 64, 16\]"),
+        ((K, V, KVPages(*(t.mT for t in KVPages.empty(2, 2, 16))), SLOT, P, TABLE), ValueError, "each page contiguous"),
         ((K, V, KVPages.empty(2, 2, 32), SLOT, P, TABLE), ValueError, "make them with KVPages.empty"),
         ((K, V, CACHE, SLOT.int(), P, TABLE), TypeError, "slot is int32, allowed: int64"),
         ((K, V, CACHE, SLOT[:2], P, TABLE), ValueError, r"slot \(2,\) and position \(3,\) must be \[3\]"),

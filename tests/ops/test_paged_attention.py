@@ -118,6 +118,10 @@ def test_page_order_and_batch_neighbours_do_not_change_a_bit():
     permuted = KVPages(cache.k[order].contiguous(), cache.v[order].contiguous())
     again = ops.paged_attention(q, permuted, order.argsort().int()[table.long()], context, cu_q)
     assert torch.equal(out, again)
+    block = torch.full((len(cache.k), 3, 2, *cache.k.shape[1:]), NAN)  # a page holds K and V of three layers
+    apart = KVPages(block[:, 1, 0], block[:, 1, 1].view(cache.v.shape))
+    apart.k.copy_(cache.k), apart.v.copy_(cache.v)
+    assert torch.equal(out, ops.paged_attention(q, apart, table, context, cu_q))
     for b in range(4):
         rows = slice(int(cu_q[b]), int(cu_q[b + 1]))
         alone = ops.paged_attention(q[rows], cache, table[b : b + 1], context[b : b + 1], cu_q[b : b + 2] - cu_q[b])
@@ -172,7 +176,7 @@ CACHE, TABLE, CONTEXT, CU_Q, Q = batch((40, 30), (1, 2))
         ((Q.half(), CACHE, TABLE, CONTEXT, CU_Q), TypeError, "q is float16, allowed: float32"),
         ((Q[:, 0], CACHE, TABLE, CONTEXT, CU_Q), ValueError, r"q \(3, 64\) must be \[T, H, D\]"),
         ((Q[:, :3], CACHE, TABLE, CONTEXT, CU_Q), ValueError, "3 query heads over 2 KV heads"),
-        ((Q[..., :32], CACHE, TABLE, CONTEXT, CU_Q), ValueError, r"must be contiguous \[P, Hk, 32, 16\]"),
+        ((Q[..., :32], CACHE, TABLE, CONTEXT, CU_Q), ValueError, r"must be \[P, Hk, 32, 16\]"),
         ((Q, CACHE, TABLE.long(), CONTEXT, CU_Q), TypeError, "block_table is int64, allowed: int32"),
         ((Q, CACHE, TABLE, CONTEXT, CU_Q[:2]), ValueError, r"must be \[B, max_pages\], \[B\], \[B \+ 1\]"),
         ((Q, CACHE, TABLE, CONTEXT - 31, CU_Q), IndexError, r"context_len \[9, -1\]"),

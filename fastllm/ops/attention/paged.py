@@ -61,6 +61,7 @@ def cpu(
             block_table.data_ptr(), context_len.data_ptr(), cu_q.data_ptr(),
             block_table.shape[0], rows, heads, k_pages.shape[1], dim, k_pages.shape[0],
             block_table.shape[1], block_table.stride(0), q.stride(0), q.stride(1),
+            k_pages.stride(0), v_pages.stride(0),
             causal, window, scale, softcap,
         )  # fmt: skip
         if status:
