@@ -2,7 +2,7 @@
 #pragma once
 #include <memory>
 
-#include "../common.h"
+#include "../records.h"
 
 namespace fastllm {
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <sched.h>
 
-#include "../common.h"
+#include "../records.h"
 
 namespace fastllm {
 namespace {

@@ -18,7 +18,7 @@ from ._op import _dispatch_modes as dispatch_modes
 from ._op import _is_compiling as is_compiling
 from ._op import check
 
-PAGE = 16  # tokens; csrc/common.h: kPage
+PAGE = 16  # tokens; csrc/records/kv_append.h: kPage
 
 
 class KVPages(NamedTuple):

@@ -70,7 +70,7 @@ _NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
 class SampleState:
     """What every row asks of the sampler, in memory that a replayed step reads and `advance` moves on.
 
-    settings: int64 [N, 8], one 64-byte record a row (csrc/common.h: SampleRow); the fields below are views of it, [N]
+    settings: int64 [N, 8], one 64-byte record a row (csrc/records/sample.h: SampleRow); the fields below are views of it, [N]
         each, to be read and written in place.
     history: int32 [N, H]: prompt, then what was generated; prompt_len and history_len count them.
     suppress: int32 [N, E], unused places are -1.

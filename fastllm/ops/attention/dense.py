@@ -20,7 +20,7 @@ from .._op import Op, check, check_dtype, check_like
 from ..rope import unit_stride
 from .spec import CAUSAL, AttentionSpec
 
-MAX_DIM = 256  # csrc/common.h: kMaxHeadDim
+MAX_DIM = 256  # csrc/records/attention.h: kMaxHeadDim
 
 # ---------------------------------------------------------------------------------------------------------- reference
 

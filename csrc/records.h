@@ -1,0 +1,15 @@
+// The argument record of every kernel, one file an op.
+#pragma once
+#include "records/advance.h"
+#include "records/attention.h"
+#include "records/ceiling.h"
+#include "records/embedding.h"
+#include "records/kv_append.h"
+#include "records/linear.h"
+#include "records/quant_linear.h"
+#include "records/rms_norm.h"
+#include "records/rope.h"
+#include "records/sample.h"
+#include "records/swiglu.h"
+#include "records/target_logprobs.h"
+#include "records/top_logprobs.h"
