@@ -3,6 +3,7 @@
 #include "records/advance.h"
 #include "records/attention.h"
 #include "records/ceiling.h"
+#include "records/dropout.h"
 #include "records/embedding.h"
 #include "records/kv_append.h"
 #include "records/linear.h"

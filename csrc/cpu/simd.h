@@ -56,6 +56,7 @@ struct vm {
 
 FL_INLINE vm first(int64_t n) { return {__mmask16(n >= 16 ? 0xffff : (1u << n) - 1)}; }
 FL_INLINE uint32_t bits(vm m) { return m.v; }
+FL_INLINE vm lanes(uint32_t bits) { return {__mmask16(bits)}; }
 FL_INLINE vf set1(float x) { return {_mm512_set1_ps(x)}; }
 FL_INLINE vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
 FL_INLINE vf load(const float* p, vm m) { return {_mm512_maskz_loadu_ps(m.v, p)}; }
@@ -129,6 +130,11 @@ FL_INLINE vm first(int64_t n) {
 }
 FL_INLINE uint32_t bits(vm m) {
   return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(m.a))) | uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(m.b))) << 8;
+}
+FL_INLINE vm lanes(uint32_t bits) {
+  const __m256i own = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i low = _mm256_set1_epi32(int(bits)), high = _mm256_set1_epi32(int(bits >> 8));
+  return {_mm256_cmpeq_epi32(_mm256_and_si256(low, own), own), _mm256_cmpeq_epi32(_mm256_and_si256(high, own), own)};
 }
 FL_INLINE vf set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 FL_INLINE vf load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -220,6 +226,11 @@ FL_INLINE uint32_t bits(vm m) {
   uint32_t b = 0;
   for (int i = 0; i < 16; ++i) b |= uint32_t(m.v[i] & 1) << i;
   return b;
+}
+FL_INLINE vm lanes(uint32_t bits) {
+  vm m;
+  for (int i = 0; i < 16; ++i) m.v[i] = -int32_t(bits >> i & 1);
+  return m;
 }
 FL_INLINE vf set1(float x) { return {x - float16_t_{}}; }
 FL_INLINE vf load(const float* p) {

@@ -47,7 +47,8 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def huge_buffer(size: int) -> torch.Tensor:
     """`size` bytes on huge pages where the system grants them, first touched by the threads that read them."""
-    memory = mmap.mmap(-1, size)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # a shared mapping, the default, gets no huge pages
+    memory = mmap.mmap(-1, size, flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.int32).fill_(1)

@@ -1,7 +1,9 @@
 """The kernels: one function an op, the same meaning on every device."""
 
+from ._dropout import Dropout
 from .advance import advance
 from .attention import AttentionSpec, attention, paged_attention
+from .dropout import dropout
 from .embedding import embedding
 from .kv_append import kv_append
 from .kv_cache import PAGE, KVPages
@@ -17,6 +19,7 @@ from .top_logprobs import top_logprobs
 __all__ = [
     "PAGE",
     "AttentionSpec",
+    "Dropout",
     "KVPages",
     "LogitsError",
     "Panels",
@@ -24,6 +27,7 @@ __all__ = [
     "SampleState",
     "advance",
     "attention",
+    "dropout",
     "embedding",
     "kv_append",
     "linear",
