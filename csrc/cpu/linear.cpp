@@ -101,6 +101,8 @@ template <int R> void stream_rows(const LinearArgs& a, const float* x, int64_t x
   const int64_t width = a.swiglu ? 2 : 1, units = end - begin;
   if (streaming.streams == 2)
     stream<R, 2>(a, x, x_stride, row, begin, end);
+  else if (streaming.streams == 4)
+    stream<R, 4>(a, x, x_stride, row, begin, end);
   else if (R == 1 && kStreams == 8 && units % (8 / width) && units % (6 / width) == 0)
     stream<1, 6>(a, x, x_stride, row, begin, end);
   else

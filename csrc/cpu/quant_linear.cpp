@@ -146,6 +146,8 @@ template <int kBits, bool kMin, int R> void stream_rows(const QuantLinearArgs& a
   const int64_t width = a.swiglu ? 2 : 1, units = end - begin;
   if (streaming.streams == 2)
     stream<kBits, kMin, R, 2>(a, x, row, begin, end);
+  else if (streaming.streams == 4)
+    stream<kBits, kMin, R, 4>(a, x, row, begin, end);
   else if (R == 1 && kStreams == 8 && units % (8 / width) && units % (6 / width) == 0)
     stream<kBits, kMin, 1, 6>(a, x, row, begin, end);
   else
