@@ -28,10 +28,9 @@ from statistics import median
 import numpy as np
 import psutil
 import texts
-from peers import Worker
+from workers import Meter, Worker
 
 from fastllm import hub, info
-from fastllm.bench.load import other_load
 
 # The forms of the weights: how ours is asked for one (None: not at all), and the GGUF type that llama.cpp gets.
 FORMS = {
@@ -149,44 +148,6 @@ def fitting_groups(entrants: list[Contender], weights: int) -> list[list[Contend
     return groups
 
 
-class Meter:
-    """Takes samples while the machine is quiet: other processes below `limit` cores."""
-
-    def __init__(self, limit: float, patience: float):
-        self.limit, self.patience = limit, patience  # patience: seconds left to wait or to throw away
-        self.foreign = other_load()  # a clock of what this process did not use; None where the system does not say
-        self.discarded, self.noisy, self.kept = 0, 0, 0
-
-    def sample(self, worker: Worker, **request) -> dict:
-        """The worker's reply from a quiet moment; when patience has run out, a noisy one, which is counted."""
-        while True:
-            while self.patience > 0 and not self._watch(worker, lambda: time.sleep(0.25))[1]:
-                pass
-            reply, quiet = self._watch(worker, lambda: worker.ask(**request))
-            if quiet or self.patience <= 0:
-                self.noisy += not quiet
-                self.kept += 1
-                return reply
-            self.discarded += 1
-
-    def _watch(self, worker: Worker, action) -> tuple:
-        """(result of `action`, was the machine quiet meanwhile); a noisy moment costs patience."""
-        start, before = time.monotonic(), self._others(worker)
-        result = action()
-        used, seconds = self._others(worker) - before, time.monotonic() - start
-        quiet = used / seconds <= self.limit
-        self.patience -= 0 if quiet else seconds
-        return result, quiet
-
-    def _others(self, worker: Worker) -> float:
-        """CPU seconds that the machine spent so far outside this process and the worker."""
-        if self.foreign is None:
-            return 0.0
-        root = psutil.Process(worker.process.pid)
-        tree = (root, *root.children(recursive=True))
-        return self.foreign() - sum(sum(process.cpu_times()[:4]) for process in tree)  # [:4]: with ended children
-
-
 class Prompts:
     """Slices of one long token stream, none asked twice of a contender, so that no prefix cache can help."""
 
@@ -215,7 +176,9 @@ def measure(group: list[Contender], prompts: Prompts, windows: list[list[int]], 
 
     def warm_up(entrant):
         environment = {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-        entrant.worker = Worker(entrant.spec, environment | ({} if entrant.ours else TUNED_MALLOC))
+        entrant.worker = Worker(
+            Path(__file__).with_name("peers.py"), entrant.spec, environment | ({} if entrant.ours else TUNED_MALLOC)
+        )
         loaded = entrant.worker.ask(do="load")["bytes_per_token"]
         entrant.bytes_per_token = loaded or entrant.bytes_per_token
         if entrant is ceiling:

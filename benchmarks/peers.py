@@ -2,7 +2,7 @@
 
     python benchmarks/peers.py '{"kind": "llama.cpp", "path": "model.gguf", "threads": 2}'
 
-A worker reads one JSON object a line from stdin and answers with one on stdout:
+What may be asked of one (`workers.py` is the pipe):
 
     {"do": "load"}                                        -> {"bytes_per_token": int | null}
     {"do": "prefill", "prompts": [ids, ...]}              -> {"seconds": float, "tokens": int}
@@ -11,23 +11,18 @@ A worker reads one JSON object a line from stdin and answers with one on stdout:
     {"do": "ceilings"}                                    -> {"read", "fma", "dot": float}   (of the "ceiling" alone)
 
 Decoding is greedy, batch 1, never stops at EOS; the prompt's own pass is not in its seconds, the choice of each token
-is. An error comes back as {"error": text}. `Worker` is the other end of the pipe; it stops its process by SIGSTOP
-whenever no answer is awaited, so a waiting contender costs nothing, spinning OpenMP threads included.
+is.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import math
-import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 
 import numpy as np
+from workers import serve
 
 # ---------------------------------------------------------------- contenders
 
@@ -273,7 +268,7 @@ class Ceiling:
 KINDS = {"ours": Ours, "transformers": Transformers, "llama.cpp": LlamaCpp, "ceiling": Ceiling}
 
 
-# ---------------------------------------------------------------- the worker loop
+# ---------------------------------------------------------------- what may be asked
 
 
 def answer(contender, request):
@@ -290,77 +285,5 @@ def answer(contender, request):
     raise ValueError(f"unknown request {request['do']!r}: prefill, decode, nll or ceilings")
 
 
-def main():
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes to stderr, so that replies stay clean
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: no worker outlives the benchmark
-    spec, contender = json.loads(sys.argv[1]), None
-    for line in sys.stdin:
-        try:
-            request = json.loads(line)
-            if request["do"] == "load":
-                contender = KINDS[spec["kind"]](**spec)
-                reply = {"bytes_per_token": contender.bytes_per_token}
-            else:
-                reply = answer(contender, request)
-        except Exception as error:
-            import traceback
-
-            traceback.print_exc()
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(reply), file=replies, flush=True)
-
-
-# ---------------------------------------------------------------- the other end of the pipe
-
-
-class Worker:
-    """A contender's process: `ask` wakes it, waits for the answer and stops it again."""
-
-    def __init__(self, spec, environment):
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process lives)
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env={**os.environ, **environment},
-            start_new_session=True,  # a group of its own, so that helpers of the worker are stopped with it
-        )
-
-    def ask(self, **request):
-        """The answer to one request; RuntimeError with the worker's words if it failed or died."""
-        os.killpg(self.process.pid, signal.SIGCONT)
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise RuntimeError(f"the worker ended with status {self.process.wait()}: {self._last_words()}")
-        os.killpg(self.process.pid, signal.SIGSTOP)
-        reply = json.loads(line)
-        if "error" in reply:
-            raise RuntimeError(reply["error"])
-        return reply
-
-    def _last_words(self):
-        self.log.seek(0)
-        lines = self.log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "no message"
-
-    def close(self):
-        """End the process and all that it started."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.log.close()
-
-
 if __name__ == "__main__":
-    main()
+    serve(KINDS, answer)
