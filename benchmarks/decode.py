@@ -27,9 +27,9 @@ from statistics import median
 import numpy as np
 import psutil
 import texts
-from workers import Meter, Worker
+from workers import TUNED_MALLOC, Meter, Worker, finish, machine, versions
 
-from fastllm import hub, info
+from fastllm import hub
 
 # The forms of the weights: how ours is asked for one (None: not at all), and the GGUF type that llama.cpp gets.
 FORMS = {
@@ -62,13 +62,6 @@ AT_CEILING = 0.98  # decode within 2 % of R is at its goal whatever a peer does
 # Perplexity: percent over fp32, at most.
 QUALITY = {"stored": 1.0, "int8": 0.5}  # int4: no worse than llama.cpp's Q4_0
 WINDOW, WINDOWS = 512, 8
-
-# Peers get a malloc that keeps its pages, so that no win of ours is one over page faults; ours runs untuned.
-TUNED_MALLOC = {
-    "MALLOC_TOP_PAD_": str(1 << 26),
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-}
 
 
 @dataclass
@@ -174,10 +167,10 @@ def measure(group: list[Contender], prompts: Prompts, windows: list[list[int]], 
         return reply["tokens"] / reply["seconds"], reply
 
     def warm_up(entrant):
+        # a malloc that keeps its pages for the peers, so that no win of ours is one over page faults; ours runs untuned
         environment = {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-        entrant.worker = Worker(
-            Path(__file__).with_name("peers.py"), entrant.spec, environment | ({} if entrant.ours else TUNED_MALLOC)
-        )
+        environment |= {} if entrant.ours else TUNED_MALLOC
+        entrant.worker = Worker(Path(__file__).with_name("peers.py"), entrant.spec, environment)
         loaded = entrant.worker.ask(do="load")["bytes_per_token"]
         entrant.bytes_per_token = loaded or entrant.bytes_per_token
         if entrant is ceiling:
@@ -331,16 +324,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
-def machine() -> dict:
-    """What the figures depend on."""
-    return {key: value for key, value in info.machine().items() if key not in ("openmp", "gpus", "driver")}
-
-
-def versions() -> dict:
-    """Versions of all that was measured; None for what is not installed."""
-    return info.versions() | {name: info.package(name) for name in ("transformers", "llama-cpp-python", "gguf")}
-
-
 def plot(result: dict, path: Path) -> None:
     """Decode speed of every row as bars, with the bandwidth's limit of that form as a tick."""
     import matplotlib
@@ -413,15 +396,7 @@ def main() -> int:
         result["missed"] += missed
         reached = dict.fromkeys(describe(row["ceilings"]) for row in rows)  # one line for each group of rows
         print(f"\n{shape}: {'; '.join(reached)}\n{table(rows)}\n", flush=True)
-    if meter.foreign is None:
-        result["failures"].append("not quiet: this system does not say how busy it is")
-    if meter.noisy:
-        result["failures"].append(f"not quiet: {meter.noisy} of {meter.kept} samples taken beside other work")
-    result |= {"samples_discarded": meter.discarded, "ok": not result["failures"] and not result["missed"]}
-    for word, lines in (("FAIL", result["failures"]), ("MISSED", result["missed"])):
-        print("\n".join(f"{word} {line}" for line in lines) + "\n" * bool(lines), end="")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    finish(result, meter, options.json)
     if options.plot:
         plot(result, options.plot)
     short = {"benchmark": "decode", "ok": result["ok"]}

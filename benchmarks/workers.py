@@ -19,6 +19,13 @@ import time
 
 import psutil
 
+# A malloc that keeps its pages: first touch of fresh memory is slow, and a win over page faults is no win.
+TUNED_MALLOC = {
+    "MALLOC_TOP_PAD_": str(1 << 26),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+}
+
 
 def serve(kinds, answer):
     """Runs a worker: makes kinds[record["kind"]](**record) when asked to load, then answers until stdin ends."""
@@ -128,3 +135,35 @@ class Meter:
         root = psutil.Process(worker.process.pid)
         tree = (root, *root.children(recursive=True))
         return self.foreign() - sum(sum(process.cpu_times()[:4]) for process in tree)  # [:4]: with ended children
+
+
+# ---------------------------------------------------------------- what a report says beside its rows
+
+
+def machine() -> dict:
+    """What the figures depend on."""
+    from fastllm import info
+
+    return {key: value for key, value in info.machine().items() if key not in ("openmp", "gpus", "driver")}
+
+
+def versions() -> dict:
+    """Versions of all that was measured; None for what is not installed."""
+    from fastllm import info
+
+    return info.versions() | {name: info.package(name) for name in ("transformers", "llama-cpp-python", "gguf")}
+
+
+def finish(result: dict, meter: Meter, path) -> None:
+    """Adds how quiet it was, prints what failed and what was missed, and writes the JSON file whole or not at all."""
+    if meter.foreign is None:
+        result["failures"].append("not quiet: this system does not say how busy it is")
+    if meter.noisy:
+        result["failures"].append(f"not quiet: {meter.noisy} of {meter.kept} samples taken beside other work")
+    result |= {"samples_discarded": meter.discarded, "ok": not result["failures"] and not result["missed"]}
+    for word, lines in (("FAIL", result["failures"]), ("MISSED", result["missed"])):
+        print("\n".join(f"{word} {line}" for line in lines) + "\n" * bool(lines), end="")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(path)

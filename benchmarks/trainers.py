@@ -1,0 +1,297 @@
+"""The contenders of `train.py`: one optimizer step of the same model on the same batch, ours and transformers'.
+
+What may be asked of one (`workers.py` is the pipe):
+
+    {"do": "load"}              -> {}
+    {"do": "step", "count": n}  -> {"seconds": float, "losses": [float, ...], "peak_bytes": int}
+    {"do": "ceilings"}          -> {"fma": float} on a CPU, GFLOP/s   (of the "ceiling" alone)
+
+Every contender starts from the weights that transformers draws for seed 0 and sees the same random tokens, so the losses of
+the first steps must agree. A step is zero gradients, forward, backward, AdamW. peak_bytes: on a CPU the resident memory
+at its highest, over all steps so far, beyond what the imports take; on a GPU torch's allocated memory at its highest.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from workers import serve
+
+SEED, LR = 0, 1e-4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its batch. kind: "gpt2" or "llama"; lora: rank of the adapters on every linear of a frozen base."""
+
+    kind: str
+    layers: int
+    dim: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    batch: int
+    length: int
+    dtype: str
+    lora: int = 0
+
+
+SHAPES = {
+    "gpt2-124m": Shape("gpt2", 12, 768, 12, 12, 3072, 50257, 4, 256, "float32"),
+    "llama-1.2b": Shape("llama", 16, 2048, 32, 8, 8192, 128256, 4, 2048, "bfloat16"),
+    "gpt2-tiny": Shape("gpt2", 2, 64, 4, 4, 256, 1000, 2, 32, "float32"),  # for the benchmark's own test
+    "llama-tiny": Shape("llama", 2, 64, 4, 2, 192, 1000, 2, 32, "float32"),
+}
+
+
+def theirs(shape: Shape):
+    """The model as transformers has it, weights drawn for SEED."""
+    import torch
+    import transformers
+
+    if shape.kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=shape.vocab, n_positions=max(1024, shape.length), n_embd=shape.dim, n_layer=shape.layers,
+            n_head=shape.heads, n_inner=shape.ffn, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=shape.vocab, hidden_size=shape.dim, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, max_position_embeddings=shape.length,
+        )  # fmt: skip
+    torch.manual_seed(SEED)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape.dtype))
+    return model.train()
+
+
+def tokens(shape: Shape, device: str):
+    import torch
+
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randint(0, shape.vocab, (shape.batch, shape.length), generator=generator).to(device)
+
+
+class Trainer:
+    """A contender: `loss(ids)` is a scalar that can be differentiated, `update()` is the optimizer's step."""
+
+    def __init__(self, shape, threads, device, **_):
+        import torch
+
+        torch.set_num_threads(threads)
+        self.torch, self.device, self.shape = torch, device, SHAPES[shape]
+        self.base = _resident() if device == "cpu" else 0
+        self.build()
+        self.ids = tokens(self.shape, device)
+        if device == "cpu":
+            _forget_peak()
+
+    def step(self, count: int) -> dict:
+        losses, start = [], self._now()
+        for _ in range(count):
+            loss = self.loss(self.ids)
+            loss.backward()
+            self.update()
+            losses.append(loss.detach())
+        seconds = self._now() - start
+        peak = _peak() - self.base if self.device == "cpu" else self.torch.cuda.max_memory_allocated()
+        return {"seconds": seconds, "losses": [float(x) for x in losses], "peak_bytes": peak}
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class Transformers(Trainer):
+    """Eager or compiled, with torch's fused AdamW."""
+
+    def __init__(self, compiled=False, **spec):
+        self.compiled = compiled
+        super().__init__(**spec)
+
+    def build(self):
+        self.model = theirs(self.shape).to(self.device)
+        self.optimizer = self.torch.optim.AdamW(self.model.parameters(), LR, fused=True)
+        self.forward = self.torch.compile(self.model) if self.compiled else self.model
+
+    def loss(self, ids):
+        return self.forward(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def update(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Ours(Trainer):
+    """The model written on `fastllm.ops`, with `ops.adamw` over all its tensors at once."""
+
+    def build(self):
+        from fastllm.ops import AdamWSpec, AdamWState
+
+        torch, self.done, self.spec = self.torch, 0, AdamWSpec(lr=LR, weight_decay=0.01)
+        build, self.forward = {"gpt2": (_gpt2, _gpt2_hidden), "llama": (_llama, _llama_hidden)}[self.shape.kind]
+        self.weights = build(theirs(self.shape).to(self.device), self.shape)
+        self.params = list(_flat(self.weights))
+        self.states = [AdamWState(torch.zeros_like(p), torch.zeros_like(p)) for p in self.params]
+
+    def loss(self, ids):
+        from fastllm import ops
+
+        hidden = self.forward(self.weights, ids, self.shape)
+        target = self.torch.full_like(ids, -100)
+        target[:, :-1] = ids[:, 1:]  # the last token has no successor
+        return ops.linear_cross_entropy(hidden.flatten(0, 1), self.weights["head"], target.flatten())
+
+    def update(self):
+        from fastllm import ops
+
+        self.done += 1
+        ops.adamw(self.params, [p.grad for p in self.params], self.states, self.done, self.spec)
+        for p in self.params:
+            p.grad = None
+
+
+def _flat(weights):
+    """Every tensor once: a tied head is the embedding."""
+    seen = {}
+    for value in weights.values():
+        for t in (x for layer in value for x in layer.values()) if isinstance(value, list) else (value,):
+            seen[id(t)] = t
+    return (t for t in seen.values() if t.requires_grad)
+
+
+def _leaf(*tensors):
+    """The tensors stacked by rows as one parameter of ours."""
+    import torch
+
+    return torch.cat([t.detach() for t in tensors]).contiguous().requires_grad_()
+
+
+def _gpt2(model, shape):
+    """transformers keeps its projections as [inputs, outputs]."""
+    top, layers = model.transformer, []
+    for block in top.h:
+        layer = {}
+        for name, module in (
+            ("qkv", block.attn.c_attn), ("out", block.attn.c_proj), ("up", block.mlp.c_fc), ("down", block.mlp.c_proj),
+        ):  # fmt: skip
+            layer[name], layer[f"{name}_bias"] = _leaf(module.weight.t()), _leaf(module.bias)
+        for name, module in (("norm1", block.ln_1), ("norm2", block.ln_2)):
+            layer[name], layer[f"{name}_bias"] = _leaf(module.weight), _leaf(module.bias)
+        layers.append(layer)
+    embedding = _leaf(top.wte.weight)
+    return {
+        "embedding": embedding, "head": embedding, "positions": _leaf(top.wpe.weight), "layers": layers,
+        "norm": _leaf(top.ln_f.weight), "norm_bias": _leaf(top.ln_f.bias),
+    }  # fmt: skip
+
+
+def _gpt2_hidden(w, ids, shape):
+    from fastllm import ops
+
+    x = ops.embedding(ids, w["embedding"])  # [B, S, dim]
+    delta = w["positions"][: ids.shape[1]].expand_as(x)
+    for layer in w["layers"]:
+        y, x = ops.layer_norm(x, layer["norm1"], layer["norm1_bias"], residual=delta)
+        qkv = ops.linear(y, layer["qkv"], layer["qkv_bias"]).unflatten(-1, (3, shape.heads, -1))
+        attended = ops.attention(*qkv.unbind(2)).flatten(-2)
+        delta = ops.linear(attended, layer["out"], layer["out_bias"])
+        y, x = ops.layer_norm(x, layer["norm2"], layer["norm2_bias"], residual=delta)
+        up = ops.gelu(ops.linear(y, layer["up"], layer["up_bias"]), "tanh")
+        delta = ops.linear(up, layer["down"], layer["down_bias"])
+    return ops.layer_norm(x, w["norm"], w["norm_bias"], residual=delta)[0]
+
+
+def _llama(model, shape):
+    from fastllm import ops
+
+    layers = []
+    for block in model.model.layers:
+        attn, mlp = block.self_attn, block.mlp
+        layers.append(
+            {
+                "norm1": _leaf(block.input_layernorm.weight),
+                "qkv": _leaf(attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight),
+                "out": _leaf(attn.o_proj.weight),
+                "norm2": _leaf(block.post_attention_layernorm.weight),
+                "gate_up": _leaf(mlp.gate_proj.weight, mlp.up_proj.weight),
+                "down": _leaf(mlp.down_proj.weight),
+            }
+        )
+    theta = model.config.rope_parameters["rope_theta"]
+    table = ops.rope_table(shape.length, shape.dim // shape.heads, theta, device=model.device)
+    weights = {"embedding": _leaf(model.model.embed_tokens.weight), "head": _leaf(model.lm_head.weight)}
+    return weights | {"layers": layers, "norm": _leaf(model.model.norm.weight), "rope": table}
+
+
+def _llama_hidden(w, ids, shape):
+    import torch
+
+    from fastllm import ops
+
+    x, delta = ops.embedding(ids, w["embedding"]), None
+    position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    for layer in w["layers"]:
+        if delta is None:
+            y = ops.rms_norm(x, layer["norm1"])
+        else:
+            y, x = ops.rms_norm(x, layer["norm1"], residual=delta)
+        qkv = ops.linear(y, layer["qkv"]).unflatten(-1, (shape.heads + 2 * shape.kv_heads, -1))
+        q, k, v = qkv.split((shape.heads, shape.kv_heads, shape.kv_heads), 2)
+        q, k = ops.rope(q, k, position, w["rope"])
+        delta = ops.linear(ops.attention(q, k, v).flatten(-2), layer["out"])
+        y, x = ops.rms_norm(x, layer["norm2"], residual=delta)
+        gate, up = ops.linear(y, layer["gate_up"]).chunk(2, -1)
+        delta = ops.linear(ops.swiglu(gate, up), layer["down"])
+    return ops.rms_norm(x, w["norm"], residual=delta)[0]
+
+
+class Ceiling:
+    """Not a contender: fp32 multiply-adds a second of the same threads."""
+
+    def __init__(self, threads, **_):
+        from fastllm.bench.harness import fma_peak
+
+        self.measure = {"fma": lambda: fma_peak(threads)}
+
+
+# ---------------------------------------------------------------- memory of this process
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+def _resident() -> int:
+    return _status("VmRSS:")
+
+
+def _peak() -> int:
+    return _status("VmHWM:")
+
+
+def _forget_peak() -> None:
+    """From here on the peak counts, without the model that the weights were copied from."""
+    import gc
+
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def answer(contender, request):
+    """Do one request and return its reply."""
+    if request["do"] == "step":
+        return contender.step(request["count"])
+    if request["do"] == "ceilings":
+        return {name: float(measure()) for name, measure in contender.measure.items()}
+    raise ValueError(f"unknown request {request['do']!r}: step or ceilings")
+
+
+KINDS = {"ours": Ours, "transformers": Transformers, "ceiling": Ceiling}
+
+if __name__ == "__main__":
+    serve(KINDS, answer)
