@@ -9,9 +9,10 @@ namespace {
 struct Moments {
   float mean, rstd;
 };
-template <class T> FL_INLINE Moments moments(const T* x, int64_t n, double eps) {
+template <class T> FL_INLINE Moments moments(const T* x, int64_t n, double eps, const T* next) {
   const float mean = sum_columns(n, [&](vf acc, int64_t i, auto m) { return acc + load(x + i, m); }) / float(n);
   const float squares = sum_columns(n, [&](vf acc, int64_t i, auto m) {
+    prefetch(next + i);
     const vf d = select(m, load(x + i, m) - set1(mean), set1(0));
     return fma(d, d, acc);
   });
@@ -22,13 +23,13 @@ template <class T, bool past_cache> void forward(const LayerNormArgs& a, Team& t
   const T *weight = static_cast<const T*>(a.weight), *bias = static_cast<const T*>(a.bias);
   const Range rows = share(team, a.rows);
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    const T* x = static_cast<const T*>(a.x) + r * a.x_stride;
+    const T *x = static_cast<const T*>(a.x) + r * a.x_stride, *next = x + a.x_stride;
     if (a.residual) {
       T* s = static_cast<T*>(a.s) + r * a.cols;
       add_row(s, x, static_cast<const T*>(a.residual) + r * a.residual_stride, a.cols);
       x = s;
     }
-    const Moments row = moments(x, a.cols, a.eps);
+    const Moments row = moments(x, a.cols, a.eps, next);
     if (a.rstd) a.mean[r] = row.mean, a.rstd[r] = row.rstd;
     T* y = static_cast<T*>(a.y) + r * a.cols;
     each(a.cols, [&](int64_t i, auto m) {
