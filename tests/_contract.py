@@ -7,7 +7,7 @@ Slow on purpose and free of any helper of the kernels. Tests of kernels may dema
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -69,6 +69,19 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (g * sigmoid(g) * up.float()).to(gate.dtype)
 
 
+def adamw(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int,
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(w, m, v) after a step, all fp32; the constants are computed in fp64 and rounded once."""
+    constant = torch.full_like
+    m = fma(constant(g, 1 - beta1), g - m, m)
+    v = fma(constant(g, 1 - beta2) * g, g, constant(g, beta2) * v)
+    root = v.double().sqrt().float()  # fp64 between does not change an fp32 root
+    ratio = m / fma(root, constant(g, 1 / (1 - beta2**step) ** 0.5), constant(g, eps))
+    return fma(constant(g, -lr / (1 - beta1**step)), ratio, w * constant(g, 1 - lr * weight_decay)), m, v
+
+
 # -------------------------------------------------------------------------------------------------------- rows
 
 
@@ -80,22 +93,46 @@ def row_sum(lanes: Tensor) -> Tensor:
     return lanes[..., 0]
 
 
-def sum_of_squares(x: Tensor) -> Tensor:
-    """[..., N] -> [...]: four chains of 16 lanes over ascending columns, then one tree."""
-    step = LANES * CHAINS
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % step))
+def chained_sum(step: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    """[..., N] -> [...]: acc = step(acc, x) in four chains of 16 lanes over ascending columns, then one tree."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % (LANES * CHAINS)))
     blocks = padded.unflatten(-1, (-1, CHAINS, LANES))
     acc = torch.zeros_like(blocks[..., 0, :, :])
     for i in range(blocks.shape[-3]):
-        acc = fma(blocks[..., i, :, :], blocks[..., i, :, :], acc)
+        acc = step(acc, blocks[..., i, :, :])
     return row_sum((acc[..., 0, :] + acc[..., 1, :]) + (acc[..., 2, :] + acc[..., 3, :]))
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """[..., N] -> [...]"""
+    return chained_sum(lambda acc, v: fma(v, v, acc), x)
+
+
+def _rstd(squares: Tensor, count: int, eps: float) -> Tensor:
+    variance = squares / float(count) + torch.tensor(eps, dtype=torch.float32)
+    return torch.ones_like(variance) / variance.double().sqrt().float()  # fp64 between does not change an fp32 root
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     wide = x.float()
-    variance = sum_of_squares(wide) / float(x.shape[-1]) + torch.tensor(eps, dtype=torch.float32)
-    rstd = torch.ones_like(variance) / variance.double().sqrt().float()  # fp64 in between does not change an fp32 root
+    rstd = _rstd(sum_of_squares(wide), x.shape[-1], eps)
     return (wide * rstd[..., None] * weight.float()).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    wide = x.float()
+    mean = chained_sum(lambda acc, v: acc + v, wide) / float(x.shape[-1])
+    centred = wide - mean[..., None]
+    h = centred * _rstd(sum_of_squares(centred), x.shape[-1], eps)[..., None]
+    return (h * weight.float() if bias is None else fma(h, weight.float(), bias.float())).to(x.dtype)
+
+
+def softmax(x: Tensor, temperature: float = 1.0) -> Tensor:
+    """For finite x."""
+    wide = x.float()
+    e = exp((wide - wide.amax(-1, keepdim=True)) * torch.tensor(1 / temperature, dtype=torch.float32))
+    share = torch.ones(()) / chained_sum(lambda acc, v: acc + v, e)
+    return (e * share[..., None]).to(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -117,7 +154,7 @@ def rope(x: Tensor, position: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """x [..., S, H, D], its halves turned by the angles of position [S]."""
     cos, sin = (t[position][:, None, :] for t in table)  # [S, 1, D/2]
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((fma(a, cos, -(b * sin)), fma(b, cos, a * sin)), dim=-1)
+    return torch.cat((fma(a, cos, -(b * sin)), fma(a, sin, b * cos)), dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------- attention

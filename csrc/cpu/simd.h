@@ -70,6 +70,12 @@ FL_INLINE vf fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FL_INLINE vf max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }    // b where either is NaN
 FL_INLINE vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
 FL_INLINE vf round(vf a) { return {_mm512_roundscale_ps(a.v, 8)}; }
+FL_INLINE vf sqrt(vf a) { return {_mm512_sqrt_ps(a.v)}; }
+FL_INLINE vf swap_pairs(vf a) { return {_mm512_permute_ps(a.v, 0xb1)}; }    // lanes 1 0 3 2 5 4 ...
+FL_INLINE vf twice(vf a) {                                                  // lanes 0 0 1 1 2 2 ...
+  return {_mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), a.v)};
+}
+FL_INLINE vm odd_lanes() { return {0xaaaa}; }
 FL_INLINE vf select(vm m, vf yes, vf no) { return {_mm512_mask_blend_ps(m.v, no.v, yes.v)}; }
 FL_INLINE vm operator<(vf a, vf b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 FL_INLINE vm operator>=(vf a, vf b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
@@ -149,6 +155,16 @@ FL_INLINE vf fma(vf x, vf y, vf z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm
 FL_INLINE vf max(vf x, vf y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 FL_INLINE vf min(vf x, vf y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 FL_INLINE vf round(vf x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
+FL_INLINE vf sqrt(vf x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
+FL_INLINE vf swap_pairs(vf x) { return {_mm256_permute_ps(x.a, 0xb1), _mm256_permute_ps(x.b, 0xb1)}; }
+FL_INLINE vf twice(vf x) {
+  return {_mm256_permutevar8x32_ps(x.a, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)),
+          _mm256_permutevar8x32_ps(x.a, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7))};
+}
+FL_INLINE vm odd_lanes() {
+  const __m256i odd = _mm256_setr_epi32(0, -1, 0, -1, 0, -1, 0, -1);
+  return {odd, odd};
+}
 FL_INLINE vf select(vm m, vf yes, vf no) {
   return {_mm256_blendv_ps(no.a, yes.a, _mm256_castsi256_ps(m.a)), _mm256_blendv_ps(no.b, yes.b, _mm256_castsi256_ps(m.b))};
 }
@@ -280,6 +296,21 @@ FL_INLINE vf round(vf a) {    // to nearest even below 2^22 by the magic number,
   return select(size < set1(4194304.0f), (a + magic) - magic, a);
 }
 FL_INLINE vi to_int(vf a) { return {__builtin_convertvector(round(a).v, int16_t_)}; }
+FL_INLINE vf sqrt(vf a) {
+  for (int i = 0; i < 16; ++i) a.v[i] = sqrtf(a.v[i]);
+  return a;
+}
+FL_INLINE vf swap_pairs(vf a) {
+  vf r;
+  for (int i = 0; i < 16; ++i) r.v[i] = a.v[i ^ 1];
+  return r;
+}
+FL_INLINE vf twice(vf a) {
+  vf r;
+  for (int i = 0; i < 16; ++i) r.v[i] = a.v[i / 2];
+  return r;
+}
+FL_INLINE vm odd_lanes() { return {int16_t_{0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1}}; }
 
 FL_INLINE vf load(const bf16* p) {
   vi r;

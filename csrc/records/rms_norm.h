@@ -1,6 +1,6 @@
 // rms_norm: s = x + residual; rstd = 1/sqrt(mean(s^2) + eps); y = s * rstd * weight
 #pragma once
-#include "../common.h"
+#include "norm.h"
 
 namespace fastllm {
 
@@ -21,6 +21,6 @@ struct RmsNormBackwardArgs {
   int64_t rows, cols, dy_stride, ds_stride, s_stride, dtype;
 };
 static inline int64_t work(const RmsNormBackwardArgs& a) { return a.rows * a.cols * 4; }
-static inline int64_t scratch_bytes(const RmsNormBackwardArgs& a, int64_t threads) { return threads * (a.cols + 16) * 4; }
+static inline int64_t scratch_bytes(const RmsNormBackwardArgs& a, int64_t) { return norm_scratch(a.rows, a.cols, 1); }
 
 }  // namespace fastllm

@@ -1,4 +1,5 @@
-// rope: (a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of the first `rotary` elements of a head
+// rope: (a, b) -> (a cos - b sin, b cos + a sin) for pairs (a, b) of the first `rotary` elements of a head: its halves, or its
+// neighbours when interleaved; with `inverse` by the negative angle, which is the gradient
 #pragma once
 #include "../common.h"
 
@@ -10,6 +11,7 @@ struct RopeArgs {
   const float* table;              // [positions, rotary] contiguous: cosines, then sines
   int64_t batch, tokens, heads, kv_heads, dim, rotary, positions;
   int64_t q_batch, q_row, q_head, k_batch, k_row, k_head, position_batch, position_row, position_is_int64, dtype;
+  int64_t interleaved, inverse;
 };
 static inline int64_t work(const RopeArgs& a) { return a.batch * a.tokens * (a.heads + a.kv_heads) * a.dim * 2; }
 

@@ -1,35 +1,50 @@
 """The kernels: one function an op, the same meaning on every device."""
 
 from ._dropout import Dropout
+from .adamw import AdamWSpec, AdamWState, adamw
 from .advance import advance
 from .attention import AttentionSpec, attention, paged_attention
 from .dropout import dropout
 from .embedding import embedding
+from .geglu import geglu
+from .gelu import gelu
+from .grad_norm import grad_norm
 from .kv_append import kv_append
 from .kv_cache import PAGE, KVPages
+from .layer_norm import layer_norm
 from .linear import Panels, linear
 from .quant_linear import QWeight, quant_linear
 from .rms_norm import rms_norm
-from .rope import rope, rope_table
+from .rope import rope
+from .rope_table import RopeScaling, rope_table
 from .sample import LogitsError, SampleState, sample
+from .softmax import softmax
 from .swiglu import swiglu
 from .target_logprobs import target_logprobs
 from .top_logprobs import top_logprobs
 
 __all__ = [
     "PAGE",
+    "AdamWSpec",
+    "AdamWState",
     "AttentionSpec",
     "Dropout",
     "KVPages",
     "LogitsError",
     "Panels",
     "QWeight",
+    "RopeScaling",
     "SampleState",
+    "adamw",
     "advance",
     "attention",
     "dropout",
     "embedding",
+    "geglu",
+    "gelu",
+    "grad_norm",
     "kv_append",
+    "layer_norm",
     "linear",
     "paged_attention",
     "quant_linear",
@@ -37,6 +52,7 @@ __all__ = [
     "rope",
     "rope_table",
     "sample",
+    "softmax",
     "swiglu",
     "target_logprobs",
     "top_logprobs",

@@ -70,3 +70,8 @@ def multiprocessors(device: int) -> int:
 def programs(device: torch.device) -> int:
     """How many programs fill the device once (4 on the interpreter, enough to test the reduction over programs)."""
     return multiprocessors(device.index or 0) if device.type == "cuda" else 4
+
+
+def row_warps(block: int, itemsize: int) -> int:
+    """Warps for a program that holds a row of `block` elements: 32 bytes a thread, two 16-byte loads in flight."""
+    return min(16, max(1, block * itemsize // 1024))

@@ -6,7 +6,8 @@ transformer block's addition come for free.
 Shapes: x, residual, y, s [..., N]; weight [N]. Dtypes: float32, bfloat16, float16, one for all.
 Rounding: s is rounded to the dtype before it is normalised; sums and products are fp32; y is rounded once, at the end.
 Backward, with h = s * rstd and g = dy * weight: dx = rstd * (g - h * mean(g * h)) + ds, dweight = sum(dy * h)
-in fp32, dresidual = dx. A row's forward never depends on other rows. Zeros give zeros; a NaN stays in its row.
+in fp32, dresidual = dx. A row's forward never depends on other rows; on the CPU no result depends on the number of
+threads. Zeros give zeros; a NaN stays in its row.
 """
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .. import _C
 from ._op import DTYPES, Op, as_rows, check, check_dtype, check_like, empty_like, pointer, row_stride
-from ._triton import programs, tl, triton
+from ._triton import programs, row_warps, tl, triton
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
@@ -84,10 +85,6 @@ def backward_kernel(
     tl.store(dweight + tl.program_id(0).to(tl.int64) * cols + col, partial, mask=inside)
 
 
-def _warps(block: int, itemsize: int) -> int:
-    return min(16, max(1, block * itemsize // 1024))  # 32 bytes a thread: two 16-byte loads in flight
-
-
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 
@@ -123,14 +120,14 @@ def gpu(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple
         block = triton.next_power_of_2(rows.shape[1])
         forward_kernel[(rows.shape[0],)](
             y, s, rstd, rows, other, weight.contiguous(), rows.shape[1], rows.stride(0), other.stride(0), eps,
-            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block, x.element_size()),
+            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=row_warps(block, x.element_size()),
         )  # fmt: skip
     return y, s, rstd
 
 
 def cpu_backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     dx, count, cols = empty_like(s), s.numel(), s.shape[-1]
-    dweight = torch.zeros(weight.shape, dtype=torch.float32)
+    dweight = (torch.empty if count else torch.zeros)(weight.shape, dtype=torch.float32)
     if count:
         (d, d_stride), (s, s_stride), weight = row_stride(dy), row_stride(s), weight.contiguous()
         e, e_stride = (None, 0) if ds is None else row_stride(ds)
@@ -154,7 +151,7 @@ def gpu_backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd:
     backward_kernel[(count,)](
         dx, partial, d, e, rows, weight.contiguous(), rstd,
         rows.shape[0], rows.shape[1], d.stride(0), e.stride(0), rows.stride(0),
-        HAS_DS=ds is not None, BLOCK=block, num_warps=_warps(block, s.element_size()),
+        HAS_DS=ds is not None, BLOCK=block, num_warps=row_warps(block, s.element_size()),
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 

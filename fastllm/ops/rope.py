@@ -1,13 +1,17 @@
-"""rope: rotary position embedding of q and k (Su et al. 2021, arXiv 2104.09864), half-split as in NeoX and Llama.
+"""rope: rotary position embedding of q and k (Su et al. 2021, arXiv 2104.09864), half-split as in NeoX and Llama, or
+interleaved as in GPT-J and the paper.
 
-With c = cos(position * w_i), s = sin(position * w_i), w_i = theta^(-2i / R) and (a, b) = (x[i], x[i + R/2]):
-x'[i] = a c - b s, x'[i + R/2] = b c + a s. R is the table's width; elements past R pass through (partial rotary).
+With c, s the cosine and sine of pair i at a token's position, from the table, and (a, b) = (x[i], x[i + R/2]), or
+(x[2i], x[2i + 1]) when interleaved: a' = a c - b s, b' = b c + a s. R is the table's width; elements past R pass through
+(partial rotary).
 
 Shapes: q [T, H, D] or [B, S, H, D]; k likewise, with its own number of heads; position [T] or [B, S] (or [S], the same
 for every sequence); table [max_position, R], R even and at most D. Results are new contiguous tensors; q and k may be
 views of a fused qkv (they are copied only where the elements of a head are not contiguous). Dtypes: float32, bfloat16,
 float16; the table is float32; position int64 or int32. Rounding: fp32 products with FMA, one rounding to the dtype at
-the end. A position outside the table raises IndexError.
+the end. A position outside the table raises IndexError on the CPU; on a GPU, where asking would stall the stream, what
+it turns is NaN.
+Backward: the inverse rotation of the gradients (the table's own, attention factor included); none for the table.
 """
 
 import torch
@@ -15,21 +19,85 @@ from torch import Tensor
 
 from .. import _C
 from ._op import DTYPES, Op, check, check_dtype, check_like
+from ._triton import tl, triton
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
-def reference(q: Tensor, k: Tensor, position: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    rotary = table.shape[1]
+def reference(
+    q: Tensor, k: Tensor, position: Tensor, table: Tensor, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    wide, rotary = torch.promote_types(q.dtype, torch.float32), table.shape[1]
     cosine, sine = table[position.long()].to(wide).unsqueeze(-2).chunk(2, -1)
 
     def rotated(x: Tensor) -> Tensor:
-        a, b = x[..., :rotary].to(wide).chunk(2, -1)
-        turned = torch.cat((a * cosine - b * sine, b * cosine + a * sine), -1)
+        turning = x[..., :rotary].to(wide)
+        a, b = turning.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turning.chunk(2, -1)
+        a, b = a * cosine - b * sine, b * cosine + a * sine
+        turned = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
         return torch.cat((turned.to(x.dtype), x[..., rotary:]), -1)
 
     return rotated(q), rotated(k)
+
+
+def reference_backward(
+    dq: Tensor, dk: Tensor, position: Tensor, table: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    cosine, sine = table.chunk(2, -1)
+    return reference(dq, dk, position, torch.cat((cosine, -sine), -1), interleaved)
+
+
+# ------------------------------------------------------------------------------------------------------------- Triton
+
+
+@triton.jit
+def kernel(
+    q_out, k_out, q, k, position, table,
+    tokens, heads, kv_heads, dim, rotary, positions,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, position_batch, position_row, sign,
+    INTERLEAVED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    # A program turns HEADS heads of one token, of q or of k.
+    t = tl.program_id(0).to(tl.int64)
+    b, row = t // tokens, t % tokens
+    block = tl.program_id(1)
+    q_blocks = tl.cdiv(heads, HEADS)
+    if block < q_blocks:
+        count, first = heads, block * HEADS
+        x, out, stride = q + b * q_batch + row * q_row, q_out + t * heads * dim, q_head
+    else:
+        count, first = kv_heads, (block - q_blocks) * HEADS
+        x, out, stride = k + b * k_batch + row * k_row, k_out + t * kv_heads * dim, k_head
+    at = tl.load(position + b * position_batch + row * position_row).to(tl.int64)
+    half = rotary // 2
+    readable = tl.where((at >= 0) & (at < positions), half, 0)  # pairs; none for an unknown position
+    pair = tl.arange(0, HALF)
+    cosine = tl.load(table + at * rotary + pair, mask=pair < readable, other=float("nan"))
+    sine = tl.load(table + at * rotary + half + pair, mask=pair < readable, other=float("nan")) * sign
+    head = first + tl.arange(0, HEADS)
+    x += head[:, None].to(tl.int64) * stride
+    out += head[:, None].to(tl.int64) * dim
+    if INTERLEAVED:
+        both = tl.arange(0, 2 * HALF)
+        inside = (head[:, None] < count) & (both[None, :] < rotary)
+        v = tl.load(x + both[None, :], mask=inside, other=0.0).to(tl.float32)
+        left, right = tl.split(tl.reshape(v, (HEADS, HALF, 2)))
+        new_left = left * cosine[None, :] - right * sine[None, :]
+        new_right = right * cosine[None, :] + left * sine[None, :]
+        turned = tl.reshape(tl.join(new_left, new_right), (HEADS, 2 * HALF))
+        tl.store(out + both[None, :], turned.to(q_out.dtype.element_ty), mask=inside)
+    else:
+        inside = (head[:, None] < count) & (pair[None, :] < half)
+        left = tl.load(x + pair[None, :], mask=inside, other=0.0).to(tl.float32)
+        right = tl.load(x + half + pair[None, :], mask=inside, other=0.0).to(tl.float32)
+        new_left = left * cosine[None, :] - right * sine[None, :]
+        new_right = right * cosine[None, :] + left * sine[None, :]
+        tl.store(out + pair[None, :], new_left.to(q_out.dtype.element_ty), mask=inside)
+        tl.store(out + half + pair[None, :], new_right.to(q_out.dtype.element_ty), mask=inside)
+    if REST > 0:
+        rest = rotary + tl.arange(0, REST)
+        inside = (head[:, None] < count) & (rest[None, :] < dim)
+        tl.store(out + rest[None, :], tl.load(x + rest[None, :], mask=inside), mask=inside)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
@@ -50,7 +118,7 @@ def _batched(x: Tensor) -> tuple[int, int, int]:
     return strides[:3] if len(strides) == 4 else (0, strides[0], strides[1])
 
 
-def cpu(q: Tensor, k: Tensor, position: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def _cpu(q: Tensor, k: Tensor, position: Tensor, table: Tensor, interleaved: bool, inverse: bool):
     q_out, k_out = _outputs(q, k)
     if position.numel() and (q.numel() or k.numel()):
         q, k, table = unit_stride(q), unit_stride(k), table.contiguous()
@@ -59,7 +127,7 @@ def cpu(q: Tensor, k: Tensor, position: Tensor, table: Tensor) -> tuple[Tensor, 
             q_out.data_ptr(), k_out.data_ptr(), q.data_ptr(), k.data_ptr(), position.data_ptr(), table.data_ptr(),
             batch, q.shape[-3], q.shape[-2], k.shape[-2], q.shape[-1], table.shape[1], table.shape[0],
             *_batched(q), *_batched(k), position.stride(0) if position.dim() == 2 else 0, position.stride(-1),
-            position.dtype == torch.int64, DTYPES[q.dtype],
+            position.dtype == torch.int64, DTYPES[q.dtype], interleaved, inverse,
         )  # fmt: skip
         if status:
             raise IndexError(
@@ -69,13 +137,68 @@ def cpu(q: Tensor, k: Tensor, position: Tensor, table: Tensor) -> tuple[Tensor, 
     return q_out, k_out
 
 
+HEADS = 8  # a program
+
+
+def _gpu(q: Tensor, k: Tensor, position: Tensor, table: Tensor, interleaved: bool, inverse: bool):
+    q_out, k_out = _outputs(q, k)
+    if position.numel() and (q.numel() or k.numel()):
+        q, k, table = unit_stride(q), unit_stride(k), table.contiguous()
+        batch, (tokens, heads, dim), kv_heads = q.shape[0] if q.dim() == 4 else 1, q.shape[-3:], k.shape[-2]
+        rotary = table.shape[1]
+        kernel[(batch * tokens, triton.cdiv(heads, HEADS) + triton.cdiv(kv_heads, HEADS))](
+            q_out, k_out, q, k, position, table, tokens, heads, kv_heads, dim, rotary, table.shape[0],
+            *_batched(q), *_batched(k), position.stride(0) if position.dim() == 2 else 0, position.stride(-1),
+            -1.0 if inverse else 1.0,
+            INTERLEAVED=interleaved, HALF=triton.next_power_of_2(rotary // 2),
+            REST=triton.next_power_of_2(dim - rotary) if dim > rotary else 0, HEADS=HEADS, num_warps=2,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+def cpu(q: Tensor, k: Tensor, position: Tensor, table: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return _cpu(q, k, position, table, interleaved, False)
+
+
+def cpu_backward(dq: Tensor, dk: Tensor, position: Tensor, table: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return _cpu(dq, dk, position, table, interleaved, True)
+
+
+def gpu(q: Tensor, k: Tensor, position: Tensor, table: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return _gpu(q, k, position, table, interleaved, False)
+
+
+def gpu_backward(dq: Tensor, dk: Tensor, position: Tensor, table: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return _gpu(dq, dk, position, table, interleaved, True)
+
+
 # -------------------------------------------------------------------------------------------------------- registration
 
+
+def _save(ctx, inputs, output) -> None:
+    _, _, position, table, ctx.interleaved = inputs
+    ctx.save_for_backward(position, table)
+
+
+def _backward(ctx, dq, dk):
+    return *backward(dq, dk, *ctx.saved_tensors, ctx.interleaved), None, None, None
+
+
 forward = Op(
-    "rope(Tensor q, Tensor k, Tensor position, Tensor table) -> (Tensor, Tensor)",
+    "rope(Tensor q, Tensor k, Tensor position, Tensor table, bool interleaved) -> (Tensor, Tensor)",
     reference=reference,
-    fake=lambda q, k, position, table: _outputs(q, k),
+    fake=lambda q, k, position, table, interleaved: _outputs(q, k),
     cpu=cpu,
+    triton=gpu,
+    save=_save,
+    backward=_backward,
+)
+backward = Op(
+    "rope_backward(Tensor dq, Tensor dk, Tensor position, Tensor table, bool interleaved) -> (Tensor, Tensor)",
+    reference=reference_backward,
+    fake=lambda dq, dk, position, table, interleaved: _outputs(dq, dk),
+    cpu=cpu_backward,
+    triton=gpu_backward,
 )
 
 
@@ -91,10 +214,11 @@ def check_table(op: str, position: Tensor, table: Tensor, dim: int) -> None:
     )
 
 
-def rope(q: Tensor, k: Tensor, position: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def rope(q: Tensor, k: Tensor, position: Tensor, table: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
     """q [T, H, D] or [B, S, H, D] and k, rotated by the angles of `position` ([T], [B, S] or [S]): two new tensors.
 
-    Raises ValueError for shapes that do not fit, TypeError for dtypes, IndexError for positions outside the table.
+    interleaved: pairs are neighbours (GPT-J), not halves. Raises ValueError for shapes that do not fit, TypeError for
+    dtypes, IndexError for positions outside the table (on the CPU; see the head of this file).
     """
     check_dtype("rope", "q", q)
     check_like("rope", "k", k, "q", q)
@@ -110,15 +234,4 @@ def rope(q: Tensor, k: Tensor, position: Tensor, table: Tensor) -> tuple[Tensor,
         ),
     )
     check_table("rope", position, table, q.shape[-1])
-    return forward(q, k, position, table)
-
-
-def rope_table(max_position: int, dim: int, theta: float = 10000.0, device: torch.device | str | None = None) -> Tensor:
-    """[max_position, dim] in float32: per position dim/2 cosines, then dim/2 sines; angles computed in float64."""
-    if dim < 2 or dim % 2:
-        raise ValueError(f"rope_table: dim is {dim}; it must be even and positive")
-    if max_position < 1 or theta <= 0:
-        raise ValueError(f"rope_table: max_position is {max_position}, theta {theta}; both must be positive")
-    inverse = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = torch.arange(max_position, dtype=torch.float64)[:, None] * inverse
-    return torch.cat((angle.cos(), angle.sin()), 1).float().to(device or "cpu")
+    return forward(q, k, position, table, interleaved)
