@@ -2,7 +2,7 @@
 
 from ._dropout import Dropout
 from .advance import advance
-from .attention import AttentionSpec, attention, paged_attention
+from .attention import AttentionSpec, attention, attention_varlen, paged_attention
 from .dropout import dropout
 from .embedding import embedding
 from .kv_append import kv_append
@@ -27,6 +27,7 @@ __all__ = [
     "SampleState",
     "advance",
     "attention",
+    "attention_varlen",
     "dropout",
     "embedding",
     "kv_append",

@@ -6,7 +6,7 @@ from ... import ops
 from ...ops import AttentionSpec, KVPages
 from ...ops.kv_cache import PAGE
 from ..case import Case, Suite
-from .attention import CAUSAL
+from .attention import CAUSAL, extra
 from .attention import plain as plain_attention
 
 
@@ -52,10 +52,10 @@ def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0):
 def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, **spec) -> Case:
     spec = AttentionSpec(**spec)
     pairs = sum(n * c - (n * (n - 1) // 2 if spec.causal else 0) for n, c in zip(queries, contexts, strict=True))
-    extra = "".join(f" {name} {value}" for name, value in vars(spec).items() if value not in (None, True))
+    words = extra(spec)
     brief = ", ".join(f"{n}@{c}" for n, c in zip(queries, contexts, strict=True))
     return Case(
-        f"{brief} H{heads}/{kv_heads} D{dim}{extra}",
+        f"{brief} H{heads}/{kv_heads} D{dim}{words}",
         lambda make: inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed),
         bytes=lambda size: (2 * sum(queries) * heads + 2 * sum(contexts) * kv_heads) * dim * size,
         flops=4 * heads * dim * pairs,
