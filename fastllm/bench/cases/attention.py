@@ -184,7 +184,7 @@ SUITE = Suite(
         varlen([5, 0, 300, 1], [5, 3, 300, 270], 6, 2, 32),
         varlen([40, 7], [20, 290], 4, 4, 33, causal=False, sinks=True, unclaimed=3),
         varlen([30, 20], [30, 50], 4, 2, 16, bias=(2, 4, 30, 50), dropout=0.2, alibi=False),
-        varlen([], [], 2, 1, 16, unclaimed=2),
+        varlen([0], [0], 2, 1, 16, unclaimed=2),
         Case("views of a fused qkv", fused),
         Case(
             "transposed heads and tokens",

@@ -22,7 +22,10 @@ denominator (packed: [1, H, Tq]); its formula is in reference.py. Every sum has 
 import torch
 from torch import Tensor
 
-from .._op import Op, check, check_dtype, check_like
+from ... import _C
+from .._dropout import threshold
+from .._op import DTYPES, Op, check, check_dtype, check_like, pointer
+from ..rope import unit_stride
 from .reference import reference, reference_backward
 from .spec import CAUSAL, AttentionSpec
 
@@ -32,8 +35,10 @@ MAX_DIM = 256  # csrc/records/attention.h: kMaxHeadDim
 # The raw ops know one form: q [B, Sq, H, D], where a packed batch is B = 1 with cu_q and cu_k.
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+def _outputs(q: Tensor, train: bool = True) -> tuple[Tensor, Tensor | None]:
+    lse = None  # read by the backward alone
+    if train:
+        lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
@@ -41,6 +46,54 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tens
     """dq, dk, dv, dbias, dsinks, the last two with no element where there is nothing to give."""
     like = (q, k, v, bias if bias_gradient else None, sinks)
     return tuple(q.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like)
+
+
+def _bias_arguments(bias: Tensor | None) -> tuple[Tensor | None, tuple[int, ...], int]:
+    """The bias, copied if need be; its strides (0 where it is the same for all), rows and keys; its dtype."""
+    if bias is None:
+        return None, (0,) * 6, 0
+    bias = unit_stride(bias)
+    strides = (0 if n == 1 else stride for n, stride in zip(bias.shape, bias.stride(), strict=True))
+    return bias, (*strides, *bias.shape[2:]), DTYPES[bias.dtype]
+
+
+def as_float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _sizes(q: Tensor, k: Tensor, cu_q: Tensor | None) -> tuple[int, ...]:
+    """batch, queries, keys, heads, kv_heads, dim: of a packed call the sequences, and the rows of all."""
+    batch = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
+    return batch, q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]
+
+
+def _check_status(status: int, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, bias: Tensor | None) -> None:
+    if status:
+        limits = "" if bias is None else f" and the bias {tuple(bias.shape)}"
+        raise IndexError(
+            f"attention_varlen: cu_q {cu_q.tolist()} and cu_k {cu_k.tolist()} must ascend within {q.shape[1]} rows of q "
+            f"and {k.shape[1]} of k{limits}; one is out of range"
+        )
+
+
+def cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    bias: Tensor | None, alibi: Tensor | None, sinks: Tensor | None,
+    causal: bool, window: int, scale: float, softcap: float, p: float, seed: int, call: int, exact: bool,
+    train: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    out, lse = _outputs(q, train)
+    if out.numel():
+        q, k, v, alibi, sinks = unit_stride(q), unit_stride(k), unit_stride(v), as_float(alibi), as_float(sinks)
+        added, bias_layout, bias_dtype = _bias_arguments(bias)
+        status = _C.attention(
+            out.data_ptr(), pointer(lse), q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(cu_q), pointer(cu_k),
+            pointer(added), pointer(alibi), pointer(sinks), *_sizes(q, k, cu_q),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_layout,
+            DTYPES[q.dtype], bias_dtype, causal, window, seed, call, threshold(p), scale, softcap, p,
+        )  # fmt: skip
+        _check_status(status, q, k, cu_q, cu_k, bias)
+    return out, lse
 
 
 # -------------------------------------------------------------------------------------------------------- registration
@@ -80,6 +133,7 @@ forward = Op(
     f"attention(Tensor q, Tensor k, Tensor v, {_SHAPERS}, {_SETTINGS}) -> (Tensor, Tensor)",
     reference=reference,
     fake=lambda q, *others: _outputs(q),
+    cpu=cpu,
     save=_save,
     backward=_backward,
 )

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from .._op import Op, check, check_dtype, check_like
+from .._op import DTYPES, Op, check, check_dtype, check_like, pointer
 from ..kv_cache import PAGE, KVPages, check_pages
 from ..rope import unit_stride
 from . import dense
+from .dense import as_float
 from .reference import reference as dense_reference
 from .spec import CAUSAL, AttentionSpec, Settings
 
@@ -60,15 +61,15 @@ def cpu(
 ) -> Tensor:  # fmt: skip
     out = _output(q)
     if out.numel():
-        q, block_table = unit_stride(q), unit_stride(block_table)
+        q, block_table, alibi, sinks = unit_stride(q), unit_stride(block_table), as_float(alibi), as_float(sinks)
         rows, heads, dim = q.shape
         status = _C.paged_attention(
             out.data_ptr(), q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(),
-            block_table.data_ptr(), context_len.data_ptr(), cu_q.data_ptr(),
+            block_table.data_ptr(), context_len.data_ptr(), cu_q.data_ptr(), pointer(alibi), pointer(sinks),
             block_table.shape[0], rows, heads, k_pages.shape[1], dim, k_pages.shape[0],
             block_table.shape[1], block_table.stride(0), q.stride(0), q.stride(1),
             k_pages.stride(0), v_pages.stride(0),
-            causal, window, scale, softcap,
+            DTYPES[q.dtype], causal, window, scale, softcap,
         )  # fmt: skip
         if status:
             raise IndexError(
