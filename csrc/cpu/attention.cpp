@@ -95,11 +95,9 @@ void attend(const Problem& p, const Item& item, const Workspace& w, int64_t row,
       softmax_tile(scores, keys[i], r.highest[i], r.total[i]);
       if (p.shaping.drops) drop_weights(p.shaping, row_at(p, item, item.row_begin + row + i), base, keys[i], scores);
     }
-    weigh_values<R, Ahead>(w.scores, tile, keys, p.padded, w.values);
+    weigh_values<R, Ahead>(w.scores, tile, keys, p.padded, w.values, true);
   });
 }
-
-int64_t group_rows(int64_t left) { return left <= kGroupRows ? left : 6; }
 
 // A tile's result for one row, kept by a thread that does not own the row: values [padded], then highest and total.
 float* partial_at(const Problem& p, float* partial, int64_t tile, int64_t rows, int64_t row) {

@@ -27,6 +27,7 @@ constexpr int width(int rows) { return rows <= 1 ? 4 : rows <= 3 ? 2 : 1; }
 constexpr int64_t kGroupRows = 6;
 constexpr int width(int rows) { return rows <= 1 ? 2 : 1; }
 #endif
+FL_INLINE int64_t group_rows(int64_t left) { return left <= kGroupRows ? left : 6; }
 
 // Where the keys of one tile lie: panels [dim][16] of 16 keys, and as many groups of 16 value rows.
 struct KvTile {
@@ -160,10 +161,10 @@ void value_columns(
     if (column < padded) value_columns<R, N / 2, Ahead>(p, tile, column, keys, padded, out, fresh);
 }
 
-// A group's rows see nearly the same keys: those that all see go through the register tile, the few at both ends row by
-// row.
+// acc[r] continues (or, when fresh, starts) the chain over the keys that row r sees. A group's rows see nearly the same
+// keys: those that all see go through the register tile, the few at both ends row by row.
 template <int R, bool Ahead>
-void weigh_values(const float* p, const KvTile& tile, const Visible* keys, int64_t padded, float* acc) {
+void weigh_values(const float* p, const KvTile& tile, const Visible* keys, int64_t padded, float* acc, bool fresh) {
   Visible common = keys[0];
   bool same = true;
   for (int r = 1; r < R; ++r) {
@@ -175,14 +176,14 @@ void weigh_values(const float* p, const KvTile& tile, const Visible* keys, int64
     const int64_t step = Ahead && padded > width(R) * kLanes ? width(R) * kLanes : kKvTile;
     for (int64_t j = common.begin, stop; j < common.end; j = stop) {
       stop = (j / step + 1) * step < common.end ? (j / step + 1) * step : common.end;
-      value_columns<R, width(R), Ahead>(p, tile, 0, {j, stop}, padded, acc, j == common.begin);
+      value_columns<R, width(R), Ahead>(p, tile, 0, {j, stop}, padded, acc, fresh && j == common.begin);
     }
     return;
   }
   if (common.begin >= common.end) common.begin = common.end = kKvTile;
   for (int r = 0; r < R; ++r) {
     const Visible head = {keys[r].begin, keys[r].end < common.begin ? keys[r].end : common.begin};
-    value_columns<1, width(1), false>(p + r * kScoreStride, tile, 0, head, padded, acc + r * padded, true);
+    value_columns<1, width(1), false>(p + r * kScoreStride, tile, 0, head, padded, acc + r * padded, fresh);
   }
   if (common.begin == kKvTile) return;
   value_columns<R, width(R), Ahead>(p, tile, 0, common, padded, acc, false);

@@ -96,6 +96,37 @@ def cpu(
     return out, lse
 
 
+def cpu_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor | None, cu_k: Tensor | None, bias: Tensor | None, alibi: Tensor | None, sinks: Tensor | None,
+    bias_gradient: bool,
+    causal: bool, window: int, scale: float, softcap: float, p: float, seed: int, call: int, exact: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv, dbias, dsinks = _gradients(q, k, v, bias, sinks, bias_gradient)
+    wide_bias = wide_sinks = None  # both are summed in fp32
+    if bias is not None and bias_gradient:
+        wide_bias = torch.zeros(bias.shape, dtype=torch.float32)
+        if any(n > 1 and stride == 0 for n, stride in zip(bias.shape, bias.stride(), strict=True)):
+            bias = bias.contiguous()  # the kernel takes a stride of 0 for one that is summed
+    if sinks is not None:
+        wide_sinks = torch.zeros(sinks.shape, dtype=torch.float32)
+    if q.numel() or k.numel():
+        dout, q, k, v = (unit_stride(t) for t in (dout, q, k, v))
+        alibi, sinks = as_float(alibi), as_float(sinks)
+        added, bias_layout, bias_dtype = _bias_arguments(bias)
+        status = _C.attention_backward(
+            dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), pointer(wide_bias), pointer(wide_sinks),
+            dout.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
+            pointer(cu_q), pointer(cu_k), pointer(added), pointer(alibi), pointer(sinks), *_sizes(q, k, cu_q),
+            *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_layout,
+            DTYPES[q.dtype], bias_dtype, causal, window, seed, call, threshold(p), scale, softcap, p,
+        )  # fmt: skip
+        _check_status(status, q, k, cu_q, cu_k, bias)
+    if wide_bias is not None:
+        dbias = wide_bias.to(dbias.dtype)
+    return dq, dk, dv, dbias, dsinks if wide_sinks is None else wide_sinks.to(dsinks.dtype)
+
+
 # -------------------------------------------------------------------------------------------------------- registration
 
 
@@ -144,6 +175,7 @@ backward = Op(
     fake=lambda dout, q, k, v, out, lse, cu_q, cu_k, bias, alibi, sinks, bias_gradient, *settings: _gradients(
         q, k, v, bias, sinks, bias_gradient
     ),
+    cpu=cpu_backward,
 )
 
 # ---------------------------------------------------------------------------------------------------------- validation
