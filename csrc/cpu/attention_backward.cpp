@@ -1,11 +1,12 @@
-// attention_backward: dq, dk, dv, and the gradients of bias and sinks. Weights are computed again, from lse, tile by tile:
+// attention_backward: dq, dk, dv, and the gradients of bias and sinks. Weights are computed again, from lse, in tiles:
 //
 //   p = exp(score - lse), ds = p * (dout . v - rowsum(dout * out)), dv += p^T dout, dk += ds^T q, dq += ds k
 //
 // A tile of 256 keys meets all query rows that see it, in blocks; within a block 64 keys at a time, so that what is at
-// work stays in the caches. A tile's dk and dv are sums over query rows ascending, a row's dq over keys ascending, one FMA
-// chain each. Where there are few heads the keys are cut in pieces, by the shapes alone, and the pieces' dq are added in
-// order. So every sum has one order, whichever thread takes which piece; each takes the next one that is left.
+// work stays in the caches. A key's dk and dv are sums over query rows ascending, one FMA chain for each block, and the
+// chains are added in order; a row's dq is one chain over keys ascending. Where there are few heads the keys are cut in
+// pieces, by the shapes alone, and the pieces' dq are added in order. So every sum has one order, whichever thread takes
+// which piece; each takes the next one that is left.
 //
 // Rows and keys that do not see each other never meet in the arithmetic, NaN or not.
 #include "attention_source.h"
@@ -67,12 +68,13 @@ Visible visible(const Problem& p, const Sequence& s, int64_t query) {
 
 // ------------------------------------------------------------------------------------------------------- the products
 
-// out[r][16 c ..] += sum over rows i of p[i][r] * x[i][16 c ..]
+// out[r][16 c ..] += sum over rows i of p[i][r] * x[i][16 c ..]. The sum starts from zero: a chain over all rows of a
+// long sequence would lose accuracy.
 template <int R, int N>
 FL_INLINE void outer_block(const float* p, const float* x, Visible rows, float* out, int64_t out_row) {
   vf acc[R][N];
   FL_UNROLL for (int r = 0; r < R; ++r)
-    FL_UNROLL for (int c = 0; c < N; ++c) acc[r][c] = load(out + r * out_row + c * kLanes);
+    FL_UNROLL for (int c = 0; c < N; ++c) acc[r][c] = set1(0);
   for (int64_t i = rows.begin; i < rows.end; ++i) {
     vf w[N];
     FL_UNROLL for (int c = 0; c < N; ++c) w[c] = load(x + i * kQueryStride + c * kLanes);
@@ -82,7 +84,10 @@ FL_INLINE void outer_block(const float* p, const float* x, Visible rows, float* 
     }
   }
   FL_UNROLL for (int r = 0; r < R; ++r)
-    FL_UNROLL for (int c = 0; c < N; ++c) store(out + r * out_row + c * kLanes, acc[r][c]);
+    FL_UNROLL for (int c = 0; c < N; ++c) {
+      float* at = out + r * out_row + c * kLanes;
+      store(at, load(at) + acc[r][c]);
+    }
 }
 template <int R, int N>
 void outer_columns(const float* p, const float* x, Visible rows, int64_t column, int64_t padded, float* out) {
@@ -133,7 +138,8 @@ void add_bias_gradient(const Problem& p, const RowAt& at, int64_t base, int64_t 
 
 // One row against the step's keys: s holds scale * q . k and becomes the weight (what dropout keeps of it), d holds
 // dout . v and becomes the gradient of scale * q . k.
-void gradient_row(const Problem& p, const RowAt& at, int64_t base, Visible keys, float lse, float delta, float* s, float* d) {
+void gradient_row(const Problem& p, const RowAt& at, int64_t base, Visible keys, float lse, float delta, float* s,
+                  float* d) {
   const Shaping& shape = p.shaping;
   const int64_t p0 = keys.begin / kLanes, p1 = (keys.end + kLanes - 1) / kLanes;
   const vf shift = set1(lse == -__builtin_inff() ? 0.0f : lse), total = set1(delta);
@@ -273,7 +279,7 @@ template <class T> void run_tile(const Problem& p, const Item& item, const Works
   write_rows(w.dv, count, a.dim, p.padded, 1.0f, dv, row);
 }
 
-// ------------------------------------------------------------------------------------------------------- the sums of rows
+// ---------------------------------------------------------------------------------------------------- the sums of rows
 
 // delta = rowsum(dout * out), for this thread's share of the rows.
 template <class T> void sum_rows(const Problem& p, Team& team) {
@@ -295,8 +301,8 @@ template <class T> void sum_rows(const Problem& p, Team& team) {
   }
 }
 
-// dsink = -sum over rows of exp(sink - lse) * delta, for this thread's share of the heads. A row that no sequence claims
-// has lse -inf.
+// dsink = -sum over rows of exp(sink - lse) * delta, for this thread's share of the heads. A row that no sequence
+// claims has lse -inf.
 void sum_sinks(const Problem& p, Team& team) {
   const AttentionBackwardArgs& a = p.a;
   const Range mine = share(team, a.heads);

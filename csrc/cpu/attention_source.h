@@ -1,6 +1,6 @@
 // Where queries, keys and values lie: dense and packed tensors, and the paged cache. A source knows its sequences,
-// finds a query, and fills a KV tile: keys as panels [dim][16], values as rows, in place where they lie so already, else
-// in scratch.
+// finds a query, and fills a KV tile: keys as panels [dim][16], values as rows, in place where they lie so already,
+// else in scratch.
 #pragma once
 #include "attention_tile.h"
 #include "fixed.h"

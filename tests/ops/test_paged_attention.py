@@ -26,7 +26,9 @@ def test_compile_and_opcheck():
     _oracle.check_compile(SUITE, SUITE.correct[2])
     inputs = _oracle.draw(SUITE, SUITE.correct[6], torch.float32)
     spec = inputs.pop("spec")
-    torch.library.opcheck(OPS["paged_attention"].raw, (*inputs.values(), None, None, True, 0, 0.125, spec.softcap or 0.0, False))
+    torch.library.opcheck(
+        OPS["paged_attention"].raw, (*inputs.values(), None, None, True, 0, 0.125, spec.softcap or 0.0, False)
+    )
 
 
 def int32(*values):

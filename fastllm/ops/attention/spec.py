@@ -92,6 +92,8 @@ class AttentionSpec:
             check_dtype(op, name, tensor, (torch.float32,) if name == "alibi" else (torch.float32, q.dtype))
             check(tensor.shape == (heads,), lambda n=name, t=tensor: f"{op}: {n} {tuple(t.shape)} must be [{heads}]")
             check_device(op, name, tensor, q)
+        learned = self.alibi is not None and self.alibi.requires_grad
+        check(not learned, lambda: f"{op}: alibi gets no gradient; learn a bias, or .detach() the slopes")
 
     def check_bias(self, op: str, q: Tensor, batch: int, heads: int, queries: int | None, keys: int | None) -> None:
         """The bias is [B, H, Sq, Sk] or broadcasts to it; None: Sq and Sk are not known here."""
@@ -104,8 +106,8 @@ class AttentionSpec:
         check(
             fits,
             lambda: (
-                f"{op}: bias {tuple(bias.shape)} must be [{batch}, {heads}, {queries or 'Sq'}, {keys or 'Sk'}], "
-                "where each may be 1"
+                f"{op}: bias {tuple(bias.shape)} must be [{batch}, {heads}, {'Sq' if queries is None else queries}, "
+                f"{'Sk' if keys is None else keys}], where each may be 1"
             ),
         )
         check_device(op, "bias", bias, q)
