@@ -5,8 +5,8 @@
 // A tile of 256 keys meets all query rows that see it, in blocks; within a block 64 keys at a time, so that what is at
 // work stays in the caches. A key's dk and dv are sums over query rows ascending, one FMA chain for each block, and the
 // chains are added in order; a row's dq is one chain over keys ascending. Where there are few heads the keys are cut in
-// pieces, by the shapes alone, and the pieces' dq are added in order. So every sum has one order, whichever thread takes
-// which piece; each takes the next one that is left.
+// pieces, by the shapes alone, and the pieces' dq are added in order. So every sum has one order, whichever thread
+// takes which piece; each takes the next one that is left.
 //
 // Rows and keys that do not see each other never meet in the arithmetic, NaN or not.
 #include "attention_source.h"
@@ -21,14 +21,14 @@ struct Problem {
   GradientScratch size;
   Shaping shaping;
   int64_t group, padded, bias_queries, bias_keys;
-  float *delta, *dq;    // shared by the team: rowsum(dout * out) as lse lies, and dq of each piece
+  float *delta, *dq;    // shared by the team: rowsum(dout * out) as lse lies; where there are pieces, dq of each
   int64_t* next;        // the piece that nobody has taken
 };
 
 struct Workspace {
   float *query, *upstream;    // [block][kQueryStride]: rows of q and dout
   float *scores, *slopes;     // [block][kScoreStride]: p, then what is kept of it; dout . v, then ds
-  float *key_panels, *value_panels, *keys, *dk, *dv;
+  float *key_panels, *value_panels, *keys, *dk, *dv, *dq;
   float *lse, *delta;    // per row of the block
   Visible* visible;      // likewise, absolute
 };
@@ -44,6 +44,7 @@ Workspace carve(const Problem& p, Team& team) {
   w.keys = at, at += p.size.tile;
   w.dk = at, at += p.size.tile;
   w.dv = at, at += p.size.tile;
+  w.dq = at, at += p.size.own_dq;
   w.visible = reinterpret_cast<Visible*>(at), at += kGradientBlock * 4;
   w.lse = at, at += kGradientBlock;
   w.delta = at;
@@ -340,12 +341,12 @@ template <class T> void clear_unclaimed(void* x, const int32_t* cu, int64_t batc
 
 // ------------------------------------------------------------------------------------------------ sharing out the work
 
-Item item_at(const Problem& p, int64_t b, int64_t kv_head, int64_t piece, Team& team) {
+Item item_at(const Problem& p, const Workspace& w, int64_t b, int64_t kv_head, int64_t piece, Team& team) {
   const AttentionBackwardArgs& a = p.a;
   Item item = {b, kv_head, dense_sequence(a, b, team), nullptr};
   const int64_t all = (a.cu_q ? 1 : a.batch) * a.queries * a.heads;
   const int64_t before = item.sequence.first * a.heads + kv_head * p.group * item.sequence.queries;
-  item.dq = p.dq + (piece * all + before) * p.padded;
+  item.dq = p.size.pieces == 1 ? w.dq : p.dq + (piece * all + before) * p.padded;
   return item;
 }
 
@@ -376,15 +377,15 @@ template <class T> void run(const Problem& p, Team& team) {
   for (int64_t u; (u = __atomic_fetch_add(p.next, 1, __ATOMIC_RELAXED)) < units;) {
     const int64_t piece = u % pieces, head = u / pieces % across * heads, b = u / pieces / across * batch;
     for (int64_t i = b; i < b + batch; ++i)
-      for (int64_t h = head; h < head + heads; ++h) run_piece<T>(p, item_at(p, i, h, piece, team), piece, w);
+      for (int64_t h = head; h < head + heads; ++h) run_piece<T>(p, item_at(p, w, i, h, piece, team), piece, w);
   }
   if (pieces == 1) return;
   sync(team);
   for (int64_t u = team.rank; u < a.batch * a.kv_heads; u += team.size) {
-    const Item whole = item_at(p, u / a.kv_heads, u % a.kv_heads, 0, team);
+    const Item whole = item_at(p, w, u / a.kv_heads, u % a.kv_heads, 0, team);
     const int64_t size = whole.sequence.queries * p.group * p.padded;
     for (int64_t piece = 1; piece < pieces; ++piece) {
-      const float* part = item_at(p, whole.b, whole.kv_head, piece, team).dq;
+      const float* part = item_at(p, w, whole.b, whole.kv_head, piece, team).dq;
       for (int64_t i = 0; i < size; i += kLanes) store(whole.dq + i, load(whole.dq + i) + load(part + i));
     }
     write_dq<T>(p, whole, whole.dq);

@@ -11,7 +11,7 @@ constexpr int64_t kSplitRows = 32;         // fewer rows than this may be cut ov
 constexpr int64_t kGradientBlock = 96;     // query rows that the backward holds against a KV tile
 constexpr int64_t kGradientUnits = 16;     // as many pieces as the backward is cut into, if it can be
 
-// What is added to scores, and from where: a bias [batch, heads, queries, keys], with stride 0 where it has only one.
+// A bias is [batch, heads, queries, keys], with stride 0 where it is one for all.
 struct AttentionArgs {
   void* out;            // [batch, queries, heads, dim] contiguous
   float* lse;           // [batch, heads, queries], or null
@@ -88,11 +88,12 @@ static inline int64_t scratch_bytes(const PagedAttentionArgs& a, int64_t threads
   return threads * layout(a).total * 4;
 }
 
-// The backward's, in floats: for all threads rowsum(dout * out) and dq by the pieces that the keys are cut into; for
-// each, rows of q and dout, their scores and gradients of scores, a tile's keys and values as rows and as panels, its
-// dk and dv. The pieces follow from the shapes alone: the order of every sum does, too.
+// The backward's, in floats: for all threads rowsum(dout * out) and, where the keys are cut in pieces, the dq of each;
+// for each thread, rows of q and dout, their scores and gradients of scores, a tile's keys and values as rows and as
+// panels, its dk and dv, and the dq of one sequence and KV head. The pieces follow from the shapes alone: the order of
+// every sum does, too.
 struct GradientScratch {
-  int64_t pieces, delta, dq, rows, scores, panels, tile, thread, shared;
+  int64_t pieces, delta, dq, own_dq, rows, scores, panels, tile, thread, shared;
   bool merge_batch, merge_heads;    // where a bias is shared, one thread adds up its gradient
 };
 static inline GradientScratch layout(const AttentionBackwardArgs& a) {
@@ -103,12 +104,13 @@ static inline GradientScratch layout(const AttentionBackwardArgs& a) {
   const int64_t wanted = units ? (kGradientUnits + units - 1) / units : 1, tiles = attention_tiles(a.keys);
   s.pieces = a.dbias || wanted <= 1 || tiles <= 1 ? 1 : wanted < tiles ? wanted : tiles;
   s.delta = (sequences * a.queries * a.heads + 15) / 16 * 16;
-  s.dq = s.pieces * sequences * a.queries * a.heads * padded;
+  s.dq = s.pieces > 1 ? s.pieces * sequences * a.queries * a.heads * padded : 0;
+  s.own_dq = s.pieces > 1 ? 0 : a.queries * (a.heads / a.kv_heads) * padded;
   s.rows = kGradientBlock * (kMaxHeadDim + 16);
   s.scores = kGradientBlock * (kKvTile + 16);
   s.panels = kKvTile * a.dim;
   s.tile = kKvTile * padded;
-  s.thread = 2 * s.rows + 2 * s.scores + 2 * s.panels + 3 * s.tile + kGradientBlock * 8;
+  s.thread = 2 * s.rows + 2 * s.scores + 2 * s.panels + 3 * s.tile + s.own_dq + kGradientBlock * 8;
   s.thread = (s.thread + 15) / 16 * 16;
   s.shared = 16 + s.delta + s.dq;
   return s;
