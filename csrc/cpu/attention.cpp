@@ -1,86 +1,25 @@
-// attention: softmax(scale * q k^T) v, dense and paged, prefill and decode, all through the same tiles.
+// attention: softmax(scale * q k^T) v, dense, packed and paged, prefill and decode, all through the same tiles.
 //
-// Keys are cut in tiles of 256 at absolute positions. Each tile gives a row its own (highest, sum, values); the tiles are
-// folded left to right. So a row has the same bits in a full forward, in any chunk of a prefill and in a decode step, with
-// any page order and any number of threads. Work is cut when the kernel runs, from lengths read from memory.
-#include "attention_tile.h"
+// Keys are cut in tiles of 256 at absolute positions. Each tile gives a row its own (highest, sum, values); the tiles
+// are folded left to right. So a row has the same bits in a full forward, in any chunk of a prefill and in a decode
+// step, with any page order and any number of threads. Work is cut when the kernel runs, from lengths read from memory.
+#include "attention_source.h"
 
 namespace fastllm {
 namespace {
 
-struct Sequence {
-  int64_t queries, keys;    // this call's tokens; all keys, the tokens' own included
-};
-
-// ------------------------------------------------------------------------------------------- where queries and keys lie
-
-struct Dense {
-  const AttentionArgs& a;
-  static constexpr bool kPacked = true;    // key rows become panels in scratch
-  Sequence sequence(int64_t, Team&) const { return {a.queries, a.keys}; }
-  int64_t row(int64_t b, int64_t i) const { return b * a.queries + i; }
-  const float* query(int64_t b, int64_t i, int64_t head) const { return a.q + b * a.q_batch + i * a.q_row + head * a.q_head; }
-
-  // Fills the tile for keys [visible) of tile t.
-  void load(KvTile& tile, int64_t b, int64_t head, int64_t t, Visible visible, int64_t keys, int64_t, float* packed, Team&) const {
-    const float* k = a.k + b * a.k_batch + head * a.k_head + t * kKvTile * a.k_row;
-    const float* v = a.v + b * a.v_batch + head * a.v_head + t * kKvTile * a.v_row;
-    tile.value_row = a.v_row;
-    for (int64_t p = visible.begin / kLanes; p * kLanes < visible.end; ++p) {
-      float* panel = packed + p * kLanes * a.dim;
-      pack_panel(k + p * kLanes * a.k_row, a.k_row, keys - t * kKvTile - p * kLanes, a.dim, panel);
-      tile.keys[p] = panel;
-      tile.values[p] = v + p * kLanes * a.v_row;
-    }
-  }
-};
-
-struct Paged {
-  const PagedAttentionArgs& a;
-  static constexpr bool kPacked = false;
-  Sequence sequence(int64_t b, Team& team) const {    // an invalid sequence is reported and gives no row
-    const int64_t begin = a.cu_q[b], end = a.cu_q[b + 1], keys = a.context_len[b];
-    if (begin >= 0 && begin <= end && end <= a.rows && keys >= 0 && keys <= a.max_pages * kPage && (a.pages || !keys)) return {end - begin, keys};
-    report(team, kIndexOutOfRange);
-    return {0, 0};
-  }
-  int64_t row(int64_t b, int64_t i) const { return a.cu_q[b] + i; }
-  const float* query(int64_t b, int64_t i, int64_t head) const { return a.q + row(b, i) * a.q_row + head * a.q_head; }
-
-  void load(KvTile& tile, int64_t b, int64_t head, int64_t t, Visible visible, int64_t keys, int64_t ahead, float*, Team& team) const {
-    const int64_t p0 = visible.begin / kLanes, p1 = (visible.end + kLanes - 1) / kLanes, first = t * kPanels;
-    tile.value_row = a.dim;
-    for (int64_t p = p0; p < p1; ++p) {
-      const int64_t at = page(b, first + p, team);
-      tile.keys[p] = keys_at(at, head);
-      tile.values[p] = a.v_pages + at * a.v_page + head * a.dim * kPage;
-    }
-    if (!ahead) return;
-    for (int64_t p = p0; p < p1; ++p) {
-      const int64_t next = p + ahead, after = first + kPanels + next - p1;    // within the tile, or in the next one
-      tile.keys_ahead[p] = next < p1 ? tile.keys[next] : tile.values[next - p1 + p0 < p1 ? next - p1 + p0 : p];
-      tile.values_ahead[p] = next < p1 ? tile.values[next] : after * kPage < keys ? keys_at(page(b, after, team), head) : tile.values[p];
-    }
-  }
-  const float* keys_at(int64_t page, int64_t head) const { return a.k_pages + page * a.k_page + head * a.dim * kPage; }
-  int64_t page(int64_t b, int64_t index, Team& team) const {
-    const int64_t p = a.block_table[b * a.table_row + index];
-    if (p >= 0 && p < a.pages) return p;
-    report(team, kIndexOutOfRange);
-    return 0;
-  }
-};
-
-// ------------------------------------------------------------------------------------------------------- one work item
+// ------------------------------------------------------------------------------------------------------ one work item
 
 struct Problem {
-  float* out;
-  int64_t batch, heads, kv_heads, group, dim, padded, causal, window;
-  float scale, softcap;
+  void* out;
+  float* lse;    // or null
+  int64_t batch, heads, kv_heads, group, dim, padded, causal, window, dtype;
+  float scale;
+  Shaping shaping;
 };
-template <class Args> Problem describe(const Args& a) {
-  const int64_t padded = (a.dim + kLanes - 1) / kLanes * kLanes;
-  return {a.out, a.batch, a.heads, a.kv_heads, a.heads / a.kv_heads, a.dim, padded, a.causal, a.window, float(a.scale), float(a.softcap)};
+template <class Args> Problem describe(const Args& a, const Shaping& shaping) {
+  return {a.out, nullptr, a.batch, a.heads, a.kv_heads, a.heads / a.kv_heads, a.dim, attention_padded(a.dim),
+          a.causal, a.window, a.dtype, float(a.scale), shaping};
 }
 
 struct Workspace {
@@ -105,8 +44,8 @@ Workspace carve(char* scratch, const AttentionScratch& size, int64_t rank, int64
   return w;
 }
 
-// Query rows of one sequence that share a KV head: row i * group + g is head g of the group at query i, so that neighbours
-// see nearly the same keys.
+// Query rows of one sequence that share a KV head: row i * group + g is head g of the group at query i, so that
+// neighbours see nearly the same keys.
 struct Item {
   int64_t b, kv_head;
   Sequence sequence;
@@ -117,23 +56,27 @@ struct Span {
 };
 
 Visible visible(const Problem& p, const Sequence& s, int64_t query) {
-  const int64_t position = s.keys - s.queries + query;
-  Visible v = {0, p.causal ? position + 1 : s.keys};
-  if (p.window && position + 1 > p.window) v.begin = position + 1 - p.window;
-  if (v.end < v.begin) v.end = v.begin;
-  return v;
+  return fastllm::visible(p.causal, p.window, s.queries, s.keys, query);
 }
 Span tiles(const Problem& p, const Item& item) {
-  const Visible low = visible(p, item.sequence, item.row_begin / p.group), high = visible(p, item.sequence, (item.row_end - 1) / p.group);
-  return {low.begin / kKvTile, (high.end + kKvTile - 1) / kKvTile};
+  const Visible low = visible(p, item.sequence, item.row_begin / p.group);
+  const Visible high = visible(p, item.sequence, (item.row_end - 1) / p.group);
+  return {low.begin / kKvTile, attention_tiles(high.end)};
+}
+RowAt row_at(const Problem& p, const Item& item, int64_t row) {
+  const Sequence& s = item.sequence;
+  const int64_t query = row / p.group, head = item.kv_head * p.group + row % p.group;
+  return {item.b, head, query, s.keys - s.queries + query, s.first * p.heads + head * s.queries + query};
 }
 
 struct TileResult {
   float highest[kGroupRows], total[kGroupRows];
 };
 
-// One group of rows against one tile: results in w.values and r.
-template <bool Ahead> void attend(const Problem& p, const Workspace& w, int64_t row, int64_t rows, const KvTile& tile, const Visible* keys, TileResult& r) {
+// One group of rows, from row `row` of the item, against the tile at key `base`: results in w.values and r.
+template <bool Ahead>
+void attend(const Problem& p, const Item& item, const Workspace& w, int64_t row, int64_t rows, const KvTile& tile,
+            int64_t base, const Visible* keys, TileResult& r) {
   Visible any = {kKvTile, 0};
   for (int64_t i = 0; i < rows; ++i) {
     if (keys[i].begin >= keys[i].end) continue;
@@ -145,24 +88,30 @@ template <bool Ahead> void attend(const Problem& p, const Workspace& w, int64_t 
     constexpr int R = decltype(n)::value;
     const int64_t p0 = any.begin / kLanes, p1 = (any.end + kLanes - 1) / kLanes;
     score_panels<R, width(R), Ahead>(w.query + row * kQueryStride, tile, p0, p1, p.dim, set1(p.scale), w.scores);
-    for (int i = 0; i < R; ++i)
-      if (keys[i].begin < keys[i].end) softmax_tile(w.scores + i * kScoreStride, keys[i], p.softcap, r.highest[i], r.total[i]);
-    weigh_values<R, Ahead>(w.scores, tile, keys, p.padded, w.values);
+    for (int i = 0; i < R; ++i) {
+      if (keys[i].begin >= keys[i].end) continue;
+      float* scores = w.scores + i * kScoreStride;
+      if (p.shaping.scores) shape_scores(p.shaping, row_at(p, item, item.row_begin + row + i), base, keys[i], scores);
+      softmax_tile(scores, keys[i], r.highest[i], r.total[i]);
+      if (p.shaping.drops) drop_weights(p.shaping, row_at(p, item, item.row_begin + row + i), base, keys[i], scores);
+    }
+    weigh_values<R, Ahead>(w.scores, tile, keys, p.padded, w.values, true);
   });
 }
 
-int64_t group_rows(int64_t left) { return left <= kGroupRows ? left : 6; }
-
 // A tile's result for one row, kept by a thread that does not own the row: values [padded], then highest and total.
-float* partial_at(const Problem& p, float* partial, int64_t tile, int64_t rows, int64_t row) { return partial + (tile * rows + row) * (p.padded + 16); }
+float* partial_at(const Problem& p, float* partial, int64_t tile, int64_t rows, int64_t row) {
+  return partial + (tile * rows + row) * (p.padded + 16);
+}
 
 // Runs an item's rows over the tiles of `span`, into w.state or, when partial, tile by tile into w.partial.
 template <class Source, bool Ahead>
-void run_tiles(const Problem& p, const Source& source, const Item& item, Span span, bool partial, const Workspace& w, Team& team) {
+void run_tiles(const Problem& p, const Source& source, const Item& item, Span span, bool partial, const Workspace& w,
+               Team& team) {
   const int64_t rows = item.row_end - item.row_begin;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = item.row_begin + r, query = row / p.group;
-    const float* q = source.query(item.b, query, item.kv_head * p.group + row % p.group);
+    const auto* q = source.query(item.b, item.sequence, query, item.kv_head * p.group + row % p.group);
     copy_rows(q, 0, 1, p.dim, w.query + r * kQueryStride, 0);
     w.visible[r] = visible(p, item.sequence, query);
   }
@@ -172,26 +121,19 @@ void run_tiles(const Problem& p, const Source& source, const Item& item, Span sp
     const Visible any = {inside(w.visible[0].begin), inside(w.visible[rows - 1].end)};
     if (any.begin >= any.end) continue;
     KvTile tile;
-    const int64_t ahead = Ahead && p.padded == p.dim ? width(int(group_rows(rows))) : 0;
-    source.load(tile, item.b, item.kv_head, t, any, item.sequence.keys, ahead, w.keys, team);
-    if (p.padded != p.dim) {
-      for (int64_t j = any.begin / kLanes; j * kLanes < any.end; ++j) {
-        const int64_t end = any.end - j * kLanes, skip = any.begin > j * kLanes ? any.begin - j * kLanes : 0;
-        float* to = w.padded_values + j * kLanes * p.padded;
-        copy_rows(tile.values[j] + skip * tile.value_row, tile.value_row, (end < kLanes ? end : kLanes) - skip, p.dim, to + skip * p.padded, p.padded);
-        tile.values[j] = to;
-      }
-      tile.value_row = p.padded;
-    }
+    const bool in_place = IsFloat<typename Source::Element>::value && p.padded == p.dim;
+    const int64_t ahead = Ahead && in_place ? width(int(group_rows(rows))) : 0;
+    const TileAt at = {item.b, item.kv_head, t, any};
+    source.load(tile, at, item.sequence, ahead, {w.keys, w.padded_values}, team);
     for (int64_t r = 0, n; r < rows; r += n) {
       n = group_rows(rows - r);
       Visible keys[kGroupRows];
       TileResult result;
       for (int64_t i = 0; i < n; ++i) keys[i] = {inside(w.visible[r + i].begin), inside(w.visible[r + i].end)};
       if (ahead && r == 0)    // the group that meets the tile first
-        attend<Ahead>(p, w, r, n, tile, keys, result);
+        attend<Ahead>(p, item, w, r, n, tile, base, keys, result);
       else
-        attend<false>(p, w, r, n, tile, keys, result);
+        attend<false>(p, item, w, r, n, tile, base, keys, result);
       for (int64_t i = 0; i < n; ++i) {
         if (keys[i].begin >= keys[i].end) continue;
         const float* values = w.values + i * p.padded;
@@ -209,30 +151,58 @@ void run_tiles(const Problem& p, const Source& source, const Item& item, Span sp
   }
 }
 
-// Rows that see no key, or only keys with a score of -inf, are zeros.
+// What a row's state comes to: its values times `factor` are the result. A row that sees no key, or only keys with a
+// score of -inf, is zeros, sink or not.
+struct Ending {
+  bool empty;
+  float divisor, factor, lse;
+};
+Ending end_row(const Shaping& s, const Workspace& w, int64_t r, int64_t head) {
+  const float lowest = -__builtin_inff(), sink = s.sinks ? s.sinks[head] : lowest;
+  if (w.visible[r].begin >= w.visible[r].end || w.state.total[r] == 0) return {true, 1, 0, sink};
+  float highest = w.state.highest[r], total = w.state.total[r], factor = s.drops ? s.dropout.scale : 1.0f;
+  if (s.sinks) {    // the last to be folded, a tile without values
+    const float top = sink > highest ? sink : highest, reference = top == lowest ? 0.0f : top;
+    float kept[kLanes], own[kLanes];
+    store(kept, exp(set1(highest - reference))), store(own, exp(set1(sink - reference)));
+    total = total * kept[0] + own[0], highest = top, factor *= kept[0];
+  }
+  const bool nan = total != total;
+  return {false, total, factor, nan ? total : float(double(highest) + natural_log(double(total)))};
+}
+
 template <class Source> void write_rows(const Problem& p, const Source& source, const Item& item, const Workspace& w) {
+  using T = typename Source::Element;
+  const bool plain = !p.shaping.sinks && !p.shaping.drops;
   for (int64_t r = 0; r < item.row_end - item.row_begin; ++r) {
-    const int64_t row = item.row_begin + r, head = item.kv_head * p.group + row % p.group;
-    float* out = p.out + (source.row(item.b, row / p.group) * p.heads + head) * p.dim;
-    const bool empty = w.visible[r].begin >= w.visible[r].end || w.state.total[r] == 0;
-    const vf total = set1(empty ? 1.0f : w.state.total[r]);
-    for (int64_t c = 0; c < p.dim; c += kLanes)
-      store(out + c, empty ? set1(0) : load(w.state.values + r * p.padded + c) / total, first(p.dim - c));
+    const int64_t query = (item.row_begin + r) / p.group;
+    const int64_t head = item.kv_head * p.group + (item.row_begin + r) % p.group;
+    const Ending end = end_row(p.shaping, w, r, head);
+    T* out = static_cast<T*>(p.out) + ((item.sequence.first + query) * p.heads + head) * p.dim;
+    const vf divisor = set1(end.divisor), factor = set1(end.factor);
+    for (int64_t c = 0; c < p.dim; c += kLanes) {
+      vf x = set1(0);
+      if (!end.empty) x = load(w.state.values + r * p.padded + c) / divisor;
+      if (!end.empty && !plain) x = x * factor;
+      store(out + c, x, first(p.dim - c));
+    }
+    if (p.lse) p.lse[source.lse_at(item.b, item.sequence, head) + query] = end.lse;
   }
 }
 
-// ------------------------------------------------------------------------------------------------- sharing out the work
+// ------------------------------------------------------------------------------------------------ sharing out the work
 
-// All items stand on one line, each as long as its cost; a thread takes an equal stretch of it. An item that a border falls
-// into is cut between rows, or, when it has few rows and many tiles, between tiles: then the thread with the first tile owns
-// the rows and folds the others' tiles after a barrier.
+// All items stand on one line, each as long as its cost; a thread takes an equal stretch of it. An item that a border
+// falls into is cut between rows, or, when it has few rows and many tiles, between tiles: then the thread with the
+// first tile owns the rows and folds the others' tiles after a barrier.
 struct Line {
   int64_t total, size;
   int64_t border(int64_t rank) const { return total / size * rank + total % size * rank / size; }
 };
 
 int64_t cost(const Problem& p, const Item& item) {
-  const Visible low = visible(p, item.sequence, item.row_begin / p.group), high = visible(p, item.sequence, (item.row_end - 1) / p.group);
+  const Visible low = visible(p, item.sequence, item.row_begin / p.group);
+  const Visible high = visible(p, item.sequence, (item.row_end - 1) / p.group);
   return (item.row_end - item.row_begin) * ((low.end - low.begin + high.end - high.begin) / 2 + 32);
 }
 
@@ -259,12 +229,30 @@ template <class Source, class F> void each_item(const Problem& p, const Source& 
   }
 }
 
-template <class Source, bool Ahead> void run_item(const Problem& p, const Source& source, const Item& item, const Workspace& w, Team& team) {
+template <class Source, bool Ahead>
+void run_item(const Problem& p, const Source& source, const Item& item, const Workspace& w, Team& team) {
   run_tiles<Source, Ahead>(p, source, item, tiles(p, item), false, w, team);
   write_rows(p, source, item, w);
 }
 
+// Rows that no sequence claims.
+template <class Source> void clear_unclaimed(const Problem& p, const Source& source) {
+  using T = typename Source::Element;
+  const int64_t width = p.heads * p.dim, rows = source.packed_rows();
+  const auto clear = [&](int64_t begin, int64_t end) {
+    begin = begin < 0 ? 0 : begin, end = end < rows ? end : rows;
+    if (begin >= end) return;
+    memset(static_cast<T*>(p.out) + begin * width, 0, size_t((end - begin) * width) * sizeof(T));
+    if (p.lse)
+      for (int64_t h = 0; h < p.heads; ++h)
+        for (int64_t i = begin; i < end; ++i) p.lse[h * rows + i] = -__builtin_inff();
+  };
+  clear(0, source.cu_q()[0]);
+  clear(source.cu_q()[p.batch], rows);
+}
+
 template <class Source> void run(const Problem& p, const Source& source, const AttentionScratch& size, Team& team) {
+  if (source.packed_rows() && team.rank == 0) clear_unclaimed(p, source);
   const Workspace w = carve(team.scratch, size, team.rank, p.padded);
   Line line = {0, team.size};
   bool barrier = false;
@@ -295,7 +283,8 @@ template <class Source> void run(const Problem& p, const Source& source, const A
       } else {
         const int64_t step = rows >= kSplitRows ? 6 : 1, first_row = item.row_begin;
         Item part = item;
-        part.row_begin = first_row + cut(begin - at, c, rows, step), part.row_end = first_row + cut(end - at, c, rows, step);
+        part.row_begin = first_row + cut(begin - at, c, rows, step);
+        part.row_end = first_row + cut(end - at, c, rows, step);
         if (part.row_end > item.row_end) part.row_end = item.row_end;
         if (part.row_begin >= part.row_end) continue;
         if (!Source::kPacked && rows < kSplitRows)
@@ -334,15 +323,18 @@ template <class Source> void run(const Problem& p, const Source& source, const A
 
 namespace FASTLLM_TIER {
 
-void attention(const AttentionArgs& a, Team& team) noexcept { run(describe(a), Dense{a}, layout(a), team); }
+void attention(const AttentionArgs& a, Team& team) noexcept {
+  Problem p = describe(a, shaping_of(a));
+  p.lse = a.lse;
+  with_dtype(a.dtype, [&](auto element) { run(p, Dense<decltype(element)>{a}, layout(a), team); });
+}
 
 void paged_attention(const PagedAttentionArgs& a, Team& team) noexcept {
-  if (team.rank == 0) {    // rows that no sequence claims
-    const int64_t width = a.heads * a.dim, begin = a.cu_q[0], end = a.cu_q[a.batch];
-    for (int64_t i = 0; i < begin * width && i < a.rows * width; ++i) a.out[i] = 0;
-    for (int64_t i = end > 0 ? end * width : 0; i < a.rows * width; ++i) a.out[i] = 0;
-  }
-  run(describe(a), Paged{a}, layout(a), team);
+  Shaping shaping = {};
+  shaping.cap = float(a.softcap), shaping.alibi = a.alibi, shaping.sinks = a.sinks;
+  shaping.scores = a.softcap != 0 || a.alibi;
+  const Problem p = describe(a, shaping);
+  with_dtype(a.dtype, [&](auto element) { run(p, Paged<decltype(element)>{a}, layout(a), team); });
 }
 
 }  // namespace FASTLLM_TIER

@@ -1,17 +1,19 @@
-// The microkernels of attention over one KV tile: scores, softmax, values, and the fold of a tile into a row's running state.
+// The microkernels of attention over one KV tile: scores, softmax, values, and the fold of a tile into a row's running
+// state.
 //
-// What they promise, whatever rows stand beside each other and however keys lie in memory: a score is one FMA chain over the
-// head dimension ascending; a weighted sum is one FMA chain over the tile's visible keys ascending, starting from zero; a
-// tile's exponentials are added lane by lane over its panels of 16, then in the tree of sum(). Keys that a row may not see
-// never enter its arithmetic: their scores are replaced, their values are not read for it.
+// What they promise, whatever rows stand beside each other and however keys lie in memory: a score is one FMA chain
+// over the head dimension ascending; a weighted sum is one FMA chain over the tile's visible keys ascending, starting
+// from zero; a tile's exponentials are added lane by lane over its panels of 16, then in the tree of sum(). Keys that a
+// row may not see never enter its arithmetic: their scores are replaced, their values are not read for it.
 #pragma once
-#include "simd.h"
+#include "attention_pack.h"
+#include "attention_shape.h"
 
 namespace fastllm {
 namespace {
 
 constexpr int64_t kPanels = kKvTile / kLanes;
-constexpr int64_t kQueryStride = kMaxHeadDim + 16;    // constants, so that a row is a displacement; 17 cache lines apart
+constexpr int64_t kQueryStride = kMaxHeadDim + 16;    // constant, so that a row is a displacement; 17 cache lines
 constexpr int64_t kScoreStride = kKvTile + 16;        // spreads rows over the sets of the first-level cache
 
 // Register tile: rows x width accumulators, width key panels or value vectors beside one broadcast.
@@ -25,18 +27,15 @@ constexpr int width(int rows) { return rows <= 1 ? 4 : rows <= 3 ? 2 : 1; }
 constexpr int64_t kGroupRows = 6;
 constexpr int width(int rows) { return rows <= 1 ? 2 : 1; }
 #endif
+FL_INLINE int64_t group_rows(int64_t left) { return left <= kGroupRows ? left : 6; }
 
 // Where the keys of one tile lie: panels [dim][16] of 16 keys, and as many groups of 16 value rows.
 struct KvTile {
   const float* keys[kPanels];
   const float* values[kPanels];
-  const float* keys_ahead[kPanels];      // what to fetch while these keys, or these values, are at work: the pages are read
-  const float* values_ahead[kPanels];    // in the order keys, values, next tile, and each fetches the one `width` after it
+  const float* keys_ahead[kPanels];      // what to fetch while these keys, or these values, are at work: pages are read
+  const float* values_ahead[kPanels];    // keys, values, next tile; each fetches the one that comes `width` after it
   int64_t value_row;                     // elements from one value row to the next
-};
-
-struct Visible {
-  int64_t begin, end;
 };
 
 template <int n> struct Rows {
@@ -59,11 +58,12 @@ template <class F> FL_INLINE void with_rows(int64_t rows, F f) {
 
 // ------------------------------------------------------------------------------------------------------------- scores
 
-// s[r][16 p ..] = scale * (q[r] . keys), R rows by N panels. Ahead: as many other panels or pages of values, which have the
-// same number of lines, are fetched meanwhile. A page is short and pages lie anywhere: the hardware's own prefetch starts
-// too late on each.
+// s[r][16 p ..] = scale * (q[r] . keys), R rows by N panels. Ahead: as many other panels or pages of values, which have
+// the same number of lines, are fetched meanwhile. A page is short and pages lie anywhere: the hardware's own prefetch
+// starts too late on each.
 template <int R, int N, bool Ahead>
-FL_INLINE void score_block(const float* q, const float* const* keys, const float* const* ahead, int64_t dim, vf scale, float* s) {
+FL_INLINE void score_block(
+    const float* q, const float* const* keys, const float* const* ahead, int64_t dim, vf scale, float* s) {
   const float *k[N], *next[N];
   vf acc[R][N];
   FL_UNROLL for (int p = 0; p < N; ++p) {
@@ -88,25 +88,13 @@ FL_INLINE void score_block(const float* q, const float* const* keys, const float
 
 template <int R, int N, bool Ahead>
 void score_panels(const float* q, const KvTile& tile, int64_t p, int64_t end, int64_t dim, vf scale, float* s) {
-  for (; p + N <= end; p += N) score_block<R, N, Ahead>(q, tile.keys + p, tile.keys_ahead + p, dim, scale, s + p * kLanes);
+  for (; p + N <= end; p += N)
+    score_block<R, N, Ahead>(q, tile.keys + p, tile.keys_ahead + p, dim, scale, s + p * kLanes);
   if constexpr (N > 1)
     if (p < end) score_panels<R, N / 2, Ahead>(q, tile, p, end, dim, scale, s);
 }
 
 // ------------------------------------------------------------------------------------------------------------ softmax
-
-// cap * tanh(x / cap). Near zero an odd polynomial (the coefficients of Cephes' tanhf), else 1 - 2 / (e^2t + 1).
-FL_INLINE vf soft_cap(vf x, vf cap) {
-  const vf t = x / cap, size = max(t, set1(0) - t), square = t * t;
-  vf p = set1(-5.70498872745e-3f);
-  p = fma(p, square, set1(2.06390887954e-2f));
-  p = fma(p, square, set1(-5.37397155531e-2f));
-  p = fma(p, square, set1(1.33314422036e-1f));
-  p = fma(p, square, set1(-3.33332819422e-1f));
-  const vf small = fma(p * square, t, t), large = set1(1) - set1(2) / (exp(size + size) + set1(1));
-  const vf signed_large = select(t < set1(0), set1(0) - large, large);
-  return cap * select(size < set1(0.625f), small, select(is_nan(x), x, signed_large));
-}
 
 // The keys of panel p that lie in [begin, end) keep x, the others get `other`.
 FL_INLINE vf keep(vf x, int64_t p, Visible keys, vf other) {
@@ -116,15 +104,13 @@ FL_INLINE vf keep(vf x, int64_t p, Visible keys, vf other) {
   return x;
 }
 
-// Scores become exp(score - highest); returns the highest and the sum. A NaN score leaves a NaN sum; where all are -inf the
-// exponentials are zeros.
-FL_INLINE void softmax_tile(float* s, Visible keys, float cap, float& highest, float& total) {
+// Scores become exp(score - highest); returns the highest and the sum. A NaN score leaves a NaN sum; where all are -inf
+// the exponentials are zeros.
+FL_INLINE void softmax_tile(float* s, Visible keys, float& highest, float& total) {
   const int64_t p0 = keys.begin / kLanes, p1 = (keys.end + kLanes - 1) / kLanes;
   const vf lowest = set1(-__builtin_inff());
-  if (cap != 0)
-    for (int64_t p = p0; p < p1; ++p) store(s + p * kLanes, soft_cap(load(s + p * kLanes), set1(cap)));
   vf top = lowest;
-  for (int64_t p = p0; p < p1; ++p) top = max(keep(load(s + p * kLanes), p, keys, lowest), top);    // a NaN never enters
+  for (int64_t p = p0; p < p1; ++p) top = max(keep(load(s + p * kLanes), p, keys, lowest), top);    // no NaN enters
   highest = max(top);
   const vf shift = set1(highest == -__builtin_inff() ? 0.0f : highest);
   vf sums = set1(0);
@@ -140,12 +126,13 @@ FL_INLINE void softmax_tile(float* s, Visible keys, float cap, float& highest, f
 
 // acc[r][16 c ..] continues (or, when fresh, starts) the chain over keys [begin, end) of p[r][j] * values[j].
 template <int R, int N, bool Ahead>
-FL_INLINE void value_block(const float* p, const KvTile& tile, int64_t column, Visible keys, int64_t line, float* out, int64_t out_row, bool fresh) {
+FL_INLINE void value_block(const float* p, const KvTile& tile, int64_t column, Visible keys, int64_t line, float* out,
+                           int64_t out_row, bool fresh) {
   vf acc[R][N];
   FL_UNROLL for (int r = 0; r < R; ++r)
     FL_UNROLL for (int c = 0; c < N; ++c) acc[r][c] = fresh ? set1(0) : load(out + r * out_row + c * kLanes);
   for (int64_t j = keys.begin; j < keys.end;) {
-    const int64_t panel = j / kLanes, stop = (panel + 1) * kLanes < keys.end ? (panel + 1) * kLanes : keys.end;
+    const int64_t panel = j / kLanes, next = (panel + 1) * kLanes, stop = next < keys.end ? next : keys.end;
     const float* v = tile.values[panel] + (j % kLanes) * tile.value_row + column;
     const float* ahead = Ahead ? tile.values_ahead[panel] + (j % kLanes) * line + column : nullptr;
     for (; j < stop; ++j, v += tile.value_row) {
@@ -166,16 +153,18 @@ FL_INLINE void value_block(const float* p, const KvTile& tile, int64_t column, V
 }
 
 template <int R, int N, bool Ahead>
-void value_columns(const float* p, const KvTile& tile, int64_t column, Visible keys, int64_t padded, float* out, bool fresh) {
+void value_columns(
+    const float* p, const KvTile& tile, int64_t column, Visible keys, int64_t padded, float* out, bool fresh) {
   for (; column + N * kLanes <= padded; column += N * kLanes)
     value_block<R, N, Ahead>(p, tile, column, keys, padded, out + column, padded, fresh);
   if constexpr (N > 1)
     if (column < padded) value_columns<R, N / 2, Ahead>(p, tile, column, keys, padded, out, fresh);
 }
 
-// A group's rows see nearly the same keys: those that all see go through the register tile, the few at both ends row by row.
+// acc[r] continues (or, when fresh, starts) the chain over the keys that row r sees. A group's rows see nearly the same
+// keys: those that all see go through the register tile, the few at both ends row by row.
 template <int R, bool Ahead>
-void weigh_values(const float* p, const KvTile& tile, const Visible* keys, int64_t padded, float* acc) {
+void weigh_values(const float* p, const KvTile& tile, const Visible* keys, int64_t padded, float* acc, bool fresh) {
   Visible common = keys[0];
   bool same = true;
   for (int r = 1; r < R; ++r) {
@@ -183,24 +172,26 @@ void weigh_values(const float* p, const KvTile& tile, const Visible* keys, int64
     if (keys[r].begin > common.begin) common.begin = keys[r].begin;
     if (keys[r].end < common.end) common.end = keys[r].end;
   }
-  if (same) {    // several passes over the columns: in steps that stay in the first-level cache, if the values are new to it
+  if (same) {    // several passes over the columns: in steps that stay in the first-level cache, if it has not met them
     const int64_t step = Ahead && padded > width(R) * kLanes ? width(R) * kLanes : kKvTile;
     for (int64_t j = common.begin, stop; j < common.end; j = stop) {
       stop = (j / step + 1) * step < common.end ? (j / step + 1) * step : common.end;
-      value_columns<R, width(R), Ahead>(p, tile, 0, {j, stop}, padded, acc, j == common.begin);
+      value_columns<R, width(R), Ahead>(p, tile, 0, {j, stop}, padded, acc, fresh && j == common.begin);
     }
     return;
   }
   if (common.begin >= common.end) common.begin = common.end = kKvTile;
   for (int r = 0; r < R; ++r) {
     const Visible head = {keys[r].begin, keys[r].end < common.begin ? keys[r].end : common.begin};
-    value_columns<1, width(1), false>(p + r * kScoreStride, tile, 0, head, padded, acc + r * padded, true);
+    value_columns<1, width(1), false>(p + r * kScoreStride, tile, 0, head, padded, acc + r * padded, fresh);
   }
   if (common.begin == kKvTile) return;
   value_columns<R, width(R), Ahead>(p, tile, 0, common, padded, acc, false);
   for (int r = 0; r < R; ++r)
-    if (keys[r].end > common.end)
-      value_columns<1, width(1), false>(p + r * kScoreStride, tile, 0, {common.end, keys[r].end}, padded, acc + r * padded, false);
+    if (keys[r].end > common.end) {
+      const Visible tail = {common.end, keys[r].end};
+      value_columns<1, width(1), false>(p + r * kScoreStride, tile, 0, tail, padded, acc + r * padded, false);
+    }
 }
 
 // --------------------------------------------------------------------------------------------------------------- fold
@@ -219,97 +210,16 @@ FL_INLINE void fold(const State& state, int64_t row, float highest, float total,
   store(sums, fma(set1(total), keep_new, set1(state.total[row]) * keep_old));
   old = top, state.total[row] = sums[0];
   float* running = state.values + row * padded;
-  for (int64_t c = 0; c < padded; c += kLanes) store(running + c, fma(load(values + c), keep_new, load(running + c) * keep_old));
+  for (int64_t c = 0; c < padded; c += kLanes)
+    store(running + c, fma(load(values + c), keep_new, load(running + c) * keep_old));
 }
 
 // A row's first tile is taken as it is.
-FL_INLINE void begin(const State& state, int64_t row, float highest, float total, const float* values, int64_t padded) {
+FL_INLINE void begin(
+    const State& state, int64_t row, float highest, float total, const float* values, int64_t padded) {
   state.highest[row] = highest, state.total[row] = total;
   for (int64_t c = 0; c < padded; c += kLanes) store(state.values + row * padded + c, load(values + c));
 }
 
-// ------------------------------------------------------------------------------------------------------------ packing
-
-#if defined(__AVX512F__)
-FL_INLINE void transpose(vf (&x)[16]) {
-  __m512 t[16];
-  FL_UNROLL for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
-    t[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
-  }
-  __m512 u[16];
-  FL_UNROLL for (int i = 0; i < 16; i += 4)
-    FL_UNROLL for (int j = 0; j < 2; ++j) {
-      const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
-      u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-      u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    }
-  FL_UNROLL for (int j = 0; j < 4; ++j) {    // u[4 i + j]: 128-bit blocks b hold column 4 b + j of rows 4 i .. 4 i + 3
-    const __m512 a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x44), b = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xee);
-    const __m512 c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x44), d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xee);
-    x[j].v = _mm512_shuffle_f32x4(a, c, 0x88);
-    x[4 + j].v = _mm512_shuffle_f32x4(a, c, 0xdd);
-    x[8 + j].v = _mm512_shuffle_f32x4(b, d, 0x88);
-    x[12 + j].v = _mm512_shuffle_f32x4(b, d, 0xdd);
-  }
-}
-#elif defined(__AVX2__)
-FL_INLINE void transpose8(__m256 (&x)[8]) {
-  __m256 t[8], u[8];
-  FL_UNROLL for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(x[i], x[i + 1]), t[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
-  FL_UNROLL for (int i = 0; i < 8; i += 4)
-    FL_UNROLL for (int j = 0; j < 2; ++j) {
-      u[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
-      u[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
-    }
-  FL_UNROLL for (int j = 0; j < 4; ++j) {
-    x[j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
-    x[4 + j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
-  }
-}
-FL_INLINE void transpose(vf (&x)[16]) {
-  __m256 a[8], b[8], c[8], d[8];
-  FL_UNROLL for (int i = 0; i < 8; ++i) a[i] = x[i].a, b[i] = x[i].b, c[i] = x[8 + i].a, d[i] = x[8 + i].b;
-  transpose8(a), transpose8(b), transpose8(c), transpose8(d);
-  FL_UNROLL for (int i = 0; i < 8; ++i) x[i] = {a[i], c[i]}, x[8 + i] = {b[i], d[i]};
-}
-#else
-FL_INLINE void transpose(vf (&x)[16]) {
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < i; ++j) {
-      const float t = x[i].v[j];
-      x[i].v[j] = x[j].v[i];
-      x[j].v[i] = t;
-    }
-}
-#endif
-
-// 16 key rows (zeros past `count`) as a panel [dim][16].
-void pack_panel(const float* keys, int64_t row, int64_t count, int64_t dim, float* panel) {
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    vf x[16];
-    if (count >= kLanes && d + kLanes <= dim) {
-      FL_UNROLL for (int i = 0; i < 16; ++i) x[i] = load(keys + i * row + d);
-    } else {
-      for (int i = 0; i < 16; ++i) x[i] = i < count ? load(keys + i * row + d, first(dim - d)) : set1(0);
-    }
-    transpose(x);
-    const int64_t rows = dim - d < kLanes ? dim - d : kLanes;
-    for (int64_t i = 0; i < rows; ++i) store(panel + (d + i) * kLanes, x[i]);
-  }
-}
-
-// Rows of any width into rows padded with zeros to whole vectors.
-FL_INLINE void copy_rows(const float* from, int64_t from_row, int64_t rows, int64_t dim, float* to, int64_t to_row) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < dim; c += kLanes) {
-      if (c + kLanes <= dim)
-        store(to + r * to_row + c, load(from + r * from_row + c));
-      else
-        store(to + r * to_row + c, load(from + r * from_row + c, first(dim - c)));
-    }
-}
-
-#undef FL_UNROLL
 }  // namespace
 }  // namespace fastllm

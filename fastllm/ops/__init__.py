@@ -3,7 +3,7 @@
 from ._dropout import Dropout
 from .adamw import AdamWSpec, AdamWState, adamw
 from .advance import advance
-from .attention import AttentionSpec, attention, paged_attention
+from .attention import AttentionSpec, attention, attention_varlen, paged_attention
 from .dropout import dropout
 from .embedding import embedding
 from .geglu import geglu
@@ -38,6 +38,7 @@ __all__ = [
     "adamw",
     "advance",
     "attention",
+    "attention_varlen",
     "dropout",
     "embedding",
     "geglu",

@@ -5,28 +5,38 @@ import pytest
 import torch
 
 from fastllm import _C, ops
-from fastllm.bench.cases.paged_attention import SUITE
+from fastllm.bench.cases.attention import slopes
+from fastllm.bench.cases.paged_attention import SUITE, gather
 from fastllm.ops import AttentionSpec, KVPages
 from fastllm.ops._op import OPS
 
 NAN = float("nan")
 
 
+@_oracle.dtypes(SUITE)
 @_oracle.cases(SUITE)
-def test_forward(case):
-    _oracle.check_forward_and_gradients(SUITE, case, torch.float32)
+def test_forward(case, dtype):
+    _oracle.check_forward_and_gradients(SUITE, case, dtype)
 
 
+@_oracle.dtypes(SUITE)
 @_oracle.cases(SUITE)
-def test_writes_only_its_outputs(case):
-    _oracle.check_guards(SUITE, case, torch.float32)
+def test_writes_only_its_outputs(case, dtype):
+    _oracle.check_guards(SUITE, case, dtype)
+
+
+@pytest.mark.parametrize("tier", _oracle.LOWER_TIERS)
+def test_lower_tiers(tier):
+    _oracle.check_lower_tier(__file__, tier)
 
 
 def test_compile_and_opcheck():
     _oracle.check_compile(SUITE, SUITE.correct[2])
     inputs = _oracle.draw(SUITE, SUITE.correct[6], torch.float32)
     spec = inputs.pop("spec")
-    torch.library.opcheck(OPS["paged_attention"].raw, (*inputs.values(), *spec.arguments(64)))
+    torch.library.opcheck(
+        OPS["paged_attention"].raw, (*inputs.values(), None, None, True, 0, 0.125, spec.softcap or 0.0, False)
+    )
 
 
 def int32(*values):
@@ -59,7 +69,13 @@ class Filled:
 
 
 HEADS = [(9, 3), (32, 4), (4, 4), (6, 1), (16, 1)]
-SPECS = [AttentionSpec(), AttentionSpec(window=70), AttentionSpec(window=300, softcap=2.0), AttentionSpec(scale=0.5)]
+SPECS = [
+    AttentionSpec(),
+    AttentionSpec(window=70),
+    AttentionSpec(window=300, softcap=2.0),
+    AttentionSpec(scale=0.5, alibi=slopes(9)),
+    AttentionSpec(window=200, sinks=torch.linspace(-2, 3, 9)),
+]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 512])
@@ -75,6 +91,18 @@ def test_any_chunks_equal_the_dense_forward(heads, kv_heads, dim, spec, chunk):
     filled = Filled(k, v)
     chunks = [filled.attend(piece, spec) for piece in q.split(chunk)]
     assert torch.equal(torch.cat(chunks), dense)
+
+
+@_oracle.dtypes(SUITE)
+def test_equals_the_dense_forward_in_every_dtype(dtype):
+    cache, table, context, cu_q, q = batch((700, 33, 1025), (1, 33, 40), kv_heads=2, heads=6)
+    cache, q = KVPages(*(t.to(dtype) for t in cache)), q.to(dtype)
+    spec = AttentionSpec(alibi=slopes(6), sinks=torch.linspace(-1, 1, 6))
+    out = ops.paged_attention(q, cache, table, context, cu_q, spec)
+    for b, keys in enumerate(context.tolist()):
+        k, v = gather(cache.k, table[b], keys, True), gather(cache.v, table[b], keys, False)
+        rows = slice(int(cu_q[b]), int(cu_q[b + 1]))
+        assert torch.equal(out[rows], ops.attention(q[None, rows], k[None], v[None], spec)[0])
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -173,7 +201,10 @@ CACHE, TABLE, CONTEXT, CU_Q, Q = batch((40, 30), (1, 2))
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((Q.half(), CACHE, TABLE, CONTEXT, CU_Q), TypeError, "q is float16, allowed: float32"),
+        ((Q.double(), CACHE, TABLE, CONTEXT, CU_Q), TypeError, "q is float64, allowed: float32"),
+        ((Q.half(), CACHE, TABLE, CONTEXT, CU_Q), TypeError, "k_pages is torch.float32, q is torch.float16"),
+        ((Q, CACHE, TABLE, CONTEXT, CU_Q, AttentionSpec(bias=Q[None])), ValueError, "the spec has a bias or dropout"),
+        ((Q, CACHE, TABLE, CONTEXT, CU_Q, AttentionSpec(sinks=Q[0, 0])), ValueError, r"sinks \(64,\) must be \[4\]"),
         ((Q[:, 0], CACHE, TABLE, CONTEXT, CU_Q), ValueError, r"q \(3, 64\) must be \[T, H, D\]"),
         ((Q[:, :3], CACHE, TABLE, CONTEXT, CU_Q), ValueError, "3 query heads over 2 KV heads"),
         ((Q[..., :32], CACHE, TABLE, CONTEXT, CU_Q), ValueError, r"must be \[P, Hk, 32, 16\]"),

@@ -3,10 +3,10 @@
 import torch
 
 from ... import ops
-from ...ops import AttentionSpec, KVPages
+from ...ops import KVPages
 from ...ops.kv_cache import PAGE
 from ..case import Case, Suite
-from .attention import CAUSAL
+from .attention import CAUSAL, extra, on_device, spec_of
 from .attention import plain as plain_attention
 
 
@@ -45,17 +45,17 @@ def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0):
         "block_table": table.to(make.device),
         "context_len": torch.tensor(contexts, dtype=torch.int32, device=make.device),
         "cu_q": ends.to(make.device),
-        "spec": spec,
+        "spec": on_device(spec, make),
     }
 
 
-def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, **spec) -> Case:
-    spec = AttentionSpec(**spec)
+def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, **fields) -> Case:
+    spec = spec_of(heads, **fields)
     pairs = sum(n * c - (n * (n - 1) // 2 if spec.causal else 0) for n, c in zip(queries, contexts, strict=True))
-    extra = "".join(f" {name} {value}" for name, value in vars(spec).items() if value not in (None, True))
+    words = extra(spec)
     brief = ", ".join(f"{n}@{c}" for n, c in zip(queries, contexts, strict=True))
     return Case(
-        f"{brief} H{heads}/{kv_heads} D{dim}{extra}",
+        f"{brief} H{heads}/{kv_heads} D{dim}{words}",
         lambda make: inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed),
         bytes=lambda size: (2 * sum(queries) * heads + 2 * sum(contexts) * kv_heads) * dim * size,
         flops=4 * heads * dim * pairs,
@@ -66,7 +66,6 @@ SUITE = Suite(
     op="paged_attention",
     run=run,
     reference=plain,
-    dtypes=(torch.float32,),
     correct=(
         case([1], [1], 1, 1, 16),
         case([1], [128], 9, 3, 64),
@@ -80,6 +79,7 @@ SUITE = Suite(
         case([3, 0, 2], [40, 17, 0], 4, 4, 33, unclaimed=2),
         case([5], [1050], 2, 1, 7, causal=False),
         case([2, 2], [500, 400], 8, 2, 256, softcap=3.0),
+        case([1, 40], [1300, 300], 6, 2, 64, alibi=True, window=400),
         case([], [], 2, 1, 16, unclaimed=1),
     ),
     benchmark=(

@@ -6,8 +6,9 @@ Shapes: q [T, H, D], the sequences' new tokens one after another; cache: KVPages
 in a sequence stands at position context_len - n + i. Rows of q that no sequence claims are zeros, as are rows of a
 sequence with context_len 0.
 
-Dtype: float32. q may be a view of a fused qkv. Arithmetic: that of ops.attention, bit for bit. Entries of the block
-table and slots of a page past context_len are never used, whatever they hold.
+The spec's bias and dropout are not for decoding. Dtypes: float32, bfloat16, float16, one for q and the cache. q may be a
+view of a fused qkv. Arithmetic: that of ops.attention, bit for bit. Entries of the block table and slots of a page past
+context_len are never used, whatever they hold.
 Lengths are read when the kernel runs: a plan may replay with new ones. A length below 0 or beyond the block table, or a
 page outside the cache, raises IndexError.
 """
@@ -16,19 +17,23 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from .._op import Op, check, check_dtype, check_like
+from .._op import DTYPES, Op, check, check_dtype, check_like, pointer
 from ..kv_cache import PAGE, KVPages, check_pages
 from ..rope import unit_stride
 from . import dense
-from .spec import CAUSAL, AttentionSpec
+from .dense import as_float
+from .reference import reference as dense_reference
+from .spec import CAUSAL, AttentionSpec, Settings
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
 def reference(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_len: Tensor, cu_q: Tensor,
-    causal: bool, window: int, scale: float, softcap: float,
+    alibi: Tensor | None, sinks: Tensor | None,
+    causal: bool, window: int, scale: float, softcap: float, exact: bool,
 ) -> Tensor:  # fmt: skip
+    settings = Settings(causal, window, scale, softcap, 0.0, 0, 0, exact)
     pieces, ends, done = [], cu_q.tolist(), 0
     for b, keys in enumerate(context_len.tolist()):
         pages = block_table[b, : -(-keys // PAGE)].long()
@@ -36,7 +41,8 @@ def reference(
         v = v_pages[pages].transpose(1, 2).reshape(-1, k_pages.shape[1], k_pages.shape[2])[:keys]
         rows = q[ends[b] : ends[b + 1]]
         pieces.append(q.new_zeros(ends[b] - done, *q.shape[1:]))
-        pieces.append(dense.reference(rows[None], k[None], v[None], causal, window, scale, softcap)[0])
+        out, _ = dense_reference(rows[None], k[None], v[None], None, None, None, alibi, sinks, *settings)
+        pieces.append(out[0])
         done = ends[b + 1]
     return torch.cat((*pieces, q.new_zeros(q.shape[0] - done, *q.shape[1:])))
 
@@ -50,19 +56,20 @@ def _output(q: Tensor) -> Tensor:
 
 def cpu(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_len: Tensor, cu_q: Tensor,
-    causal: bool, window: int, scale: float, softcap: float,
+    alibi: Tensor | None, sinks: Tensor | None,
+    causal: bool, window: int, scale: float, softcap: float, exact: bool,
 ) -> Tensor:  # fmt: skip
     out = _output(q)
     if out.numel():
-        q, block_table = unit_stride(q), unit_stride(block_table)
+        q, block_table, alibi, sinks = unit_stride(q), unit_stride(block_table), as_float(alibi), as_float(sinks)
         rows, heads, dim = q.shape
         status = _C.paged_attention(
             out.data_ptr(), q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(),
-            block_table.data_ptr(), context_len.data_ptr(), cu_q.data_ptr(),
+            block_table.data_ptr(), context_len.data_ptr(), cu_q.data_ptr(), pointer(alibi), pointer(sinks),
             block_table.shape[0], rows, heads, k_pages.shape[1], dim, k_pages.shape[0],
             block_table.shape[1], block_table.stride(0), q.stride(0), q.stride(1),
             k_pages.stride(0), v_pages.stride(0),
-            causal, window, scale, softcap,
+            DTYPES[q.dtype], causal, window, scale, softcap,
         )  # fmt: skip
         if status:
             raise IndexError(
@@ -77,7 +84,7 @@ def cpu(
 
 forward = Op(
     "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor context_len, Tensor cu_q, "
-    "bool causal, int window, float scale, float softcap) -> Tensor",
+    "Tensor? alibi, Tensor? sinks, bool causal, int window, float scale, float softcap, bool exact) -> Tensor",
     reference=reference,
     fake=lambda q, *others: _output(q),
     cpu=cpu,
@@ -97,7 +104,7 @@ def paged_attention(
     Raises ValueError for shapes or head counts that do not fit, TypeError for dtypes, IndexError for lengths or pages
     out of range.
     """
-    check_dtype("paged_attention", "q", q, (torch.float32,))
+    check_dtype("paged_attention", "q", q)
     check_like("paged_attention", "k_pages", cache.k, "q", q)
     check_like("paged_attention", "v_pages", cache.v, "q", q)
     check(q.dim() == 3, lambda: f"paged_attention: q {tuple(q.shape)} must be [T, H, D]")
@@ -117,4 +124,11 @@ def paged_attention(
     )
     check_pages("paged_attention", cache.k, cache.v, None, q.shape[2])
     dense.check_heads("paged_attention", q.shape[1], cache.k.shape[1], q.shape[2])
-    return forward(q, cache.k, cache.v, block_table, context_len, cu_q, *spec.arguments(q.shape[2]))
+    check(
+        spec.bias is None and spec.dropout is None,
+        lambda: "paged_attention: the spec has a bias or dropout, which only attention and attention_varlen take",
+    )
+    spec.check_tensors("paged_attention", q, q.shape[1])
+    s = spec.settings(q.shape[2])
+    shaping = (spec.alibi, spec.sinks, s.causal, s.window, s.scale, s.softcap, s.exact)
+    return forward(q, cache.k, cache.v, block_table, context_len, cu_q, *shaping)
