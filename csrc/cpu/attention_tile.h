@@ -5,7 +5,7 @@
 // tile's exponentials are added lane by lane over its panels of 16, then in the tree of sum(). Keys that a row may not see
 // never enter its arithmetic: their scores are replaced, their values are not read for it.
 #pragma once
-#include "simd.h"
+#include "soft_cap.h"
 
 namespace fastllm {
 namespace {
@@ -94,19 +94,6 @@ void score_panels(const float* q, const KvTile& tile, int64_t p, int64_t end, in
 }
 
 // ------------------------------------------------------------------------------------------------------------ softmax
-
-// cap * tanh(x / cap). Near zero an odd polynomial (the coefficients of Cephes' tanhf), else 1 - 2 / (e^2t + 1).
-FL_INLINE vf soft_cap(vf x, vf cap) {
-  const vf t = x / cap, size = max(t, set1(0) - t), square = t * t;
-  vf p = set1(-5.70498872745e-3f);
-  p = fma(p, square, set1(2.06390887954e-2f));
-  p = fma(p, square, set1(-5.37397155531e-2f));
-  p = fma(p, square, set1(1.33314422036e-1f));
-  p = fma(p, square, set1(-3.33332819422e-1f));
-  const vf small = fma(p * square, t, t), large = set1(1) - set1(2) / (exp(size + size) + set1(1));
-  const vf signed_large = select(t < set1(0), set1(0) - large, large);
-  return cap * select(size < set1(0.625f), small, select(is_nan(x), x, signed_large));
-}
 
 // The keys of panel p that lie in [begin, end) keep x, the others get `other`.
 FL_INLINE vf keep(vf x, int64_t p, Visible keys, vf other) {

@@ -4,6 +4,7 @@ from ._dropout import Dropout
 from .advance import advance
 from .attention import AttentionSpec, attention, paged_attention
 from .dropout import dropout
+from .cross_entropy import LossSpec, cross_entropy
 from .embedding import embedding
 from .kv_append import kv_append
 from .kv_cache import PAGE, KVPages
@@ -22,12 +23,14 @@ __all__ = [
     "Dropout",
     "KVPages",
     "LogitsError",
+    "LossSpec",
     "Panels",
     "QWeight",
     "SampleState",
     "advance",
     "attention",
     "dropout",
+    "cross_entropy",
     "embedding",
     "kv_append",
     "linear",
