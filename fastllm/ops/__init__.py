@@ -9,12 +9,14 @@ from .embedding import embedding
 from .kv_append import kv_append
 from .kv_cache import PAGE, KVPages
 from .linear import Panels, linear
+from .linear_cross_entropy import linear_cross_entropy
 from .quant_linear import QWeight, quant_linear
 from .rms_norm import rms_norm
 from .rope import rope, rope_table
 from .sample import LogitsError, SampleState, sample
 from .swiglu import swiglu
 from .target_logprobs import target_logprobs
+from .token_logprobs import token_logprobs
 from .top_logprobs import top_logprobs
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "embedding",
     "kv_append",
     "linear",
+    "linear_cross_entropy",
     "paged_attention",
     "quant_linear",
     "rms_norm",
@@ -42,5 +45,6 @@ __all__ = [
     "sample",
     "swiglu",
     "target_logprobs",
+    "token_logprobs",
     "top_logprobs",
 ]

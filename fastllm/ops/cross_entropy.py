@@ -74,7 +74,7 @@ def reference(logits, target, ignore_index, label_smoothing, softcap, z_loss) ->
     counts = target != ignore_index
     t = torch.where(counts, target, 0)
     if logits.device.type == "cpu":
-        _check_target(t, y.shape[1])
+        check_targets(target, y.shape[1], "cross_entropy", ignore_index)
     largest = y.detach().amax(1) if y.numel() else y.new_zeros(len(y))
     log_sum = (y - largest[:, None]).exp().sum(1).log()
     loss = (1 - label_smoothing) * (largest - y.gather(1, t[:, None])[:, 0]) + log_sum
@@ -192,9 +192,9 @@ READ_BLOCK, WRITE_BLOCK = 4096, 4096  # logits that a program holds: 16 a thread
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 
-def _check_target(target: Tensor, vocab: int, op: str = "cross_entropy", ignore_index: int | None = None) -> None:
-    """Raises for the first target that no row has; for the CPU, after a kernel met one."""
-    outside = ((target < 0) | (target >= vocab)) & (True if ignore_index is None else target != ignore_index)
+def check_targets(target: Tensor, vocab: int, op: str, ignore_index: int) -> None:
+    """Raises for the first target that no row has; on the CPU, after a kernel met one."""
+    outside = ((target < 0) | (target >= vocab)) & (target != ignore_index)
     if outside.any():
         row = int(outside.nonzero()[0])
         raise IndexError(
@@ -220,7 +220,7 @@ def cpu(logits, target, ignore_index, label_smoothing, softcap, z_loss) -> tuple
             loss.data_ptr(), stats.data_ptr(), x.data_ptr(), target.data_ptr(),
             *x.shape, x.stride(0), ignore_index, DTYPES[x.dtype], label_smoothing, softcap, z_loss,
         ):  # fmt: skip
-            _check_target(target, x.shape[1], ignore_index=ignore_index)
+            check_targets(target, x.shape[1], "cross_entropy", ignore_index)
     return outputs
 
 
@@ -313,8 +313,10 @@ def rows_and_weights(
         check_dtype(op, "token_weight", token_weight, (torch.float32,))
         check(
             token_weight.shape == target.shape and token_weight.device == target.device,
-            lambda: f"{op}: token_weight {tuple(token_weight.shape)} on {token_weight.device} must be like target, "
-            f"{tuple(target.shape)} on {target.device}",
+            lambda: (
+                f"{op}: token_weight {tuple(token_weight.shape)} on {token_weight.device} must be like target, "
+                f"{tuple(target.shape)} on {target.device}"
+            ),
         )
         check(
             not token_weight.requires_grad,
@@ -338,9 +340,7 @@ def reduced(loss: Tensor, weight: Tensor | None, spec: LossSpec) -> Tensor:
     return loss if spec.reduction == "none" else loss.sum()
 
 
-def cross_entropy(
-    logits: Tensor, target: Tensor, token_weight: Tensor | None = None, spec: LossSpec = PLAIN
-) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, token_weight: Tensor | None = None, spec: LossSpec = PLAIN) -> Tensor:
     """Cross-entropy of logits [T, V] and target [T], times token_weight [T]: a scalar, or [T] with reduction "none".
 
     Raises IndexError for a target outside [0, V), ValueError for shapes and devices, TypeError for dtypes. See the head

@@ -141,7 +141,11 @@ LOGITS, TARGET = torch.randn(3, 9), torch.zeros(3, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ops.cross_entropy(LOGITS.double(), TARGET), TypeError, "logits is float64, allowed: float32, bfloat16"),
+        (
+            lambda: ops.cross_entropy(LOGITS.double(), TARGET),
+            TypeError,
+            "logits is float64, allowed: float32, bfloat16",
+        ),
         (lambda: ops.cross_entropy(LOGITS[0], TARGET), ValueError, r"logits \(9,\) must be \[T, V\]; flatten"),
         (lambda: ops.cross_entropy(LOGITS, TARGET.int()), TypeError, "target is int32, allowed: int64"),
         (lambda: ops.cross_entropy(LOGITS, TARGET[:2]), ValueError, r"target \(2,\) must be \[3\]"),
