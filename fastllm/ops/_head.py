@@ -3,8 +3,8 @@ time, so that [T, V] never lies in memory.
 
 A block's logits x W^T + bias are handed to a step, which may leave their gradient in their place; from that come the
 block's dx = d W and its share of dW = d^T x. On a CPU all is fp32: the logits are those of `ops.linear`, bit for bit, and
-16-bit inputs are widened first (of the weight, a copy). On a GPU the products are cuBLAS's in the inputs' dtype. dW is
-added up in fp32 on both, block after block, and rounded once.
+16-bit inputs are widened first (of the weight, a copy). On a GPU the products are cuBLAS's in the inputs' dtype; logits
+are rounded to it unless a step asks for them wide. dW is added up in fp32 on both, block after block, and rounded once.
 """
 
 from collections.abc import Callable
@@ -34,18 +34,20 @@ def outputs(x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -
 
 
 def over_blocks(
-    x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], step: Step, cpu: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], step: Step, cpu: bool, wide: bool = False
 ) -> tuple[Tensor, ...]:
-    """Runs step(rows, logits) on every block; dx, dweight and dbias, empty where not needed."""
+    """Runs step(rows, logits) on every block; dx, dweight and dbias, empty where not needed. wide: logits are float32,
+    whatever the inputs are (without a bias)."""
     (rows, depth), vocab = x.shape, weight.shape[0]
     dtype = torch.float32 if cpu else x.dtype
-    size = max(1, rows_at_once(rows, vocab, dtype.itemsize, cpu))
+    logits_dtype = torch.float32 if wide else dtype
+    size = max(1, rows_at_once(rows, vocab, logits_dtype.itemsize, cpu))
     w = weight.to(dtype)
     w = w if w.stride(1) == 1 else w.contiguous()
     b = None if bias is None else bias.to(dtype).contiguous()
     width = -(-vocab // 16) * 16  # aligned rows, not a power of two apart: they would meet in the same cache sets
     width += 16 * (width % 1024 == 0)
-    buffer = torch.empty((size, width), dtype=dtype, device=x.device)[:, :vocab]
+    buffer = torch.empty((size, width), dtype=logits_dtype, device=x.device)[:, :vocab]
     exact = dtype if rows <= size else torch.float32  # one block's product is rounded once anyway
     dx = torch.empty((rows, depth) if needs[0] else (0,), dtype=dtype, device=x.device)
     fresh = torch.empty if rows else torch.zeros
@@ -61,27 +63,29 @@ def over_blocks(
                 logits.shape[0], vocab, depth, part.stride(0), logits.stride(0), w.stride(0), 0, False, 0.0,
             )  # fmt: skip
         elif b is None:
-            torch.mm(part, w.t(), out=logits)
+            _product(logits, part, w.t())
         else:
             torch.addmm(b, part, w.t(), out=logits)
         step(block, logits)
+        if any(needs):
+            logits = logits.to(dtype)
         if needs[0]:
             torch.mm(logits, w, out=dx[block])
         if needs[1]:
-            _add_product(dw, logits, part, beta=float(begin > 0))
+            _product(dw, logits.t(), part, beta=float(begin > 0))
         if needs[2]:
             db += logits.sum(0, dtype=torch.float32)
     return dx.to(x.dtype), dw.to(weight.dtype), db.to((x if bias is None else bias).dtype)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
-    """total = beta total + a^T b."""
-    if a.dtype == total.dtype:
-        torch.addmm(total, a.t(), b, beta=beta, out=total)
-    elif a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # 16-bit factors, fp32 sum: torch 2.8 and later
-        torch.ops.aten.addmm.dtype_out(total, a.t(), b, torch.float32, beta=beta, alpha=1, out=total)
+def _product(out: Tensor, a: Tensor, b: Tensor, beta: float = 0.0) -> None:
+    """out = beta out + a b, where out may be float32 and the factors narrower."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out) if beta else torch.mm(a, b, out=out)
+    elif a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8 and later
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=beta, alpha=1, out=out)
     else:
-        torch.addmm(total, a.t().float(), b.float(), beta=beta, out=total)
+        torch.addmm(out, a.float(), b.float(), beta=beta, out=out)
 
 
 def check_head(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -16,7 +16,7 @@ Dtypes: float32, bfloat16, float16, one for x and weight.
 Arithmetic, on a CPU: the logits of `ops.linear` and the fixed-point softmax of `ops.sample`, so that the bits are those
 that the sampler reports: at temperature 1 without kept its logprob and entropy (and `ops.target_logprobs`), with its
 temperature and kept its truncated_logprob. Penalties change the sampler's logits and are not known here.
-On a GPU: a block's logits in the inputs' dtype, sums in fp32.
+On a GPU: logits and sums in fp32, the gradient of a block's logits rounded to the inputs' dtype for its products.
 Errors: IndexError for a target outside [0, V) or a kept below 1; LogitsError for rows with a NaN or nothing above -inf; on
 a GPU, where asking would stall the stream, NaN for both, and for rows that hold +inf.
 """
@@ -247,7 +247,7 @@ def _rows_gpu(x, weight, target, kept, temperature, upstream=(None, None), needs
                 vocab, logits.stride(0), inverse, **options,
             )  # fmt: skip
 
-    return (logprob, entropy), over_blocks(x, weight, None, [*needs, False], step, cpu=False)[:2]
+    return (logprob, entropy), over_blocks(x, weight, None, [*needs, False], step, cpu=False, wide=True)[:2]
 
 
 def cpu(x, weight, target, kept, temperature) -> tuple[Tensor, Tensor]:
