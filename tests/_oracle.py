@@ -1,7 +1,7 @@
 """The oracle: what every op must satisfy, driven by its suite in fastllm/bench/cases.
 
-- forward and every gradient against float64: our error is at most twice (suite.error and suite.gradient_error times) that
-  of plain PyTorch at the same dtype;
+- forward and every gradient against float64: our error is at most twice (suite.error times, the forward) that of plain
+  PyTorch at the same dtype;
 - nothing is written outside the outputs (guard bands around every allocation), no input is changed;
 - opcheck on the registered op; compile(fullgraph) gives the eager result;
 - the contract: a row alone equals the same row in its batch, bit for bit, and so do 1 and 2 threads.

@@ -54,7 +54,7 @@ class Suite:
     gradients: names of the inputs that receive one. rows: names of the inputs whose first dimension is a batch of
     independent rows; the contract test cuts them. dtypes: what the CPU kernel takes. peak: what its flops run on and
     are compared with, "fma" (fp32) or "dot" (8-bit products). error: how many times plain PyTorch's error is allowed;
-    more than 2 where the contract's order of additions costs accuracy. gradient_error: likewise, in the gradients."""
+    more than 2 where the contract's order of additions costs accuracy; gradient_error: likewise of the gradients."""
 
     op: str
     run: Callable[..., Any]
