@@ -8,6 +8,7 @@
 #pragma once
 #include "attention_pack.h"
 #include "attention_shape.h"
+#include "soft_cap.h"
 
 namespace fastllm {
 namespace {

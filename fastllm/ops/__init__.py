@@ -5,6 +5,7 @@ from .adamw import AdamWSpec, AdamWState, adamw
 from .advance import advance
 from .attention import AttentionSpec, attention, attention_varlen, paged_attention
 from .dropout import dropout
+from .cross_entropy import LossSpec, cross_entropy
 from .embedding import embedding
 from .geglu import geglu
 from .gelu import gelu
@@ -13,6 +14,7 @@ from .kv_append import kv_append
 from .kv_cache import PAGE, KVPages
 from .layer_norm import layer_norm
 from .linear import Panels, linear
+from .linear_cross_entropy import linear_cross_entropy
 from .quant_linear import QWeight, quant_linear
 from .rms_norm import rms_norm
 from .rope import rope
@@ -21,6 +23,7 @@ from .sample import LogitsError, SampleState, sample
 from .softmax import softmax
 from .swiglu import swiglu
 from .target_logprobs import target_logprobs
+from .token_logprobs import token_logprobs
 from .top_logprobs import top_logprobs
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "Dropout",
     "KVPages",
     "LogitsError",
+    "LossSpec",
     "Panels",
     "QWeight",
     "RopeScaling",
@@ -40,6 +44,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "dropout",
+    "cross_entropy",
     "embedding",
     "geglu",
     "gelu",
@@ -47,6 +52,7 @@ __all__ = [
     "kv_append",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "paged_attention",
     "quant_linear",
     "rms_norm",
@@ -56,5 +62,6 @@ __all__ = [
     "softmax",
     "swiglu",
     "target_logprobs",
+    "token_logprobs",
     "top_logprobs",
 ]

@@ -52,6 +52,17 @@ class Kernel:
         object.__setattr__(self, "run", functools.partial(self.infer, train=True) if train else self.infer)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """An ordinary tensor that may be asked for its value: no compile, functorch, dispatch mode or trace looks on."""
+    return (
+        type(tensor) in _PLAIN
+        and not _is_compiling()
+        and not _dispatch_modes()
+        and _functorch_level() is None
+        and _tracing_state() is None
+    )
+
+
 @functools.cache
 def forced_backend() -> str | None:
     """FASTLLM_BACKEND=reference makes every op run its PyTorch reference (the oracle)."""

@@ -48,10 +48,10 @@ _INDEX_OUT_OF_RANGE, _NOT_A_NUMBER = 1, 2  # csrc/common.h: Status
 class LogitsError(ValueError):
     """Rows of logits without a distribution; `rows` lists them."""
 
-    def __init__(self, rows: list[int]) -> None:
+    def __init__(self, rows: list[int], op: str = "sample") -> None:
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
         super().__init__(
-            f"sample: logits of row {shown} hold a NaN or nothing above -inf; look for an overflow in the model"
+            f"{op}: logits of row {shown} hold a NaN or nothing above -inf; look for an overflow in the model"
         )
         self.rows = rows
 

@@ -1,0 +1,101 @@
+"""What the ops over a language model's head share: logits made, used and turned into gradients one block of rows at a
+time, so that [T, V] never lies in memory.
+
+A block's logits x W^T + bias are handed to a step, which may leave their gradient in their place; from that come the
+block's dx = d W and its share of dW = d^T x. On a CPU all is fp32: the logits are those of `ops.linear`, bit for bit, and
+16-bit inputs are widened first (of the weight, a copy). On a GPU the products are cuBLAS's in the inputs' dtype; logits
+are rounded to it unless a step asks for them wide. dW is added up in fp32 on both, block after block, and rounded once.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._op import check, check_dtype, check_like, pointer
+
+CPU_BYTES = 52 << 20  # of logits: enough rows that the products run at full speed, 256 of a vocabulary of 50,257
+GPU_BYTES, GPU_ROWS = 100 << 20, (768, 4096)  # fewer rows starve the products
+Step = Callable[[slice, Tensor], None]
+
+
+def rows_at_once(rows: int, vocab: int, itemsize: int, cpu: bool) -> int:
+    """How many rows a block has."""
+    if cpu:
+        return min(rows, max(32, CPU_BYTES // (vocab * itemsize) // 32 * 32))
+    return min(rows, max(GPU_ROWS[0], min(GPU_ROWS[1], GPU_BYTES // (vocab * itemsize) // 128 * 128)))
+
+
+def outputs(x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple[Tensor, ...]:
+    """dx, dweight, dbias, uninitialised; empty where not needed."""
+    wanted = zip((x, weight, x if bias is None else bias), needs, strict=True)
+    return tuple(torch.empty(t.shape if need else (0,), dtype=t.dtype, device=t.device) for t, need in wanted)
+
+
+def over_blocks(
+    x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], step: Step, cpu: bool, wide: bool = False
+) -> tuple[Tensor, ...]:
+    """Runs step(rows, logits) on every block; dx, dweight and dbias, empty where not needed. wide: logits are float32,
+    whatever the inputs are (without a bias)."""
+    (rows, depth), vocab = x.shape, weight.shape[0]
+    dtype = torch.float32 if cpu else x.dtype
+    logits_dtype = torch.float32 if wide else dtype
+    size = max(1, rows_at_once(rows, vocab, logits_dtype.itemsize, cpu))
+    w = weight.to(dtype)
+    w = w if w.stride(1) == 1 else w.contiguous()
+    b = None if bias is None else bias.to(dtype).contiguous()
+    width = -(-vocab // 16) * 16  # aligned rows, not a power of two apart: they would meet in the same cache sets
+    width += 16 * (width % 1024 == 0)
+    buffer = torch.empty((size, width), dtype=logits_dtype, device=x.device)[:, :vocab]
+    exact = dtype if rows <= size else torch.float32  # one block's product is rounded once anyway
+    dx = torch.empty((rows, depth) if needs[0] else (0,), dtype=dtype, device=x.device)
+    fresh = torch.empty if rows else torch.zeros
+    dw = fresh((vocab, depth) if needs[1] else (0,), dtype=exact, device=x.device)
+    db = torch.zeros((vocab,) if needs[2] else (0,), dtype=torch.float32, device=x.device)
+    for begin in range(0, rows, size):
+        block = slice(begin, min(begin + size, rows))
+        part, logits = x[block].to(dtype), buffer[: block.stop - begin]
+        part = part if part.stride(1) == 1 else part.contiguous()
+        if cpu:
+            _C.linear(
+                logits.data_ptr(), part.data_ptr(), 0, w.data_ptr(), pointer(b), 0, 0,
+                logits.shape[0], vocab, depth, part.stride(0), logits.stride(0), w.stride(0), 0, False, 0.0,
+            )  # fmt: skip
+        elif b is None:
+            _product(logits, part, w.t())
+        else:
+            torch.addmm(b, part, w.t(), out=logits)
+        step(block, logits)
+        if any(needs):
+            logits = logits.to(dtype)
+        if needs[0]:
+            torch.mm(logits, w, out=dx[block])
+        if needs[1]:
+            _product(dw, logits.t(), part, beta=float(begin > 0))
+        if needs[2]:
+            db += logits.sum(0, dtype=torch.float32)
+    return dx.to(x.dtype), dw.to(weight.dtype), db.to((x if bias is None else bias).dtype)
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, beta: float = 0.0) -> None:
+    """out = beta out + a b, where out may be float32 and the factors narrower."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out) if beta else torch.mm(a, b, out=out)
+    elif a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8 and later
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=beta, alpha=1, out=out)
+    else:
+        torch.addmm(out, a.float(), b.float(), beta=beta, out=out)
+
+
+def check_head(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """x [T, H], weight [V, H], bias [V], of one dtype and device."""
+    check_dtype(op, "x", x)
+    check_like(op, "weight", weight, "x", x)
+    check(
+        x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1] and weight.shape[0] > 0,
+        lambda: f"{op}: x {tuple(x.shape)} must be [T, H] and weight {tuple(weight.shape)} [V, H] with the same H",
+    )
+    if bias is not None:
+        check_like(op, "bias", bias, "x", x)
+        check(bias.shape == weight.shape[:1], lambda: f"{op}: bias {tuple(bias.shape)} must be [{weight.shape[0]}]")

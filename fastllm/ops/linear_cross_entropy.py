@@ -1,0 +1,193 @@
+"""linear_cross_entropy: cross_entropy(x W^T + bias, target), without the logits ever lying in memory as a whole.
+
+Shapes: x [T, H], weight [V, H], bias [V], target int64 [T], token_weight [T]; the loss as in `ops.cross_entropy`, whose
+options (LossSpec), reductions, special rows and errors are meant here too. Dtypes: float32, bfloat16, float16, one for
+x, weight and bias; the loss is float32.
+Blocks of rows (`_head.py`): a block's logits become their own gradient, row by row while the row is in cache, and the
+three products of the block follow. For "mean" and "sum" all of this happens in the forward, for an upstream gradient of 1,
+and the backward multiplies by the one that comes: three products in all, and only dx and dW are kept. For "none" the
+backward makes the logits again, with the upstream gradient of each row: four products, exact.
+What needs no gradient costs nothing: no dW for a frozen head, no block kept in inference. Ignored rows leave before the
+products (on a CPU; on a GPU asking how many there are would stall the stream).
+Rounding: on a CPU logits are fp32, one chain of fused multiply-adds each, so that a row's loss has the same bits in any
+batch; on a GPU a block's logits are rounded to the inputs' dtype. dW and dbias are added up in fp32, block after block.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._head import check_head, outputs, over_blocks
+from ._op import Op, is_plain
+from .cross_entropy import PLAIN, LossSpec, check_target, check_targets, reduced, rows_and_weights
+from .cross_entropy import gpu as logits_gpu
+from .cross_entropy import gpu_backward as logits_gpu_backward
+from .cross_entropy import reference as losses_of
+
+# ---------------------------------------------------------------------------------------------------------- reference
+
+
+def reference(x, weight, bias, target, ignore_index, label_smoothing, softcap, z_loss) -> Tensor:
+    logits = torch.nn.functional.linear(x, weight, bias)
+    return losses_of(logits, target, ignore_index, label_smoothing, softcap, z_loss)[0]
+
+
+def reference_gradients(coefficient, x, weight, bias, target, *rest) -> tuple[Tensor, ...]:
+    *spec, needs = rest
+    inputs = [t if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+    with torch.enable_grad():
+        total = (reference(*inputs, target, *spec) * coefficient).sum()
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(total, wanted)) if wanted else iter(())
+    empty = outputs(x, weight, bias, [False] * 3)
+    return total.detach(), *(next(found) if need else e for need, e in zip(needs, empty, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+
+def _rows_cpu(x, weight, bias, target, spec, coefficient=None, needs=(False, False, False)):
+    """(losses [T], dx, dweight, dbias). Ignored rows leave first."""
+    loss = torch.zeros(x.shape[0], dtype=torch.float32)
+    counted = (target != spec[0]).nonzero()[:, 0]
+    some = counted.shape[0] < x.shape[0]
+    part = x[counted] if some else x
+    goal = target[counted] if some else target.contiguous()
+    rows = torch.empty(part.shape[0], dtype=torch.float32)
+    if coefficient is not None:
+        coefficient = (coefficient[counted] if some else coefficient).float().contiguous()
+
+    def step(block: slice, logits: Tensor) -> None:
+        if _C.linear_cross_entropy(
+            rows[block].data_ptr(), logits.data_ptr(), goal[block].data_ptr(),
+            0 if coefficient is None else coefficient[block].data_ptr(), *logits.shape, logits.stride(0), *spec,
+        ):  # fmt: skip
+            check_targets(target, weight.shape[0], "linear_cross_entropy", spec[0])
+
+    dx, dweight, dbias = over_blocks(part, weight, bias, needs, step, cpu=True)
+    if some:
+        loss[counted] = rows
+        if needs[0]:
+            dx = torch.zeros(x.shape, dtype=x.dtype).index_copy_(0, counted, dx)
+    return (loss if some else rows), dx, dweight, dbias
+
+
+def _rows_gpu(x, weight, bias, target, spec, coefficient=None, needs=(False, False, False)):
+    loss = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+
+    def step(block: slice, logits: Tensor) -> None:
+        loss[block], stats = logits_gpu(logits, target[block], *spec)
+        if coefficient is not None:
+            logits_gpu_backward(coefficient[block], logits, target[block], stats, *spec, out=logits)
+
+    return loss, *over_blocks(x, weight, bias, needs, step, cpu=False)
+
+
+def cpu(x, weight, bias, target, *spec) -> Tensor:
+    return _rows_cpu(x, weight, bias, target, spec)[0]
+
+
+def gpu(x, weight, bias, target, *spec) -> Tensor:
+    return _rows_gpu(x, weight, bias, target, spec)[0]
+
+
+def cpu_gradients(coefficient, x, weight, bias, target, *rest) -> tuple[Tensor, ...]:
+    *spec, needs = rest
+    loss, *gradients = _rows_cpu(x, weight, bias, target, spec, coefficient, needs)
+    return (loss * coefficient).sum(), *gradients
+
+
+def gpu_gradients(coefficient, x, weight, bias, target, *rest) -> tuple[Tensor, ...]:
+    *spec, needs = rest
+    loss, *gradients = _rows_gpu(x, weight, bias, target, spec, coefficient, needs)
+    return (loss * coefficient).sum(), *gradients
+
+
+# -------------------------------------------------------------------------------------------------------- registration
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, target, *ctx.spec = inputs
+    ctx.save_for_backward(x, weight, bias, target)
+
+
+def _backward(ctx, dloss):
+    x, weight, bias, target = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    _, *found = gradients(dloss, x, weight, bias, target, *ctx.spec, needs)
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None, None, None
+
+
+def _save_gradients(ctx, inputs, output) -> None:
+    ctx.needs = inputs[-1]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _scale(ctx, dtotal, *_):
+    """The gradients, made for an upstream of 1, times the one that came. Nothing is written over that a second backward
+    could still ask for; where this is the last one, they are scaled in place, since a copy would double the memory."""
+    found = ctx.saved_tensors
+    if dtotal is None:
+        scaled = (None,) * 3
+    elif not is_plain(dtotal):
+        scaled = [g * dtotal.to(g.dtype) for g in found]
+    elif dtotal.is_cpu and dtotal.item() == 1:
+        scaled = found
+    elif torch._C._autograd._get_current_graph_task_keep_graph():
+        scaled = [g * dtotal for g in found]
+    else:
+        scaled = [g.mul_(dtotal) for g in found]
+    kept = (g if need else None for g, need in zip(scaled, ctx.needs, strict=True))
+    return None, *kept, None, None, None, None, None, None
+
+
+def _fake_gradients(coefficient, x, weight, bias, target, *rest):
+    return coefficient.new_empty((), dtype=torch.float32), *outputs(x, weight, bias, rest[-1])
+
+
+_SPEC = "int ignore_index, float label_smoothing, float softcap, float z_loss"
+forward = Op(
+    f"linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, {_SPEC}) -> Tensor",
+    reference=reference,
+    fake=lambda x, *rest: x.new_empty(x.shape[0], dtype=torch.float32),
+    cpu=cpu,
+    triton=gpu,
+    save=_save,
+    backward=_backward,
+)
+gradients = Op(
+    f"linear_cross_entropy_gradients(Tensor coefficient, Tensor x, Tensor weight, Tensor? bias, Tensor target, {_SPEC}, "
+    "bool[3] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference_gradients,
+    fake=_fake_gradients,
+    cpu=cpu_gradients,
+    triton=gpu_gradients,
+    save=_save_gradients,
+    backward=_scale,
+)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    spec: LossSpec = PLAIN,
+) -> Tensor:
+    """Cross-entropy of x [T, H] weight [V, H]^T + bias [V] and target [T]: a scalar, or [T] with reduction "none".
+
+    Raises IndexError for a target outside [0, V), ValueError for shapes and devices, TypeError for dtypes. See the head
+    of this file.
+    """
+    check_head("linear_cross_entropy", x, weight, bias)
+    check_target("linear_cross_entropy", "x", x, target)
+    target, coefficient = rows_and_weights("linear_cross_entropy", target, token_weight, spec)
+    needs = [t is not None and t.requires_grad for t in (x, weight, bias)]
+    if spec.reduction == "none" or not any(needs) or not torch.is_grad_enabled():
+        return reduced(forward(x, weight, bias, target, *spec.arguments()), coefficient, spec)
+    if coefficient is None:
+        coefficient = torch.ones(target.shape, dtype=torch.float32, device=target.device)
+    return gradients(coefficient, x, weight, bias, target, *spec.arguments(), needs)[0]
