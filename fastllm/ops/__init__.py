@@ -4,8 +4,8 @@ from ._dropout import Dropout
 from .adamw import AdamWSpec, AdamWState, adamw
 from .advance import advance
 from .attention import AttentionSpec, attention, attention_varlen, paged_attention
-from .dropout import dropout
 from .cross_entropy import LossSpec, cross_entropy
+from .dropout import dropout
 from .embedding import embedding
 from .geglu import geglu
 from .gelu import gelu
@@ -43,8 +43,8 @@ __all__ = [
     "advance",
     "attention",
     "attention_varlen",
-    "dropout",
     "cross_entropy",
+    "dropout",
     "embedding",
     "geglu",
     "gelu",
