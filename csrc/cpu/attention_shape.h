@@ -2,6 +2,7 @@
 // a vector of scores of which it sees [begin, end); what lies outside is never used.
 #pragma once
 #include "dropout.h"
+#include "soft_cap.h"
 
 namespace fastllm {
 namespace {
@@ -9,19 +10,6 @@ namespace {
 struct Visible {
   int64_t begin, end;
 };
-
-// cap * tanh(x / cap). Near zero an odd polynomial (the coefficients of Cephes' tanhf), else 1 - 2 / (e^2t + 1).
-FL_INLINE vf soft_cap(vf x, vf cap) {
-  const vf t = x / cap, size = max(t, set1(0) - t), square = t * t;
-  vf p = set1(-5.70498872745e-3f);
-  p = fma(p, square, set1(2.06390887954e-2f));
-  p = fma(p, square, set1(-5.37397155531e-2f));
-  p = fma(p, square, set1(1.33314422036e-1f));
-  p = fma(p, square, set1(-3.33332819422e-1f));
-  const vf small = fma(p * square, t, t), large = set1(1) - set1(2) / (exp(size + size) + set1(1));
-  const vf signed_large = select(t < set1(0), set1(0) - large, large);
-  return cap * select(size < set1(0.625f), small, select(is_nan(x), x, signed_large));
-}
 
 // Where a row of scores stands: head `head` of sequence b at query `query`, whose position is `position`.
 struct RowAt {

@@ -8,7 +8,6 @@
 #pragma once
 #include "attention_pack.h"
 #include "attention_shape.h"
-#include "soft_cap.h"
 
 namespace fastllm {
 namespace {
