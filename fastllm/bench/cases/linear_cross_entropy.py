@@ -93,6 +93,7 @@ SUITE = Suite(
         case(2048, 768, 50257),
         case(256, 576, 49152),
         case(256, 576, 49152, frozen=True),
+        case(256, 576, 49152, reduction="none"),
         case(8192, 4096, 128256),
     ),
     peers={"chunked": with_frozen(chunked)},
