@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from fastllm.bench.cases import suites
+from fastllm.ops import kv_cache
 from fastllm.ops._op import OPS, Kernel
 
 # ------------------------------------------------------------------------------------------ bfloat16 in the interpreter
@@ -60,7 +61,19 @@ def repair_bfloat16() -> None:
         setattr(builder, name, repaired(name))
 
 
+def repair_conditions() -> None:
+    """A scalar condition that meets a block keeps its type; the interpreter makes it an integer, which no mask may be."""
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self, block, scalar):
+        is_condition = scalar.data.dtype == np.bool_
+        return interpreter.TensorHandle(np.full(block.shape, scalar.data), tl.int1) if is_condition else splat(self, block, scalar)
+
+    interpreter.InterpreterBuilder.create_splat = create_splat
+
+
 repair_bfloat16()
+repair_conditions()
 
 # ------------------------------------------------------------------------------------------------------------- the
 # suites
@@ -81,6 +94,7 @@ def triton_on_cpu():
     for op in OPS.values():
         if op.triton:
             op._kernels["cpu"] = interpreted(op)
+    kv_cache.COLUMNS.clear()  # CPU tensors stand in for a GPU's: their pages lie as there
 
 
 def small(case) -> bool:
