@@ -28,6 +28,7 @@ from .._op import DTYPES, Op, check, check_dtype, check_like, pointer
 from ..rope import unit_stride
 from .reference import reference, reference_backward
 from .spec import CAUSAL, AttentionSpec
+from .triton_forward import gpu
 
 MAX_DIM = 256  # csrc/records/attention.h: kMaxHeadDim
 
@@ -165,6 +166,7 @@ forward = Op(
     reference=reference,
     fake=lambda q, *others: _outputs(q),
     cpu=cpu,
+    triton=gpu,
     save=_save,
     backward=_backward,
 )

@@ -24,6 +24,7 @@ from . import dense
 from .dense import as_float
 from .reference import reference as dense_reference
 from .spec import CAUSAL, AttentionSpec, Settings
+from .triton_paged import gpu
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
@@ -88,6 +89,7 @@ forward = Op(
     reference=reference,
     fake=lambda q, *others: _output(q),
     cpu=cpu,
+    triton=gpu,
 )
 
 

@@ -16,23 +16,25 @@ from torch import Tensor
 from .._triton import multiprocessors, tl, triton
 from ..kv_cache import PAGE
 from ..rope import unit_stride
-from .triton_tile import TILE, advance, finish, fold, shaped, sight, sizes, span, with_sink
+from .triton_tile import (
+    DECODE,
+    EXACT,
+    TILE,
+    finish,
+    fold,
+    nothing,
+    owner,
+    padded,
+    shaped,
+    sight,
+    sizes,
+    span,
+    weigh,
+    with_sink,
+)
 
 MAX_SPLITS = 64  # as many parts as one combining program holds
 MAX_PARTS = 1 << 28  # bytes
-
-
-@triton.jit
-def owner(cu_q, batch, rows, at, TOKENS: tl.constexpr, BATCH: tl.constexpr):
-    """The sequence of block `at` and its rows [first, end); sequence -1 and `batch` are the rows that nobody claims,
-    before and behind. Sequence b's blocks begin at cu_q[b] / TOKENS + b + 1: room for each, known without a sum."""
-    i = tl.arange(0, BATCH)
-    begins = tl.load(cu_q + i, mask=i <= batch, other=0) // TOKENS + i + 1
-    b = tl.sum(((begins <= at) & (i <= batch)).to(tl.int32), 0) - 1
-    first = tl.load(cu_q + b, mask=b >= 0, other=0)
-    end = tl.load(cu_q + b + 1, mask=b < batch, other=rows)
-    begin = tl.where(b >= 0, first // TOKENS + b + 1, 0)
-    return b, first, tl.minimum(end, rows), first + (at - begin) * TOKENS
 
 
 @triton.jit
@@ -44,9 +46,9 @@ def length(context_len, b, batch, capacity):
 
 
 @triton.jit
-def share(begin, end, SPLITS: tl.constexpr, STEP: tl.constexpr):
-    """Keys that each of SPLITS programs takes of [begin, end)."""
-    return tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), STEP), SPLITS) * STEP
+def share(begin, end, splits, STEP: tl.constexpr):
+    """Keys that each of `splits` programs takes of [begin, end)."""
+    return tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), STEP), splits) * STEP
 
 
 @triton.jit
@@ -57,9 +59,7 @@ def part(
     SHAPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What keys [begin, end) give the rows; pages of one KV head."""
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    acc, total, top = nothing(BLOCK_M, BLOCK_D)
     d = tl.arange(0, BLOCK_D)[None, :]
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
@@ -72,20 +72,23 @@ def part(
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         unit = scale * 1.4426950408889634
         if SHAPED:
-            s, unit = shaped(s, scale, softcap, slope[:, None], row[:, None] - key[None, :], SOFTCAP, ALIBI), 1.0
+            distance = row[:, None] - key[None, :]
+            s, _ = shaped(s, scale, softcap, 0.0, slope[:, None], distance, SOFTCAP, False, ALIBI)
+            unit = 1.0
         s = tl.where(known[None, :], s, float("nan"))  # a page outside the cache
         s = tl.where(sight(row[:, None], key[None, :], keys, window, CAUSAL, WINDOW), s, -float("inf"))
-        acc, total, top = advance(acc, total, top, s, v, unit)
+        p, fade, total, top = weigh(total, top, s, unit)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
     return acc, total, top
 
 
 @triton.jit
 def paged_kernel(
     out, accs, totals, tops, q, k_pages, v_pages, table, context_len, cu_q, alibi, sinks,
-    batch, rows, heads, group, dim, pages, max_pages, table_row, q_row, q_head, k_page, v_page, parts,
+    batch, rows, heads, group, dim, pages, max_pages, table_row, q_row, q_head, k_page, v_page, parts, splits,
     window, scale, softcap,
     PAGE: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, SINKS: tl.constexpr, SHAPED: tl.constexpr, EXACT: tl.constexpr, SPLITS: tl.constexpr,
+    ALIBI: tl.constexpr, SINKS: tl.constexpr, SHAPED: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, BATCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -111,22 +114,20 @@ def paged_kernel(
     begin, end = span(
         token + shift, tl.minimum(token + TOKENS, end_row) - 1 + shift, keys, window, CAUSAL, WINDOW, STEP
     )  # fmt: skip
-    each = share(begin, end, SPLITS, STEP)
+    each = share(begin, end, splits, STEP)
     start, stop = begin + split * each, tl.minimum(begin + (split + 1) * each, end)
     k_head, v_head = k_pages + kv_head * PAGE * dim, v_pages + kv_head * PAGE * dim
     entries = table + tl.maximum(tl.minimum(b, batch - 1), 0).to(tl.int64) * table_row
     at_part = (token_r * heads + head) * parts
     if EXACT:
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        acc, total, top = nothing(BLOCK_M, BLOCK_D)
         for tile in range(start, stop, TILE):
             acc_b, total_b, top_b = part(
                 rows_q, k_head, v_head, entries, row, slope, tile, tl.minimum(tile + TILE, stop), keys, pages, dim,
                 k_page, v_page, window, scale, softcap,
                 PAGE, CAUSAL, WINDOW, SOFTCAP, ALIBI, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            if SPLITS > 1:
+            if SPLIT:
                 to = at_part + tile // TILE
                 tl.store(tops + to, top_b, mask=valid)
                 tl.store(totals + to, total_b, mask=valid)
@@ -139,12 +140,12 @@ def paged_kernel(
             k_page, v_page, window, scale, softcap,
             PAGE, CAUSAL, WINDOW, SOFTCAP, ALIBI, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        if SPLITS > 1 and start < stop:
+        if SPLIT and start < stop:
             to = at_part + split
             tl.store(tops + to, top, mask=valid)
             tl.store(totals + to, total, mask=valid)
             tl.store(accs + to[:, None] * dim + d, acc, mask=valid[:, None] & (d < dim))
-    if SPLITS == 1:
+    if not SPLIT:
         if SINKS:
             acc, total, top = with_sink(acc, total, top, tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32))
         y = tl.where(good, finish(acc, total), float("nan")).to(out.dtype.element_ty)
@@ -153,10 +154,10 @@ def paged_kernel(
 
 @triton.jit
 def combine_kernel(
-    out, accs, totals, tops, context_len, cu_q, sinks, batch, rows, heads, dim, max_pages, parts, window,
+    out, accs, totals, tops, context_len, cu_q, sinks, batch, rows, heads, dim, max_pages, parts, splits, window,
     PAGE: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    EXACT: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr, BATCH: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    EXACT: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr, BATCH: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One row of one head: its parts folded, left to right in exact mode, at once else."""
     token, head = tl.program_id(0), tl.program_id(1)
@@ -175,9 +176,7 @@ def combine_kernel(
     d = tl.arange(0, BLOCK_D)
     at = (token.to(tl.int64) * heads + head) * parts
     if EXACT:
-        acc = tl.zeros((1, BLOCK_D), tl.float32)
-        total = tl.zeros((1,), tl.float32)
-        top = tl.full((1,), -float("inf"), tl.float32)
+        acc, total, top = nothing(1, BLOCK_D)
         one = tl.arange(0, 1)
         for tile in range(begin // TILE, tl.cdiv(end, TILE)):
             acc_b = tl.load(accs + (at + tile) * dim + d, mask=d < dim, other=0.0)[None, :]
@@ -185,7 +184,7 @@ def combine_kernel(
                 acc, total, top, acc_b, tl.load(totals + at + tile + one), tl.load(tops + at + tile + one)
             )
     else:
-        each = tl.maximum(share(begin, end, SPLITS, STEP), 1)
+        each = tl.maximum(share(begin, end, splits, STEP), 1)
         j = tl.arange(0, PARTS)
         used = j < tl.cdiv(tl.maximum(end - begin, 0), each)
         t = tl.load(tops + at + j, mask=used, other=-float("inf"))
@@ -200,3 +199,59 @@ def combine_kernel(
     y = tl.where(good, finish(acc, total), float("nan")).to(out.dtype.element_ty)
     to = (token.to(tl.int64) * heads + head) * dim + d
     tl.store(out + to[None, :], y, mask=(d < dim)[None, :])
+
+
+# ------------------------------------------------------------------------------------------------------------ launcher
+
+
+def plan(blocks: int, row_bytes: int, keys: int, step: int, exact: bool, device: torch.device) -> tuple[int, int]:
+    """(programs that share a block's keys, parts that they leave): two programs for each multiprocessor."""
+    tiles = triton.cdiv(keys, step)
+    room = 2 * (multiprocessors(device.index or 0) if device.type == "cuda" else 66)
+    splits = max(1, min(room // max(blocks, 1), tiles, MAX_SPLITS))
+    parts = tiles if exact else splits
+    return (1, 1) if splits == 1 or parts * row_bytes > MAX_PARTS else (splits, parts)
+
+
+def gpu(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_len: Tensor, cu_q: Tensor,
+    alibi: Tensor | None, sinks: Tensor | None,
+    causal: bool, window: int, scale: float, softcap: float, exact: bool,
+) -> Tensor:  # fmt: skip
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not out.numel():
+        return out
+    q, block_table = unit_stride(q), unit_stride(block_table)
+    rows, heads, dim = q.shape
+    batch, max_pages = block_table.shape
+    kv_heads = k_pages.shape[1]
+    group = heads // kv_heads
+    few = rows <= batch * max(1, 16 // group)  # about one token a sequence
+    size = sizes(DECODE if few and not exact else EXACT, dim, q.dtype)
+    members = min(group, size.rows)  # heads of a block
+    tokens = size.rows // members
+    blocks = max(batch, triton.cdiv(rows, tokens)) * kv_heads * triton.cdiv(group, members)
+    keys = min(max_pages * PAGE, window + tokens if window and causal else max_pages * PAGE)
+    step = TILE if exact else 2 * size.keys
+    splits, parts = plan(blocks, rows * heads * dim * 4, max_pages * PAGE if exact else keys, step, exact, q.device)
+    accs = totals = tops = None
+    if splits > 1:
+        accs = torch.empty((rows, heads, parts, dim), dtype=torch.float32, device=q.device)
+        totals, tops = torch.empty((2, rows, heads, parts), dtype=torch.float32, device=q.device)
+    modes = {
+        "PAGE": PAGE, "TILE": TILE, "CAUSAL": causal, "WINDOW": window > 0, "SINKS": sinks is not None, "EXACT": exact,
+        "TOKENS": tokens, "BATCH": triton.next_power_of_2(batch + 1), "BLOCK_N": size.keys, "BLOCK_D": padded(dim),
+    }  # fmt: skip
+    paged_kernel[(rows // tokens + batch + 2, kv_heads * triton.cdiv(group, members), splits)](
+        out, accs, totals, tops, q, k_pages, v_pages, block_table, context_len, cu_q, alibi, sinks,
+        batch, rows, heads, group, dim, k_pages.shape[0], max_pages, block_table.stride(0), q.stride(0), q.stride(1),
+        k_pages.stride(0), v_pages.stride(0), parts, splits, window, scale, softcap,
+        SOFTCAP=softcap > 0, ALIBI=alibi is not None, SHAPED=softcap > 0 or alibi is not None or scale <= 0,
+        SPLIT=splits > 1, GROUP=members, BLOCK_M=size.rows, **modes, num_warps=size.warps, num_stages=3,
+    )  # fmt: skip
+    if splits > 1:
+        combine_kernel[(rows, heads)](
+            out, accs, totals, tops, context_len, cu_q, sinks, batch, rows, heads, dim, max_pages, parts, splits,
+            window, PARTS=triton.next_power_of_2(splits), **modes, num_warps=4,
+        )  # fmt: skip
+    return out

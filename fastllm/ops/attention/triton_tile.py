@@ -6,6 +6,8 @@ keys gives a row: (acc, sum, top) = (sum of 2^(t - top) v, sum of 2^(t - top), g
 Every sum is an explicit FMA, so a part has the same bits in every kernel that is compiled with the same sizes.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from .._triton import tl, triton
@@ -27,14 +29,17 @@ def tanh(x):
 
 
 @triton.jit
-def shaped(s, scale, softcap, slope, distance, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
-    """q . k -> score in base 2: scaled, capped, less slope * |distance|."""
-    s = s * scale
+def shaped(s, scale, softcap, bias, slope, distance, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr):
+    """q . k -> score in base 2, and the derivative of the cap."""
+    s, damp = s * scale, 1.0
     if SOFTCAP:
-        s = softcap * tanh(s / softcap)
+        t = tanh(s / softcap)
+        s, damp = softcap * t, 1.0 - t * t
+    if BIAS:
+        s += bias
     if ALIBI:
         s -= slope * tl.abs(distance).to(tl.float32)
-    return s * 1.4426950408889634
+    return s * 1.4426950408889634, damp
 
 
 @triton.jit
@@ -64,15 +69,20 @@ def span(first, last, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, 
 
 
 @triton.jit
-def advance(acc, total, top, s, v, unit):
-    """The part after one more block of keys: s their scores over unit > 0, v their values."""
+def nothing(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The part of no key."""
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    return acc, tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), -float("inf"), tl.float32)
+
+
+@triton.jit
+def weigh(total, top, s, unit):
+    """One more block of keys, s their scores over unit > 0: their weights, what earlier weights fade by, sum and top."""
     new = tl.maximum(top, tl.max(s, 1) * unit)
     base = tl.where(new == -float("inf"), 0.0, new)
     p = tl.exp2(tl.fma(s, unit, -base[:, None]))
     fade = tl.exp2(top - base)
-    total = tl.fma(total, fade, tl.sum(p, 1))
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-    return acc, total, new
+    return p, fade, tl.fma(total, fade, tl.sum(p, 1)), new
 
 
 @triton.jit
@@ -91,8 +101,9 @@ def with_sink(acc, total, top, sink):
     """The part after a score (natural, not base 2) that carries no value."""
     t = sink * 1.4426950408889634
     new = tl.maximum(top, t)
-    fade = tl.exp2(top - new)
-    return acc * fade[:, None], tl.fma(total, fade, tl.exp2(t - new)), new
+    base = tl.where(new == -float("inf"), 0.0, new)
+    fade = tl.exp2(top - base)
+    return acc * fade[:, None], tl.fma(total, fade, tl.exp2(t - base)), new
 
 
 @triton.jit
@@ -101,13 +112,49 @@ def finish(acc, total):
     return acc / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
-def sizes(dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """BLOCK_D, and what decides the bits of the exact mode: rows and keys of a block, and warps."""
-    block = max(16, triton.next_power_of_2(dim))
-    wide = block * dtype.itemsize
-    return {
-        "BLOCK_D": block,
-        "BLOCK_M": 64 if wide <= 512 else 32,
-        "BLOCK_N": 64 if wide <= 256 else 32 if wide <= 512 else 16,
-        "num_warps": 4 if wide <= 256 else 8,
-    }
+@triton.jit
+def owner(cu_q, batch, rows, at, TOKENS: tl.constexpr, BATCH: tl.constexpr):
+    """The sequence of block `at` and its rows [first, end); sequence -1 and `batch` are the rows that nobody claims,
+    before and behind. Sequence b's blocks begin at cu_q[b] / TOKENS + b + 1: room for each, known without a sum."""
+    i = tl.arange(0, BATCH)
+    begins = tl.load(cu_q + i, mask=i <= batch, other=0) // TOKENS + i + 1
+    b = tl.sum(((begins <= at) & (i <= batch)).to(tl.int32), 0) - 1
+    first = tl.load(cu_q + b, mask=b >= 0, other=0)
+    end = tl.load(cu_q + b + 1, mask=b < batch, other=rows)
+    begin = tl.where(b >= 0, first // TOKENS + b + 1, 0)
+    return b, first, tl.minimum(end, rows), first + (at - begin) * TOKENS
+
+
+class Sizes(NamedTuple):
+    """Rows and keys of a block, and warps."""
+
+    rows: int
+    keys: int
+    warps: int
+
+
+# By bytes of a row, padded: the largest blocks that spill no register on sm_80 and sm_90. fp32 products run without tensor
+# cores and hold their operands in registers. In exact mode these sizes decide the bits.
+EXACT = {
+    torch.float32: {128: Sizes(32, 32, 8), 256: Sizes(32, 16, 8)},
+    torch.bfloat16: {128: Sizes(64, 64, 4), 256: Sizes(64, 32, 8)},
+}
+DENSE = {
+    torch.float32: EXACT[torch.float32],
+    torch.bfloat16: {128: Sizes(128, 64, 8), 256: Sizes(64, 64, 8)},
+}
+DECODE = {
+    torch.float32: {128: Sizes(16, 32, 8), 256: Sizes(16, 16, 8)},
+    torch.bfloat16: {64: Sizes(16, 128, 4), 128: Sizes(16, 64, 4), 256: Sizes(16, 32, 4)},
+}
+
+
+def padded(dim: int) -> int:
+    """The block that holds a head: a power of two, at least what a matrix unit takes."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def sizes(table: dict[torch.dtype, dict[int, Sizes]], dim: int, dtype: torch.dtype) -> Sizes:
+    """From a table by dtype (bfloat16 stands for both halves) and the largest head dim of each entry."""
+    entries = table[torch.float32 if dtype == torch.float32 else torch.bfloat16]
+    return next(size for limit, size in entries.items() if dim <= limit)
