@@ -28,6 +28,7 @@ from .._op import DTYPES, Op, check, check_dtype, check_like, pointer
 from ..rope import unit_stride
 from .reference import reference, reference_backward
 from .spec import CAUSAL, AttentionSpec
+from .triton_backward import gpu_backward
 from .triton_forward import gpu
 
 MAX_DIM = 256  # csrc/records/attention.h: kMaxHeadDim
@@ -178,6 +179,7 @@ backward = Op(
         q, k, v, bias, sinks, bias_gradient
     ),
     cpu=cpu_backward,
+    triton=gpu_backward,
 )
 
 # ---------------------------------------------------------------------------------------------------------- validation

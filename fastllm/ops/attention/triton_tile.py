@@ -143,6 +143,10 @@ DENSE = {
     torch.float32: EXACT[torch.float32],
     torch.bfloat16: {128: Sizes(128, 64, 8), 256: Sizes(64, 64, 8)},
 }
+BACKWARD = {
+    torch.float32: {64: Sizes(32, 32, 8), 128: Sizes(16, 32, 8), 256: Sizes(16, 16, 8)},
+    torch.bfloat16: {64: Sizes(64, 64, 4), 128: Sizes(64, 64, 8), 256: Sizes(32, 64, 8)},
+}
 DECODE = {
     torch.float32: {128: Sizes(16, 32, 8), 256: Sizes(16, 16, 8)},
     torch.bfloat16: {64: Sizes(16, 128, 4), 128: Sizes(16, 64, 4), 256: Sizes(16, 32, 4)},
