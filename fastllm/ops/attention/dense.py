@@ -26,6 +26,7 @@ from ... import _C
 from .._dropout import threshold
 from .._op import DTYPES, Op, check, check_dtype, check_like, pointer
 from ..rope import unit_stride
+from . import cudnn
 from .reference import reference, reference_backward
 from .spec import CAUSAL, AttentionSpec
 from .triton_backward import gpu_backward
@@ -168,6 +169,7 @@ forward = Op(
     fake=lambda q, *others: _outputs(q),
     cpu=cpu,
     triton=gpu,
+    triton_reason=cudnn.REASON,
     save=_save,
     backward=_backward,
 )
@@ -180,6 +182,7 @@ backward = Op(
     ),
     cpu=cpu_backward,
     triton=gpu_backward,
+    triton_reason=cudnn.REASON,
 )
 
 # ---------------------------------------------------------------------------------------------------------- validation

@@ -12,8 +12,10 @@ from torch import Tensor
 from .._dropout import keep_tile, threshold
 from .._triton import tl, triton
 from ..rope import unit_stride
+from . import cudnn
+from .spec import Settings
 from .triton_forward import common, modes
-from .triton_tile import BACKWARD, owner, padded, shaped, sight, sizes, span
+from .triton_tile import BACKWARD, owner, padded, shaped, sight, sizes, span, stages
 
 
 @triton.jit
@@ -265,6 +267,10 @@ def gpu_backward(
     bias_gradient: bool,
     causal: bool, window: int, scale: float, softcap: float, p: float, seed: int, call: int, exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    settings = Settings(causal, window, scale, softcap, p, seed, call, exact)
+    if cudnn.refusal(q, k, cu_q, bias, alibi, sinks, settings) is None:
+        nothing = q.new_empty(0)
+        return *cudnn.backward(dout, q, k, v, out, lse, settings), nothing, nothing
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     dbias = q.new_empty(0) if bias is None or not bias_gradient else torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
     if not dq.numel() or not dk.numel():
@@ -273,7 +279,7 @@ def gpu_backward(
     q, k, v, dout = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(dout)
     packed, dim = cu_q is not None, q.shape[3]
     batch = cu_q.shape[0] - 1 if packed else q.shape[0]
-    size, block_d = sizes(BACKWARD, dim, q.dtype), padded(dim)
+    size, block_d = sizes(BACKWARD, dim, q.dtype, heavy=bias is not None or p > 0), padded(dim)
     delta = torch.empty_like(lse)
     rows, keys, heads, kv_heads = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     delta_kernel[(triton.cdiv(rows, 32), heads, q.shape[0])](
@@ -284,7 +290,7 @@ def gpu_backward(
     shape = (*common(q, k, v, cu_q, bias, batch), *dout.stride()[:3])
     shaping = (window, scale, softcap, seed, call, threshold(p), 1 / (1 - p))
     options = modes(packed, bias, alibi, causal, window, softcap, p, batch)
-    blocks = {"BLOCK_M": size.rows, "BLOCK_N": size.keys, "BLOCK_D": block_d, "num_warps": size.warps, "num_stages": 2}
+    blocks = {"BLOCK_M": size.rows, "BLOCK_N": size.keys, "BLOCK_D": block_d, "num_warps": size.warps, "num_stages": stages(q.dtype)}
 
     def count(length: int, block: int) -> int:
         return length // block + batch + 2 if packed else triton.cdiv(length, block)

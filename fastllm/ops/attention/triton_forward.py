@@ -12,6 +12,8 @@ from torch import Tensor
 from .._dropout import keep_tile, threshold
 from .._triton import tl, triton
 from ..rope import unit_stride
+from . import cudnn
+from .spec import Settings
 from .triton_tile import (
     DENSE,
     EXACT,
@@ -25,6 +27,7 @@ from .triton_tile import (
     sight,
     sizes,
     span,
+    stages,
     weigh,
     with_sink,
 )
@@ -184,13 +187,16 @@ def gpu(
     bias: Tensor | None, alibi: Tensor | None, sinks: Tensor | None,
     causal: bool, window: int, scale: float, softcap: float, p: float, seed: int, call: int, exact: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    settings = Settings(causal, window, scale, softcap, p, seed, call, exact)
+    if cudnn.refusal(q, k, cu_q, bias, alibi, sinks, settings) is None:
+        return cudnn.forward(q, k, v, settings)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     if not lse.numel():
         return out, lse
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     batch = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
-    size = sizes(EXACT if exact else DENSE, q.shape[3], q.dtype)
+    size = sizes(EXACT if exact else DENSE, q.shape[3], q.dtype, heavy=bias is not None or p > 0)
     rows = q.shape[1]
     blocks = triton.cdiv(rows, size.rows) if cu_q is None else rows // size.rows + batch + 2
     forward_kernel[(blocks, q.shape[2], q.shape[0])](
@@ -199,6 +205,6 @@ def gpu(
         **modes(cu_q is not None, bias, alibi, causal, window, softcap, p, batch),
         SINKS=sinks is not None, EXACT=exact, TILE=TILE,
         SHAPED=softcap > 0 or bias is not None or alibi is not None or scale <= 0,
-        BLOCK_M=size.rows, BLOCK_N=size.keys, BLOCK_D=padded(q.shape[3]), num_warps=size.warps, num_stages=2,
+        BLOCK_M=size.rows, BLOCK_N=size.keys, BLOCK_D=padded(q.shape[3]), num_warps=size.warps, num_stages=stages(q.dtype),
     )  # fmt: skip
     return out, lse

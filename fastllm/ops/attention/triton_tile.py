@@ -133,21 +133,22 @@ class Sizes(NamedTuple):
     warps: int
 
 
-# By bytes of a row, padded: the largest blocks that spill no register on sm_80 and sm_90. fp32 products run without tensor
-# cores and hold their operands in registers. In exact mode these sizes decide the bits.
-EXACT = {
-    torch.float32: {128: Sizes(32, 32, 8), 256: Sizes(32, 16, 8)},
-    torch.bfloat16: {128: Sizes(64, 64, 4), 256: Sizes(64, 32, 8)},
+# By dtype (bfloat16 stands for both halves), then by the largest head dim: blocks that spill no register on sm_80 and sm_90.
+# fp32 products run without tensor cores and hold their operands in registers. In exact mode these sizes decide the bits.
+Table = dict[torch.dtype, dict[int, Sizes]]
+EXACT: Table = {
+    torch.float32: {64: Sizes(16, 32, 4), 128: Sizes(32, 32, 8), 256: Sizes(32, 16, 8), 512: Sizes(16, 16, 8)},
+    torch.bfloat16: {128: Sizes(64, 64, 4), 256: Sizes(64, 32, 8), 512: Sizes(32, 32, 8)},
 }
-DENSE = {
+DENSE: Table = {
     torch.float32: EXACT[torch.float32],
-    torch.bfloat16: {128: Sizes(128, 64, 8), 256: Sizes(64, 64, 8)},
+    torch.bfloat16: {128: Sizes(128, 64, 8), 256: Sizes(64, 64, 8), 512: Sizes(32, 32, 8)},
 }
-BACKWARD = {
-    torch.float32: {64: Sizes(32, 32, 8), 128: Sizes(16, 32, 8), 256: Sizes(16, 16, 8)},
-    torch.bfloat16: {64: Sizes(64, 64, 4), 128: Sizes(64, 64, 8), 256: Sizes(32, 64, 8)},
+BACKWARD: Table = {
+    torch.float32: {64: Sizes(32, 32, 8), 128: Sizes(16, 32, 8), 512: Sizes(16, 16, 8)},
+    torch.bfloat16: {128: Sizes(64, 64, 8), 256: Sizes(32, 64, 8), 512: Sizes(32, 32, 8)},
 }
-DECODE = {
+DECODE: Table = {
     torch.float32: {128: Sizes(16, 32, 8), 256: Sizes(16, 16, 8)},
     torch.bfloat16: {64: Sizes(16, 128, 4), 128: Sizes(16, 64, 4), 256: Sizes(16, 32, 4)},
 }
@@ -158,7 +159,12 @@ def padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def sizes(table: dict[torch.dtype, dict[int, Sizes]], dim: int, dtype: torch.dtype) -> Sizes:
-    """From a table by dtype (bfloat16 stands for both halves) and the largest head dim of each entry."""
+def stages(dtype: torch.dtype) -> int:
+    """Blocks of keys on their way at a time; fp32 products need the registers themselves."""
+    return 1 if dtype == torch.float32 else 2
+
+
+def sizes(table: Table, dim: int, dtype: torch.dtype, heavy: bool = False) -> Sizes:
+    """The table's entry; heavy, with a bias or dropout, that of heads twice as wide, which leaves registers for them."""
     entries = table[torch.float32 if dtype == torch.float32 else torch.bfloat16]
-    return next(size for limit, size in entries.items() if dim <= limit)
+    return next(size for limit, size in entries.items() if dim * (2 if heavy else 1) <= limit)
