@@ -69,7 +69,9 @@ def repair_conditions() -> None:
 
     def create_splat(self, block, scalar):
         is_condition = scalar.data.dtype == np.bool_
-        return interpreter.TensorHandle(np.full(block.shape, scalar.data), tl.int1) if is_condition else splat(self, block, scalar)
+        if not is_condition:
+            return splat(self, block, scalar)
+        return interpreter.TensorHandle(np.full(block.shape, scalar.data), tl.int1)
 
     interpreter.InterpreterBuilder.create_splat = create_splat
 
@@ -99,7 +101,7 @@ def triton_on_cpu():
     kv_cache.COLUMNS.clear()  # CPU tensors stand in for a GPU's: their pages lie as there
     # The interpreter pays for an operation, hardly for its size: large blocks, still several to a case.
     for table in (triton_tile.EXACT, triton_tile.DENSE, triton_tile.BACKWARD, triton_tile.DECODE):
-        table.update(dict.fromkeys(table, {512: triton_tile.Sizes(64, 128, 4)}))
+        table.update({dtype: {512: triton_tile.Sizes(64, 128, 4)} for dtype in table})
 
 
 def small(case, dtype: torch.dtype) -> bool:

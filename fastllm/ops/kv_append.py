@@ -4,8 +4,8 @@ k is rotated by rope and written into the cache with v, each token at its flat s
 is rotated into a new tensor. The bits of both rotations are those of ops.rope.
 
 Shapes: k, v [T, Hk, D]; q [T, H, D]; cache: KVPages of one layer; slot [T] int64, unique, negative where a row is not
-to be written; position [T] int64 or int32; table from rope_table. Dtypes: float32, bfloat16, float16, one for all but the table, which
-is float32. k, v, q may be views of a fused qkv.
+to be written; position [T] int64 or int32; table from rope_table, float32. Dtypes: float32, bfloat16, float16, one for
+the rest. k, v, q may be views of a fused qkv.
 The cache is written in place and receives no gradient. A slot or position out of range raises IndexError; on a GPU, which
 a check would make wait, such a slot is not written, and such a position gives NaN.
 """

@@ -124,7 +124,11 @@ CACHE, SLOT = KVPages.empty(2, 2, 64), torch.arange(3)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((K.double(), V.double(), CACHE, SLOT, P, TABLE), TypeError, "k is float64, allowed: float32, bfloat16, float16"),
+        (
+            (K.double(), V.double(), CACHE, SLOT, P, TABLE),
+            TypeError,
+            "k is float64, allowed: float32, bfloat16, float16",
+        ),
         ((K.half(), V.half(), CACHE, SLOT, P, TABLE), TypeError, "k_pages is torch.float32, k is torch.float16"),
         ((K, V.half(), CACHE, SLOT, P, TABLE), TypeError, "v is torch.float16, k is torch.float32"),
         ((K, V[:2], CACHE, SLOT, P, TABLE), ValueError, r"v \(2, 2, 64\) must both be"),

@@ -140,9 +140,7 @@ def varlen(lengths_q, lengths_k, heads, kv_heads, dim, unclaimed=0, bias=(), sin
         }
 
     pairs = sum(q * k for q, k in zip(lengths_q, lengths_k, strict=True))
-    return Case(
-        f"packed {brief} H{heads}/{kv_heads} D{dim}{extra(spec)}{words}", inputs, flops=4 * heads * dim * pairs
-    )
+    return Case(f"packed {brief} H{heads}/{kv_heads} D{dim}{extra(spec)}{words}", inputs, flops=4 * heads * dim * pairs)
 
 
 def fused(make):
@@ -209,7 +207,7 @@ SUITE = Suite(
         case(1, 512, 512, 9, 3, 64),
         case(1, 512, 512, 32, 4, 64),
         case(4, 512, 512, 12, 12, 64, causal=False),
-        case(1, 512, 512, 8, 8, 128, bias=(1, 8, 512, 512), sinks=True, softcap=8.0, window=256, dropout=0.1),
+        case(1, 512, 512, 8, 8, 64, bias=(1, 8, 512, 512), sinks=True, softcap=8.0, window=256, dropout=0.1),
     ),
     peers={"torch sdpa": sdpa},
 )

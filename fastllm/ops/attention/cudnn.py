@@ -16,7 +16,13 @@ MAX_DIM = 128  # of cuDNN's backward
 
 
 def refusal(
-    q: Tensor, k: Tensor, cu_q: Tensor | None, bias: Tensor | None, alibi: Tensor | None, sinks: Tensor | None, s: Settings
+    q: Tensor,
+    k: Tensor,
+    cu_q: Tensor | None,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    sinks: Tensor | None,
+    s: Settings,
 ) -> str | None:
     """Why cuDNN does not take this call; None when it does. The same for a forward and its backward."""
     queries, keys, dim = q.shape[1], k.shape[1], q.shape[3]

@@ -105,7 +105,9 @@ def keys_kernel(
             valid = i < queries
             row_at, row_inside = (first + i)[:, None].to(tl.int64), valid[:, None] & (d < dim)
             q_tile = tl.load(q + b_at * q_batch + row_at * q_row + head * q_head + d, mask=row_inside, other=0.0)
-            dy = tl.load(dout + b_at * dout_batch + row_at * dout_row + head * dout_head + d, mask=row_inside, other=0.0)
+            dy = tl.load(
+                dout + b_at * dout_batch + row_at * dout_row + head * dout_head + d, mask=row_inside, other=0.0
+            )
             m = base2(tl.load(lse + at_row + i, mask=valid, other=-float("inf")))
             mean = tl.load(delta + at_row + i, mask=valid, other=0.0)
             s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # [keys, rows]
@@ -272,7 +274,11 @@ def gpu_backward(
         nothing = q.new_empty(0)
         return *cudnn.backward(dout, q, k, v, out, lse, settings), nothing, nothing
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    dbias = q.new_empty(0) if bias is None or not bias_gradient else torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
+    dbias = (
+        q.new_empty(0)
+        if bias is None or not bias_gradient
+        else torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
+    )
     if not dq.numel() or not dk.numel():
         dsinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_(), dsinks
@@ -290,7 +296,13 @@ def gpu_backward(
     shape = (*common(q, k, v, cu_q, bias, batch), *dout.stride()[:3])
     shaping = (window, scale, softcap, seed, call, threshold(p), 1 / (1 - p))
     options = modes(packed, bias, alibi, causal, window, softcap, p, batch)
-    blocks = {"BLOCK_M": size.rows, "BLOCK_N": size.keys, "BLOCK_D": block_d, "num_warps": size.warps, "num_stages": stages(q.dtype)}
+    blocks = {
+        "BLOCK_M": size.rows,
+        "BLOCK_N": size.keys,
+        "BLOCK_D": block_d,
+        "num_warps": size.warps,
+        "num_stages": stages(q.dtype),
+    }
 
     def count(length: int, block: int) -> int:
         return length // block + batch + 2 if packed else triton.cdiv(length, block)
@@ -304,7 +316,11 @@ def gpu_backward(
     if dbias.numel():
         for unused in ("BIAS", "ALIBI", "BATCH"):
             options.pop(unused)
-        grid = (triton.cdiv(bias.shape[2], size.rows) * triton.cdiv(bias.shape[3], size.keys), bias.shape[1], bias.shape[0])
+        grid = (
+            triton.cdiv(bias.shape[2], size.rows) * triton.cdiv(bias.shape[3], size.keys),
+            bias.shape[1],
+            bias.shape[0],
+        )
         bias_kernel[grid](
             dbias, *inputs, *shape, *bias.shape, *shaping, **options,
             ONE_ROW=bias.shape[2] == 1, ONE_COLUMN=bias.shape[3] == 1, **blocks,

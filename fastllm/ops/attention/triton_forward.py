@@ -153,7 +153,9 @@ def forward_kernel(
     y = finish(acc, total)
     if DROPOUT:
         y *= rescale
-    tl.store(out + ((b_at * total_rows + token) * heads + head)[:, None] * dim + d, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + ((b_at * total_rows + token) * heads + head)[:, None] * dim + d, y.to(out.dtype.element_ty), mask=inside
+    )
     if PACKED:  # a row that nobody claims has no sink either
         top = tl.where(known, top, -float("inf"))
     log = (top + tl.log2(total)) * 0.6931471805599453
@@ -165,7 +167,11 @@ def forward_kernel(
 
 def common(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, bias: Tensor | None, batch: int) -> tuple[int, ...]:
     """The sizes and strides that forward and backward kernels take first."""
-    strides = (0, 0, 0, 0) if bias is None else tuple(s if n > 1 else 0 for s, n in zip(bias.stride(), bias.shape, strict=True))
+    strides = (
+        (0, 0, 0, 0)
+        if bias is None
+        else tuple(s if n > 1 else 0 for s, n in zip(bias.stride(), bias.shape, strict=True))
+    )
     return (
         batch, q.shape[1], k.shape[1], q.shape[2], q.shape[2] // k.shape[2], q.shape[3],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
@@ -173,7 +179,14 @@ def common(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, bias: Tensor | 
 
 
 def modes(
-    packed: bool, bias: Tensor | None, alibi: Tensor | None, causal: bool, window: int, softcap: float, p: float, batch: int
+    packed: bool,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    causal: bool,
+    window: int,
+    softcap: float,
+    p: float,
+    batch: int,
 ) -> dict[str, bool | int]:
     """The features that a kernel is compiled for."""
     return {

@@ -95,7 +95,7 @@ def paged_kernel(
     at = tl.num_programs(0) - 1 - tl.program_id(0)  # later rows see more keys: they begin first
     blocks = tl.cdiv(group, GROUP)
     kv_head, split = (tl.program_id(1) // blocks).to(tl.int64), tl.program_id(2)
-    b, first, end_row, token = owner(cu_q, batch, rows, at, TOKENS, BATCH)
+    b, _, end_row, token = owner(cu_q, batch, rows, at, TOKENS, BATCH)
     if token >= end_row:
         return
     keys, good = length(context_len, b, batch, max_pages * PAGE)

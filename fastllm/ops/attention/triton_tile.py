@@ -137,8 +137,8 @@ class Sizes(NamedTuple):
 # fp32 products run without tensor cores and hold their operands in registers. In exact mode these sizes decide the bits.
 Table = dict[torch.dtype, dict[int, Sizes]]
 EXACT: Table = {
-    torch.float32: {64: Sizes(16, 32, 4), 128: Sizes(32, 32, 8), 256: Sizes(32, 16, 8), 512: Sizes(16, 16, 8)},
-    torch.bfloat16: {128: Sizes(64, 64, 4), 256: Sizes(64, 32, 8), 512: Sizes(32, 32, 8)},
+    torch.float32: {128: Sizes(16, 32, 8), 512: Sizes(16, 16, 8)},
+    torch.bfloat16: {64: Sizes(64, 64, 4), 128: Sizes(64, 64, 8), 256: Sizes(64, 32, 8), 512: Sizes(32, 32, 8)},
 }
 DENSE: Table = {
     torch.float32: EXACT[torch.float32],
@@ -146,7 +146,7 @@ DENSE: Table = {
 }
 BACKWARD: Table = {
     torch.float32: {64: Sizes(32, 32, 8), 128: Sizes(16, 32, 8), 512: Sizes(16, 16, 8)},
-    torch.bfloat16: {128: Sizes(64, 64, 8), 256: Sizes(32, 64, 8), 512: Sizes(32, 32, 8)},
+    torch.bfloat16: {128: Sizes(64, 64, 8), 512: Sizes(32, 32, 8)},
 }
 DECODE: Table = {
     torch.float32: {128: Sizes(16, 32, 8), 256: Sizes(16, 16, 8)},
