@@ -48,8 +48,8 @@ def _with_gradient(function, inputs: dict, names: list[str], upstream: tuple):
     return [o.detach() for o in outputs], list(gradients)
 
 
-def assert_close(label: str, ours, plain, exact, dtype: torch.dtype, factor: float = 2.0) -> None:
-    """|ours - exact| <= factor * |plain - exact| + half a unit of the dtype + two of fp32, largest and mean."""
+def assert_close(label: str, ours, plain, exact, dtype: torch.dtype, factor: float = 2.0, floor: float = 0.0) -> None:
+    """|ours - exact| <= factor * |plain - exact| + half a unit of the dtype + two of fp32 + floor, largest and mean."""
     assert ours.shape == exact.shape, f"{label}: shape {tuple(ours.shape)}, want {tuple(exact.shape)}"
     if not exact.numel():
         return
@@ -66,7 +66,7 @@ def assert_close(label: str, ours, plain, exact, dtype: torch.dtype, factor: flo
     unit = torch.finfo(dtype).eps / 2 + 2 * torch.finfo(torch.float32).eps
     for name, reduce in (("largest", torch.Tensor.max), ("mean", torch.Tensor.mean)):
         error, theirs = reduce((ours - exact).abs()).item(), reduce((plain - exact).abs()).item()
-        allowed = factor * theirs + unit * reduce(exact.abs()).item()
+        allowed = factor * theirs + unit * reduce(exact.abs()).item() + floor
         assert error <= allowed, (
             f"{label}: {name} error {error:.3e} exceeds {allowed:.3e} (plain PyTorch: {theirs:.3e})"
         )
@@ -96,7 +96,8 @@ def check_forward_and_gradients(suite: Suite, case: Case, dtype: torch.dtype, de
             assert torch.equal(o, again) or o.isnan().any(), "forward with and without gradient differ"
         for name, o, p, e in zip(names, ours_g, plain_g, exact_g, strict=True):
             assert o.dtype == inputs[name].dtype, f"d{name}: dtype {o.dtype}"
-            assert_close(f"d{name}", o, p, e, dtype, suite.gradient_error)
+            floor = suite.cancelled * (1 if dtype == torch.float32 else 2**9)
+            assert_close(f"d{name}", o, p, e, dtype, suite.gradient_error, floor)
     for name, value in before.items():
         assert torch.equal(inputs[name], value) or value.isnan().any(), f"input {name} was changed"
 

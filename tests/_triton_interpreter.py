@@ -11,8 +11,11 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from fastllm import ops
 from fastllm.bench.cases import suites
+from fastllm.ops import kv_cache
 from fastllm.ops._op import OPS, Kernel
+from fastllm.ops.attention import triton_paged, triton_tile
 
 # ------------------------------------------------------------------------------------------ bfloat16 in the interpreter
 # The interpreter keeps bfloat16 as uint16 and computes on those integers: a sum adds bit patterns, and the conversion
@@ -60,7 +63,21 @@ def repair_bfloat16() -> None:
         setattr(builder, name, repaired(name))
 
 
+def repair_conditions() -> None:
+    """A scalar condition that meets a block keeps its type; the interpreter makes it an integer, which no mask may be."""
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self, block, scalar):
+        is_condition = scalar.data.dtype == np.bool_
+        if not is_condition:
+            return splat(self, block, scalar)
+        return interpreter.TensorHandle(np.full(block.shape, scalar.data), tl.int1)
+
+    interpreter.InterpreterBuilder.create_splat = create_splat
+
+
 repair_bfloat16()
+repair_conditions()
 
 # ------------------------------------------------------------------------------------------------------------- the
 # suites
@@ -81,12 +98,18 @@ def triton_on_cpu():
     for op in OPS.values():
         if op.triton:
             op._kernels["cpu"] = interpreted(op)
+    kv_cache.COLUMNS.clear()  # CPU tensors stand in for a GPU's: their pages lie as there
+    # The interpreter pays for an operation, hardly for its size: large blocks, still several to a case.
+    for table in (triton_tile.EXACT, triton_tile.DENSE, triton_tile.BACKWARD, triton_tile.DECODE):
+        table.update({dtype: {512: triton_tile.Sizes(64, 128, 4)} for dtype in table})
 
 
-def small(case) -> bool:
-    """Left out: cases that are large for the sake of the CPU's caches."""
+def small(case, dtype: torch.dtype) -> bool:
+    """Left out: cases that are large for the sake of the CPU's caches, or that compute much; more of them in 16 bits, which
+    the interpreter is slowest at."""
     inputs = case.inputs(_oracle.Make("meta"))
-    return sum(t.numel() for t in inputs.values() if torch.is_tensor(t)) < 2**18
+    numbers = sum(t.numel() for t in inputs.values() if torch.is_tensor(t))
+    return numbers < 2**18 and case.flops < (2**23 if dtype == torch.float32 else 2**19)
 
 
 TABLE = [
@@ -95,7 +118,7 @@ TABLE = [
     if OPS[name].triton
     for case in suite.correct
     for dtype in suite.dtypes
-    if small(case)
+    if small(case, dtype)
 ]
 
 
@@ -104,9 +127,46 @@ def test_forward_and_gradients(suite, case, dtype):
     _oracle.check_forward_and_gradients(suite, case, dtype)
 
 
-@pytest.mark.parametrize(("suite", "case", "dtype"), [p for p in TABLE if p.values[2] == torch.bfloat16])
+GUARDED = [p for p in TABLE if p.values[2] == torch.bfloat16 and p.values[1].flops < 2**17]
+
+
+@pytest.mark.parametrize(("suite", "case", "dtype"), GUARDED)
 def test_writes_only_its_outputs(suite, case, dtype):
     _oracle.check_guards(suite, case, dtype)
+
+
+@pytest.mark.parametrize("spec", [
+    ops.AttentionSpec(exact=True),
+    ops.AttentionSpec(exact=True, window=300, softcap=4.0, alibi=torch.rand(2), sinks=torch.randn(2)),
+], ids=["causal", "all"])  # fmt: skip
+@pytest.mark.parametrize("room", [1, 40], ids=["whole", "split"])
+def test_exact_attention_has_the_same_bits_paged_and_dense(spec, room, monkeypatch):
+    """Whatever the order of the pages, the chunks, and the programs that share the keys."""
+    monkeypatch.setattr(triton_paged, "plan", lambda blocks, size, keys, step, exact, device: (
+        (min(room, -(-keys // step)), -(-keys // step)) if room > 1 and keys > step else (1, 1)
+    ))  # fmt: skip
+    tokens, generator = 530, torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(tokens, heads, 32, generator=generator) for heads in (2, 1, 1))
+    dense = ops.attention(q[None], k[None], v[None], spec)[0]
+    count = -(-tokens // ops.PAGE)
+    table = torch.randperm(count + 2, generator=generator)[:count].int()[None]
+    cache = ops.KVPages.empty(count + 2, 1, 32)
+    at = torch.arange(tokens)
+    slot = table[0, at // ops.PAGE].long() * ops.PAGE + at % ops.PAGE
+    ops.kv_append(k, v, cache, slot, torch.zeros_like(at), ops.rope_table(1, 32))  # position 0: no rotation
+    for first, last in ((529, 530), (255, 257), (200, 300)):
+        ends = torch.tensor([0, last - first], dtype=torch.int32)
+        out = ops.paged_attention(q[first:last], cache, table, torch.tensor([last], dtype=torch.int32), ends, spec)
+        assert torch.equal(out, dense[first:last]), (first, last)
+    loose = ops.AttentionSpec(**{**vars(spec), "exact": False})
+    torch.testing.assert_close(ops.attention(q[None], k[None], v[None], loose)[0], dense, atol=2e-6, rtol=2e-5)
+
+
+def test_bad_lengths_and_pages_are_nan_in_their_sequence_alone():
+    cache = ops.KVPages.of(torch.randn(4, 1, ops.PAGE, 16), torch.randn(4, 1, ops.PAGE, 16))
+    table, ends = torch.tensor([[0, 1], [2, 9], [3, 0]], dtype=torch.int32), torch.arange(4, dtype=torch.int32)
+    out = ops.paged_attention(torch.randn(3, 1, 16), cache, table, torch.tensor([20, 20, 99], dtype=torch.int32), ends)
+    assert out[0].isfinite().all() and out[1:].isnan().all()
 
 
 def test_every_triton_kernel_ran():

@@ -53,7 +53,7 @@ class Launch(NamedTuple):
 def launches(monkeypatch) -> tuple[dict[Launch, object], set[str]]:
     """Every launch of the benchmark cases, forward and backward, as Triton would specialise it, and the ops that made
     one."""
-    found: dict[Launch, object] = {}
+    found: dict[tuple, tuple[Launch, object]] = {}
     launched: set[str] = set()
     running = ""
 
@@ -74,14 +74,17 @@ def launches(monkeypatch) -> tuple[dict[Launch, object], set[str]]:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if value % 16 == 0:
                     aligned.append(i)
-        key = Launch(
+        launch = Launch(
             f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}",
             tuple(signature.items()),
             tuple(constants.items()),
             tuple(aligned),
             tuple(sorted(options.items())),
         )
-        found[key] = kernel
+        # Integers that are 1 or multiples of 16 are compiled in too; the first launch of a kernel stands for the others.
+        pointers = tuple(t for _, t in launch.signature if t.startswith("*"))
+        named = tuple(c for c in launch.constants if c[0].isupper())
+        found.setdefault((launch.kernel, pointers, named, launch.options), (launch, kernel))
         launched.add(running)
 
     def noted(op):
@@ -107,7 +110,7 @@ def launches(monkeypatch) -> tuple[dict[Launch, object], set[str]]:
                     outputs = as_tuple(suite.run(**inputs))
                     if suite.gradients:
                         torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
-    return found, launched
+    return dict(found.values()), launched
 
 
 def resources(compiled, folder: Path) -> dict[str, int]:

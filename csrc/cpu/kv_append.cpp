@@ -5,22 +5,21 @@
 namespace fastllm {
 namespace {
 
-void append_head(const KvAppendArgs& a, const float* k, const float* v, const float* angle, int64_t slot, int64_t head) {
-  alignas(64) float rotated[kMaxHeadDim];
+template <class T>
+void append_head(const KvAppendArgs& a, const T* k, const T* v, const float* angle, int64_t slot, int64_t head) {
+  alignas(64) T rotated[kMaxHeadDim];
   rotate(k, angle, a.rotary, a.dim, rotated);
   const int64_t page = slot / kPage, offset = slot % kPage, at = head * a.dim * kPage;
-  float* column = a.k_pages + page * a.k_page + at + offset;
+  T* column = static_cast<T*>(a.k_pages) + page * a.k_page + at + offset;
   for (int64_t d = 0; d < a.dim; ++d) column[d * kPage] = rotated[d];
-  float* row = a.v_pages + page * a.v_page + at + offset * a.dim;
+  T* row = static_cast<T*>(a.v_pages) + page * a.v_page + at + offset * a.dim;
   for (int64_t d = 0; d < a.dim; d += kLanes) store(row + d, load(v + d, first(a.dim - d)), first(a.dim - d));
 }
 
-}  // namespace
-
-namespace FASTLLM_TIER {
-
 // Heads are shared, not tokens: a decode step of one token uses every thread.
-void kv_append(const KvAppendArgs& a, Team& team) noexcept {
+template <class T> void run(const KvAppendArgs& a, Team& team) {
+  const T *q = static_cast<const T*>(a.q), *k = static_cast<const T*>(a.k), *v = static_cast<const T*>(a.v);
+  T* q_out = static_cast<T*>(a.q_out);
   const int64_t heads = a.heads + a.kv_heads;
   const Range items = share(team, a.tokens * heads);
   for (int64_t i = items.begin; i < items.end; ++i) {
@@ -30,11 +29,21 @@ void kv_append(const KvAppendArgs& a, Team& team) noexcept {
       report(team, kIndexOutOfRange);
       continue;
     }
-    if (h < a.heads)
-      rotate(a.q + t * a.q_row + h * a.q_head, angle, a.rotary, a.dim, a.q_out + (t * a.heads + h) * a.dim);
-    else if (slot >= 0)
-      append_head(a, a.k + t * a.k_row + (h - a.heads) * a.k_head, a.v + t * a.v_row + (h - a.heads) * a.v_head, angle, slot, h - a.heads);
+    if (h < a.heads) {
+      rotate(q + t * a.q_row + h * a.q_head, angle, a.rotary, a.dim, q_out + (t * a.heads + h) * a.dim);
+    } else if (slot >= 0) {
+      const int64_t g = h - a.heads;
+      append_head(a, k + t * a.k_row + g * a.k_head, v + t * a.v_row + g * a.v_head, angle, slot, g);
+    }
   }
+}
+
+}  // namespace
+
+namespace FASTLLM_TIER {
+
+void kv_append(const KvAppendArgs& a, Team& team) noexcept {
+  with_dtype(a.dtype, [&](auto type) { run<decltype(type)>(a, team); });
 }
 
 }  // namespace FASTLLM_TIER

@@ -54,7 +54,9 @@ class Suite:
     gradients: names of the inputs that receive one. rows: names of the inputs whose first dimension is a batch of
     independent rows; the contract test cuts them. dtypes: what the CPU kernel takes. peak: what its flops run on and
     are compared with, "fma" (fp32) or "dot" (8-bit products). error: how many times plain PyTorch's error is allowed;
-    more than 2 where the contract's order of additions costs accuracy; gradient_error: likewise of the gradients."""
+    more than 2 where the contract's order of additions costs accuracy; gradient_error: likewise of the gradients.
+    cancelled: what a gradient may be off where terms of size one cancel (2^9 times it in 16 bits), as dout . v and
+    rowsum(dout * out) do for a query that sees one key."""
 
     op: str
     run: Callable[..., Any]
@@ -68,6 +70,7 @@ class Suite:
     peak: str = "fma"
     error: float = 2.0
     gradient_error: float = 2.0
+    cancelled: float = 0.0
 
 
 def as_tuple(output: Any) -> tuple[torch.Tensor, ...]:

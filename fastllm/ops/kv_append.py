@@ -4,15 +4,18 @@ k is rotated by rope and written into the cache with v, each token at its flat s
 is rotated into a new tensor. The bits of both rotations are those of ops.rope.
 
 Shapes: k, v [T, Hk, D]; q [T, H, D]; cache: KVPages of one layer; slot [T] int64, unique, negative where a row is not
-to be written; position [T] int64 or int32; table from rope_table. Dtype: float32. k, v, q may be views of a fused qkv.
-The cache is written in place and receives no gradient. A slot or position out of range raises IndexError.
+to be written; position [T] int64 or int32; table from rope_table, float32. Dtypes: float32, bfloat16, float16, one for
+the rest. k, v, q may be views of a fused qkv.
+The cache is written in place and receives no gradient. A slot or position out of range raises IndexError; on a GPU, which
+a check would make wait, such a slot is not written, and such a position gives NaN.
 """
 
 import torch
 from torch import Tensor
 
 from .. import _C
-from ._op import Op, check, check_dtype, check_like, pointer
+from ._op import DTYPES, Op, check, check_dtype, check_like, pointer
+from ._triton import tl, triton
 from .kv_cache import PAGE, KVPages, check_pages
 from .rope import check_table, unit_stride
 from .rope import reference as rotate
@@ -30,6 +33,64 @@ def reference(
     k_pages[page, :, :, offset] = new_k[written].detach().to(k_pages.dtype)
     v_pages[page, :, offset] = v[written].detach().to(v_pages.dtype)
     return k.new_empty(0) if q is None else new_q
+
+
+# ------------------------------------------------------------------------------------------------------------ Triton
+
+
+@triton.jit
+def turn(
+    out, x, out_head, out_element, x_head, head, written, cosine, sine, half, dim,
+    PAIRS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Rotates heads `head` of one token from x, elements side by side, to out; element i pairs with i + half."""
+    i = tl.arange(0, PAIRS)[None, :]
+    inside = written & (i < half)
+    first, second = x + head * x_head + i, x + head * x_head + half + i
+    a = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(second, mask=inside, other=0.0).to(tl.float32)
+    to = out + head * out_head + i * out_element
+    tl.store(to, tl.fma(a, cosine, -(b * sine)).to(out.dtype.element_ty), mask=inside)
+    tl.store(to + half * out_element, tl.fma(a, sine, b * cosine).to(out.dtype.element_ty), mask=inside)
+    if REST > 0:  # elements past the table's width
+        i = 2 * half + tl.arange(0, REST)[None, :]
+        inside = written & (i < dim)
+        rest = tl.load(x + head * x_head + i, mask=inside, other=0.0)
+        tl.store(out + head * out_head + i * out_element, rest, mask=inside)
+
+
+@triton.jit
+def append_kernel(
+    q_out, k_pages, v_pages, q, k, v, slot, position, table,
+    heads, kv_heads, dim, half, positions, slots,
+    q_row, q_head, k_row, k_head, v_row, v_head, k_page, v_page, k_token, k_element,
+    PAGE: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    # A program takes HEADS heads of one token: of q first, then of k and v.
+    token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    pair = tl.arange(0, PAIRS)
+    at = tl.load(position + token).to(tl.int64)
+    known = (at >= 0) & (at < positions)
+    angle = table + tl.where(known, at, 0) * 2 * half + pair
+    cosine = tl.load(angle, mask=known & (pair < half), other=float("nan"))[None, :]
+    sine = tl.load(angle + half, mask=known & (pair < half), other=float("nan"))[None, :]
+    q_blocks = tl.cdiv(heads, HEADS)
+    if block < q_blocks:
+        head = (block * HEADS + tl.arange(0, HEADS))[:, None].to(tl.int64)
+        to = q_out + token * heads * dim
+        turn(to, q + token * q_row, dim, 1, q_head, head, head < heads, cosine, sine, half, dim, PAIRS, REST)
+    else:
+        head = ((block - q_blocks) * HEADS + tl.arange(0, HEADS))[:, None].to(tl.int64)
+        s = tl.load(slot + token)
+        written = (head < kv_heads) & (s >= 0) & (s < slots)
+        page, offset = s // PAGE, s % PAGE
+        to = k_pages + page * k_page + offset * k_token
+        turn(
+            to, k + token * k_row, PAGE * dim, k_element, k_head, head, written, cosine, sine, half, dim, PAIRS, REST
+        )  # fmt: skip
+        i = tl.arange(0, DIM)[None, :]
+        values = tl.load(v + token * v_row + head * v_head + i, mask=written & (i < dim), other=0.0)
+        tl.store(v_pages + page * v_page + head * PAGE * dim + offset * dim + i, values, mask=written & (i < dim))
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
@@ -59,13 +120,36 @@ def cpu(
             slot.data_ptr(), position.data_ptr(), table.data_ptr(),
             tokens, 0 if q is None else q.shape[1], kv_heads, dim, table.shape[1], table.shape[0], k_pages.shape[0],
             *((0, 0) if q is None else q.stride()[:2]), *k.stride()[:2], *v.stride()[:2], position.dtype == torch.int64,
-            k_pages.stride(0), v_pages.stride(0),
+            k_pages.stride(0), v_pages.stride(0), DTYPES[k.dtype],
         )  # fmt: skip
         if status:
             raise IndexError(
                 f"kv_append: slots up to {slot.max()} in {k_pages.shape[0]} pages of {PAGE} tokens, positions from "
                 f"{position.min()} to {position.max()} in a table of {table.shape[0]}; one is out of range"
             )
+    return q_out
+
+
+def gpu(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor,
+    slot: Tensor, position: Tensor, table: Tensor, q: Tensor | None,
+) -> Tensor:  # fmt: skip
+    q_out = _output(k, q)
+    if slot.numel():
+        k, v, q = unit_stride(k), unit_stride(v), k if q is None else unit_stride(q)
+        table, slot, position = table.contiguous(), slot.contiguous(), position.contiguous()
+        tokens, kv_heads, dim = k.shape
+        heads, half = 0 if q is k else q.shape[1], table.shape[1] // 2
+        block = min(8, triton.next_power_of_2(max(heads, kv_heads)))  # heads a program: 2 KiB of 128 bf16 elements
+        append_kernel[(tokens, triton.cdiv(heads, block) + triton.cdiv(kv_heads, block))](
+            q_out, k_pages, v_pages, q, k, v, slot, position, table,
+            heads, kv_heads, dim, half, table.shape[0], k_pages.shape[0] * PAGE,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], k_pages.stride(0), v_pages.stride(0),
+            k_pages.stride(3), k_pages.stride(2),
+            PAGE=PAGE, HEADS=block, PAIRS=triton.next_power_of_2(max(half, 1)),
+            REST=triton.next_power_of_2(dim - 2 * half) if dim > 2 * half else 0, DIM=triton.next_power_of_2(dim),
+            num_warps=2,
+        )  # fmt: skip
     return q_out
 
 
@@ -77,6 +161,7 @@ forward = Op(
     reference=reference,
     fake=lambda k, v, k_pages, v_pages, slot, position, table, q: _output(k, q),
     cpu=cpu,
+    triton=gpu,
 )
 
 
@@ -88,7 +173,7 @@ def kv_append(
     Raises ValueError for shapes that do not fit, TypeError for dtypes, IndexError for slots or positions out of range
     (rows in range are written then).
     """
-    check_dtype("kv_append", "k", k, (torch.float32,))
+    check_dtype("kv_append", "k", k)
     for name, other in (("v", v), ("k_pages", cache.k), ("v_pages", cache.v), *((("q", q),) if q is not None else ())):
         check_like("kv_append", name, other, "k", k)
     check(

@@ -1,9 +1,15 @@
 """The KV cache of one layer, in pages of 16 tokens. Its layout is its device's own business: use it through kv_append
 and paged_attention.
 
-On a CPU a page holds, for each KV head, keys as [D][16] and values as [16][D]: then 16 scores, or 16 elements of the
-output, are one vector, and no product is summed across a vector. A large cache is asked for in huge pages of memory: a
-decode step reads it in pieces of some kilobytes in any order, and would wait for the address of each.
+Both devices have the same shapes, k [P, Hk, D, 16] and v [P, Hk, 16, D]; what differs is how k lies in memory:
+
+- columns, on a CPU: for each KV head keys as [D][16] and values as [16][D]. Then 16 scores, or 16 elements of the output,
+  are one vector, and no product is summed across a vector.
+- rows, elsewhere: keys as [16][D] too, and k is a transposed view of them. A GPU loads a key as one row, in pieces of 16
+  bytes, and its matrix units take it from either side.
+
+A large cache in a CPU's memory is asked for in huge pages: a decode step reads it in pieces of some kilobytes in any
+order, and would wait for the address of each.
 """
 
 import contextlib
@@ -19,10 +25,14 @@ from ._op import _is_compiling as is_compiling
 from ._op import check
 
 PAGE = 16  # tokens; csrc/records/kv_append.h: kPage
+COLUMNS = {"cpu"}  # the kinds of device whose kernels want keys as columns
 
 
 class KVPages(NamedTuple):
-    """k [P, Hk, D, 16] and v [P, Hk, 16, D]: one layer's pages, each contiguous. A token's flat slot is page * 16 + offset."""
+    """k [P, Hk, D, 16] and v [P, Hk, 16, D]: one layer's pages, each in one piece, in the layout of their device.
+
+    A token's flat slot is page * 16 + offset.
+    """
 
     k: Tensor
     v: Tensor
@@ -39,8 +49,16 @@ class KVPages(NamedTuple):
         """Zero-filled pages, so that no bit pattern of old memory is ever read."""
         for name, value, low in (("pages", pages, 0), ("kv_heads", kv_heads, 1), ("head_dim", head_dim, 1)):
             check(value >= low, lambda n=name, v=value, m=low: f"KVPages: {n} is {v}, allowed: >= {m}")
-        k = _zeros((pages, kv_heads, head_dim, PAGE), dtype, device)
-        return cls(k, _zeros((pages, kv_heads, PAGE, head_dim), dtype, device))
+        rows = (pages, kv_heads, PAGE, head_dim)
+        if torch.empty(0, device=device).device.type in COLUMNS:
+            return cls(_zeros((pages, kv_heads, head_dim, PAGE), dtype, device), _zeros(rows, dtype, device))
+        return cls(_zeros(rows, dtype, device).mT, _zeros(rows, dtype, device))
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> "KVPages":
+        """Pages with the keys and values k and v, both [P, Hk, 16, D]; copies where the layout of their device asks for it."""
+        k, v = k.contiguous().mT, v.contiguous()
+        return cls(k.contiguous() if k.device.type in COLUMNS else k, v)
 
 
 _HUGE = 2 << 20  # bytes
@@ -61,16 +79,19 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
 
 
 def check_pages(op: str, k_pages: Tensor, v_pages: Tensor, kv_heads: int | None, dim: int) -> None:
-    k, v = tuple(k_pages.shape), tuple(v_pages.shape)
+    k, v, in_page = tuple(k_pages.shape), tuple(v_pages.shape), dim * PAGE
+    columns = k_pages.device.type in COLUMNS
     good = k_pages.dim() == 4 and v_pages.dim() == 4 and k[2:] == (dim, PAGE) and v == (*k[:2], PAGE, dim)
     good = good and kv_heads in (None, k[1])
     # One page in one piece; pages may lie apart, as they do where a page holds all layers.
-    good = good and all(t.stride()[1:] == (dim * PAGE, t.shape[3], 1) for t in (k_pages, v_pages))
+    good = good and k_pages.stride()[1:] == ((in_page, PAGE, 1) if columns else (in_page, 1, dim))
+    good = good and v_pages.stride()[1:] == (in_page, dim, 1)
     check(
         good,
         lambda: (
             f"{op}: cache pages {k} and {v} must be [P, {kv_heads or 'Hk'}, {dim}, {PAGE}] and "
-            f"[P, {kv_heads or 'Hk'}, {PAGE}, {dim}], each page contiguous; "
+            f"[P, {kv_heads or 'Hk'}, {PAGE}, {dim}], each page contiguous"
+            f"{'' if columns else ', keys as rows (k a transposed view)'}; "
             "make them with KVPages.empty(pages, kv_heads, head_dim)"
         ),
     )

@@ -13,13 +13,15 @@ from fastllm.ops._op import OPS
 
 
 @_oracle.cases(SUITE)
-def test_forward(case):
-    _oracle.check_forward_and_gradients(SUITE, case, torch.float32)
+@_oracle.dtypes(SUITE)
+def test_forward(case, dtype):
+    _oracle.check_forward_and_gradients(SUITE, case, dtype)
 
 
 @_oracle.cases(SUITE)
-def test_writes_only_its_outputs(case):
-    _oracle.check_guards(SUITE, case, torch.float32)
+@_oracle.dtypes(SUITE)
+def test_writes_only_its_outputs(case, dtype):
+    _oracle.check_guards(SUITE, case, dtype)
 
 
 def draw(tokens=40, heads=4, kv_heads=2, dim=64, seed=0):
@@ -28,9 +30,11 @@ def draw(tokens=40, heads=4, kv_heads=2, dim=64, seed=0):
     return q, k, v, torch.randint(0, 300, (tokens,), generator=g), ops.rope_table(300, dim)
 
 
-def test_bits_are_those_of_rope():
+@_oracle.dtypes(SUITE)
+def test_bits_are_those_of_rope(dtype):
     q, k, v, position, table = draw(dim=80)
-    cache = KVPages.empty(5, 2, 80)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    cache = KVPages.empty(5, 2, 80, dtype)
     slot = torch.randperm(80)[:40]
     rotated = ops.kv_append(k, v, cache, slot, position, table, q)
     q_rope, k_rope = ops.rope(q, k, position, table)
@@ -120,7 +124,12 @@ CACHE, SLOT = KVPages.empty(2, 2, 64), torch.arange(3)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((K.half(), V.half(), CACHE, SLOT, P, TABLE), TypeError, "k is float16, allowed: float32"),
+        (
+            (K.double(), V.double(), CACHE, SLOT, P, TABLE),
+            TypeError,
+            "k is float64, allowed: float32, bfloat16, float16",
+        ),
+        ((K.half(), V.half(), CACHE, SLOT, P, TABLE), TypeError, "k_pages is torch.float32, k is torch.float16"),
         ((K, V.half(), CACHE, SLOT, P, TABLE), TypeError, "v is torch.float16, k is torch.float32"),
         ((K, V[:2], CACHE, SLOT, P, TABLE), ValueError, r"v \(2, 2, 64\) must both be"),
         ((K, V, CACHE, SLOT, P, TABLE, Q[:2]), ValueError, r"q \(2, 4, 64\) must be \[3, H, 64\]"),

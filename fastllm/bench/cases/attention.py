@@ -139,7 +139,8 @@ def varlen(lengths_q, lengths_k, heads, kv_heads, dim, unclaimed=0, bias=(), sin
             **learned(make, heads, bias, sinks),
         }
 
-    return Case(f"packed {brief} H{heads}/{kv_heads} D{dim}{extra(spec)}{words}", inputs)
+    pairs = sum(q * k for q, k in zip(lengths_q, lengths_k, strict=True))
+    return Case(f"packed {brief} H{heads}/{kv_heads} D{dim}{extra(spec)}{words}", inputs, flops=4 * heads * dim * pairs)
 
 
 def fused(make):
@@ -153,6 +154,7 @@ SUITE = Suite(
     reference=plain,
     gradients=("q", "k", "v", "bias", "sinks"),
     rows=("q", "k", "v"),
+    cancelled=2.0**-22,
     correct=(
         case(1, 1, 1, 1, 1, 16),
         case(2, 5, 5, 4, 2, 64),
@@ -185,7 +187,7 @@ SUITE = Suite(
         varlen([40, 7], [20, 290], 4, 4, 33, causal=False, sinks=True, unclaimed=3),
         varlen([30, 20], [30, 50], 4, 2, 16, bias=(2, 4, 30, 50), dropout=0.2, alibi=False),
         varlen([0], [0], 2, 1, 16, unclaimed=2),
-        Case("views of a fused qkv", fused),
+        Case("views of a fused qkv", fused, flops=4 * 2 * 6 * 48 * 70 * 71 // 2),
         Case(
             "transposed heads and tokens",
             lambda make: {name: make.normal(2, 3, 40, 32).transpose(1, 2) for name in "qkv"},
@@ -205,6 +207,7 @@ SUITE = Suite(
         case(1, 512, 512, 9, 3, 64),
         case(1, 512, 512, 32, 4, 64),
         case(4, 512, 512, 12, 12, 64, causal=False),
+        case(1, 512, 512, 8, 8, 64, bias=(1, 8, 512, 512), sinks=True, softcap=8.0, window=256, dropout=0.1),
     ),
     peers={"torch sdpa": sdpa},
 )

@@ -66,7 +66,6 @@ SUITE = Suite(
     op="kv_append",
     run=run,
     reference=plain,
-    dtypes=(torch.float32,),
     correct=(
         case(1, 9, 3, 64),
         case(5, 0, 3, 64),
@@ -80,5 +79,6 @@ SUITE = Suite(
         case(1, 9, 3, 64, in_order=True, keep=True),
         case(1, 32, 4, 64, in_order=True, keep=True),
         case(512, 9, 3, 64, in_order=True, keep=True),
+        case(64, 32, 8, 128, in_order=True, keep=True),
     ),
 )

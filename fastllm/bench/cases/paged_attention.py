@@ -3,14 +3,15 @@
 import torch
 
 from ... import ops
-from ...ops import KVPages
+from ...ops import AttentionSpec, KVPages
 from ...ops.kv_cache import PAGE
 from ..case import Case, Suite
-from .attention import CAUSAL, extra, on_device, spec_of
+from .attention import CAUSAL, extra, learned, on_device, spec_of
 from .attention import plain as plain_attention
 
 
-def run(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL):
+def run(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, sinks=None):
+    spec = spec if sinks is None else AttentionSpec(**{**vars(spec), "sinks": sinks})
     return ops.paged_attention(q, KVPages(k_pages, v_pages), block_table, context_len, cu_q, spec)
 
 
@@ -21,16 +22,16 @@ def gather(pages: torch.Tensor, table: torch.Tensor, keys: int, transposed: bool
     return rows.reshape(-1, rows.shape[2], rows.shape[3])[:keys]
 
 
-def plain(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL):
+def plain(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, sinks=None):
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for b, keys in enumerate(context_len.tolist()):
         k, v = gather(k_pages, block_table[b], keys, True), gather(v_pages, block_table[b], keys, False)
         rows = slice(int(cu_q[b]), int(cu_q[b + 1]))
-        out[rows] = plain_attention(q[None, rows], k[None], v[None], spec)[0]
+        out[rows] = plain_attention(q[None, rows], k[None], v[None], spec, sinks=sinks)[0]
     return out
 
 
-def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0):
+def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0, sinks=False):
     pages = [-(-c // PAGE) for c in contexts]
     shuffled = torch.randperm(sum(pages) + 2, generator=make.generator).int()
     table = torch.full((len(contexts), max(pages, default=0) + 1), -1, dtype=torch.int32)  # -1: never read
@@ -38,25 +39,28 @@ def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0):
         begin = sum(pages[:b])
         table[b, :count] = shuffled[begin : begin + count]
     ends = torch.tensor([0, *queries]).cumsum(0).int()
+    rows = (len(shuffled), kv_heads, PAGE, dim)
+    cache = KVPages.of(make.normal(*rows), make.normal(*rows))
     return {
         "q": make.normal(int(ends[-1]) + unclaimed, heads, dim),
-        "k_pages": make.normal(len(shuffled), kv_heads, dim, PAGE),
-        "v_pages": make.normal(len(shuffled), kv_heads, PAGE, dim),
+        "k_pages": cache.k,
+        "v_pages": cache.v,
         "block_table": table.to(make.device),
         "context_len": torch.tensor(contexts, dtype=torch.int32, device=make.device),
         "cu_q": ends.to(make.device),
         "spec": on_device(spec, make),
+        **learned(make, heads, (), sinks),
     }
 
 
-def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, **fields) -> Case:
+def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, sinks=False, **fields) -> Case:
     spec = spec_of(heads, **fields)
     pairs = sum(n * c - (n * (n - 1) // 2 if spec.causal else 0) for n, c in zip(queries, contexts, strict=True))
-    words = extra(spec)
+    words = extra(spec) + (" sinks" if sinks else "")
     brief = ", ".join(f"{n}@{c}" for n, c in zip(queries, contexts, strict=True))
     return Case(
         f"{brief} H{heads}/{kv_heads} D{dim}{words}",
-        lambda make: inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed),
+        lambda make: inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed, sinks),
         bytes=lambda size: (2 * sum(queries) * heads + 2 * sum(contexts) * kv_heads) * dim * size,
         flops=4 * heads * dim * pairs,
     )
@@ -80,11 +84,14 @@ SUITE = Suite(
         case([5], [1050], 2, 1, 7, causal=False),
         case([2, 2], [500, 400], 8, 2, 256, softcap=3.0),
         case([1, 40], [1300, 300], 6, 2, 64, alibi=True, window=400),
+        case([2, 3], [50, 290], 6, 2, 32, alibi=True, sinks=True),
+        case([4], [300], 4, 4, 16, causal=False, window=40),
         case([], [], 2, 1, 16, unclaimed=1),
     ),
     benchmark=(
         case([1], [4096], 32, 4, 64),
         case([1], [4096], 32, 4, 128),
+        case([1], [4096], 32, 8, 128, exact=True, window=1024, softcap=30.0),
         case([1], [128], 9, 3, 64),
         case([1] * 16, [512] * 16, 9, 3, 64),
         case([512], [512], 9, 3, 64),

@@ -15,6 +15,9 @@ paged_attention, whatever the chunks, the batch and the threads. A row that sees
 and has no gradient. A NaN or +inf score makes its row NaN. Keys out of a row's sight never reach it, NaN or not.
 Dropout leaves the sum as it is, drops weights from the values' chain and multiplies the result by 1 / (1 - p).
 
+On a GPU that arithmetic is the spec's `exact` mode, with matrix products for the chains; the default mode walks keys in one
+run. A value of NaN or infinity also reaches rows that do not see its key, if their block of keys holds it.
+
 Backward (Dao 2023, arXiv 2307.08691) computes the weights again from lse [B, H, Sq], the logarithm of each row's
 denominator (packed: [1, H, Tq]); its formula is in reference.py. Every sum has one order: the same bits with any threads.
 """
@@ -26,8 +29,11 @@ from ... import _C
 from .._dropout import threshold
 from .._op import DTYPES, Op, check, check_dtype, check_like, pointer
 from ..rope import unit_stride
+from . import cudnn
 from .reference import reference, reference_backward
 from .spec import CAUSAL, AttentionSpec
+from .triton_backward import gpu_backward
+from .triton_forward import gpu
 
 MAX_DIM = 256  # csrc/records/attention.h: kMaxHeadDim
 
@@ -165,6 +171,8 @@ forward = Op(
     reference=reference,
     fake=lambda q, *others: _outputs(q),
     cpu=cpu,
+    triton=gpu,
+    triton_reason=cudnn.REASON,
     save=_save,
     backward=_backward,
 )
@@ -176,6 +184,8 @@ backward = Op(
         q, k, v, bias, sinks, bias_gradient
     ),
     cpu=cpu_backward,
+    triton=gpu_backward,
+    triton_reason=cudnn.REASON,
 )
 
 # ---------------------------------------------------------------------------------------------------------- validation

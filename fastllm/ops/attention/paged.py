@@ -10,7 +10,10 @@ The spec's bias and dropout are not for decoding. Dtypes: float32, bfloat16, flo
 view of a fused qkv. Arithmetic: that of ops.attention, bit for bit. Entries of the block table and slots of a page past
 context_len are never used, whatever they hold.
 Lengths are read when the kernel runs: a plan may replay with new ones. A length below 0 or beyond the block table, or a
-page outside the cache, raises IndexError.
+page outside the cache, raises IndexError; on a GPU, which a check would make wait, it makes its sequence NaN.
+
+On a GPU the bits are those of ops.attention only with the spec's `exact`; else keys are split over programs as fits the
+batch. There a value of NaN or infinity also reaches rows that do not see its key, if their block of keys holds it.
 """
 
 import torch
@@ -24,6 +27,7 @@ from . import dense
 from .dense import as_float
 from .reference import reference as dense_reference
 from .spec import CAUSAL, AttentionSpec, Settings
+from .triton_paged import gpu
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
@@ -88,6 +92,7 @@ forward = Op(
     reference=reference,
     fake=lambda q, *others: _output(q),
     cpu=cpu,
+    triton=gpu,
 )
 
 

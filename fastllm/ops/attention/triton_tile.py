@@ -1,0 +1,170 @@
+"""What the Triton kernels of attention share: the shape of a score, one step of the running softmax, the fold of two
+parts, and the sizes of their blocks.
+
+Scores are kept in base 2: a block holds t with score = t / log2(e), so that a weight is one exp2. A part is what a run of
+keys gives a row: (acc, sum, top) = (sum of 2^(t - top) v, sum of 2^(t - top), greatest t), and -inf, 0, 0 for no key.
+Every sum is an explicit FMA, so a part has the same bits in every kernel that is compiled with the same sizes.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .._triton import tl, triton
+
+TILE = 256  # keys of a tile of the arithmetic contract, at absolute positions
+
+
+@triton.jit
+def tanh(x):
+    z = tl.abs(x)
+    e = tl.exp2(z * -2.8853900817779268)  # e^(-2 |x|)
+    far = (1.0 - e) / (1.0 + e)
+    w = x * x  # near 0, where 1 - e cancels: odd polynomial of Cephes (Moshier 1989), |x| < 0.625
+    p = tl.fma(w, -5.70498872745e-3, 2.06390887954e-2)
+    p = tl.fma(w, p, -5.37397155531e-2)
+    p = tl.fma(w, p, 1.33314422036e-1)
+    p = tl.fma(w, p, -3.33332819422e-1)
+    return tl.where(z < 0.625, tl.fma(x * w, p, x), tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def shaped(s, scale, softcap, bias, slope, distance, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr):
+    """q . k -> score in base 2, and the derivative of the cap."""
+    s, damp = s * scale, 1.0
+    if SOFTCAP:
+        t = tanh(s / softcap)
+        s, damp = softcap * t, 1.0 - t * t
+    if BIAS:
+        s += bias
+    if ALIBI:
+        s -= slope * tl.abs(distance).to(tl.float32)
+    return s * 1.4426950408889634, damp
+
+
+@triton.jit
+def sight(row, key, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Which keys a query at `row` sees."""
+    seen = key < keys
+    if CAUSAL:
+        seen = seen & (key <= row)
+    if WINDOW:
+        seen = seen & (key > row - window)
+        if not CAUSAL:
+            seen = seen & (key < row + window)
+    return seen
+
+
+@triton.jit
+def span(first, last, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr):
+    """[begin, end) of the keys that queries at first .. last see, begin at a multiple of STEP."""
+    begin, end = 0, keys
+    if CAUSAL:
+        end = tl.minimum(end, last + 1)
+    if WINDOW:
+        begin = tl.maximum(first - window + 1, 0) // STEP * STEP
+        if not CAUSAL:
+            end = tl.minimum(end, last + window)
+    return begin, end
+
+
+@triton.jit
+def nothing(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The part of no key."""
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    return acc, tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), -float("inf"), tl.float32)
+
+
+@triton.jit
+def weigh(total, top, s, unit):
+    """One more block of keys, s their scores over unit > 0: their weights, what earlier weights fade by, sum and top."""
+    new = tl.maximum(top, tl.max(s, 1) * unit)
+    base = tl.where(new == -float("inf"), 0.0, new)
+    p = tl.exp2(tl.fma(s, unit, -base[:, None]))
+    fade = tl.exp2(top - base)
+    return p, fade, tl.fma(total, fade, tl.sum(p, 1)), new
+
+
+@triton.jit
+def fold(acc, total, top, acc_b, total_b, top_b):
+    """Two parts as one."""
+    new = tl.maximum(top, top_b)
+    base = tl.where(new == -float("inf"), 0.0, new)
+    a, b = tl.exp2(top - base), tl.exp2(top_b - base)
+    total = tl.fma(total, a, total_b * b)
+    acc = tl.fma(acc, a[:, None], acc_b * b[:, None])
+    return acc, total, new
+
+
+@triton.jit
+def with_sink(acc, total, top, sink):
+    """The part after a score (natural, not base 2) that carries no value."""
+    t = sink * 1.4426950408889634
+    new = tl.maximum(top, t)
+    base = tl.where(new == -float("inf"), 0.0, new)
+    fade = tl.exp2(top - base)
+    return acc * fade[:, None], tl.fma(total, fade, tl.exp2(t - base)), new
+
+
+@triton.jit
+def finish(acc, total):
+    """The output; zeros for a row without a key."""
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit
+def owner(cu_q, batch, rows, at, TOKENS: tl.constexpr, BATCH: tl.constexpr):
+    """The sequence of block `at` and its rows [first, end); sequence -1 and `batch` are the rows that nobody claims,
+    before and behind. Sequence b's blocks begin at cu_q[b] / TOKENS + b + 1: room for each, known without a sum."""
+    i = tl.arange(0, BATCH)
+    begins = tl.load(cu_q + i, mask=i <= batch, other=0) // TOKENS + i + 1
+    b = tl.sum(((begins <= at) & (i <= batch)).to(tl.int32), 0) - 1
+    first = tl.load(cu_q + b, mask=b >= 0, other=0)
+    end = tl.load(cu_q + b + 1, mask=b < batch, other=rows)
+    begin = tl.where(b >= 0, first // TOKENS + b + 1, 0)
+    return b, first, tl.minimum(end, rows), first + (at - begin) * TOKENS
+
+
+class Sizes(NamedTuple):
+    """Rows and keys of a block, and warps."""
+
+    rows: int
+    keys: int
+    warps: int
+
+
+# By dtype (bfloat16 stands for both halves), then by the largest head dim: blocks that spill no register on sm_80 and sm_90.
+# fp32 products run without tensor cores and hold their operands in registers. In exact mode these sizes decide the bits.
+Table = dict[torch.dtype, dict[int, Sizes]]
+EXACT: Table = {
+    torch.float32: {128: Sizes(16, 32, 8), 512: Sizes(16, 16, 8)},
+    torch.bfloat16: {64: Sizes(64, 64, 4), 128: Sizes(64, 64, 8), 256: Sizes(64, 32, 8), 512: Sizes(32, 32, 8)},
+}
+DENSE: Table = {
+    torch.float32: EXACT[torch.float32],
+    torch.bfloat16: {128: Sizes(128, 64, 8), 256: Sizes(64, 64, 8), 512: Sizes(32, 32, 8)},
+}
+BACKWARD: Table = {
+    torch.float32: {64: Sizes(32, 32, 8), 128: Sizes(16, 32, 8), 512: Sizes(16, 16, 8)},
+    torch.bfloat16: {128: Sizes(64, 64, 8), 512: Sizes(32, 32, 8)},
+}
+DECODE: Table = {
+    torch.float32: {128: Sizes(16, 32, 8), 256: Sizes(16, 16, 8)},
+    torch.bfloat16: {64: Sizes(16, 128, 4), 128: Sizes(16, 64, 4), 256: Sizes(16, 32, 4)},
+}
+
+
+def padded(dim: int) -> int:
+    """The block that holds a head: a power of two, at least what a matrix unit takes."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def stages(dtype: torch.dtype) -> int:
+    """Blocks of keys on their way at a time; fp32 products need the registers themselves."""
+    return 1 if dtype == torch.float32 else 2
+
+
+def sizes(table: Table, dim: int, dtype: torch.dtype, heavy: bool = False) -> Sizes:
+    """The table's entry; heavy, with a bias or dropout, that of heads twice as wide, which leaves registers for them."""
+    entries = table[torch.float32 if dtype == torch.float32 else torch.bfloat16]
+    return next(size for limit, size in entries.items() if dim * (2 if heavy else 1) <= limit)

@@ -1,0 +1,62 @@
+"""Which calls of attention on a GPU go to cuDNN: a decision on shapes and features, taken without a GPU."""
+
+import pytest
+import torch
+
+from fastllm.ops import AttentionSpec, Dropout
+from fastllm.ops.attention import cudnn
+
+
+class Cuda:
+    """What the decision reads of a tensor on a GPU."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"):
+        self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    monkeypatch.setattr(cudnn, "_available", lambda index: True)
+
+
+def refusal(q=None, k=None, cu_q=None, **fields):
+    q, k, spec = q or Cuda(2, 512, 16, 128), k or Cuda(2, 512, 4, 128), AttentionSpec(**fields)
+    return cudnn.refusal(q, k, cu_q, spec.bias, spec.alibi, spec.sinks, spec.settings(q.shape[3]))
+
+
+def test_plain_dense_attention_goes_to_cudnn():
+    assert refusal() is None
+    assert refusal(causal=False) is None
+    assert refusal(k=Cuda(2, 700, 4, 128), causal=False) is None
+    assert refusal(q=Cuda(2, 512, 16, 64, dtype=torch.float16)) is None
+
+
+@pytest.mark.parametrize(("call", "reason"), [
+    ({"q": Cuda(2, 512, 16, 128, dtype=torch.float32)}, "float32"),
+    ({"q": Cuda(2, 512, 16, 128, device="cpu")}, "device cpu"),
+    ({"q": Cuda(2, 512, 16, 256)}, "head dim 256"),
+    ({"q": Cuda(2, 512, 16, 60)}, "head dim 60"),
+    ({"q": Cuda(2, 1, 16, 128)}, "a single query"),
+    ({"k": Cuda(2, 700, 4, 128)}, "Sq != Sk"),
+    ({"cu_q": torch.tensor([0, 512])}, "packed"),
+    ({"exact": True}, "exact"),
+    ({"window": 100}, "window"),
+    ({"softcap": 5.0, "dropout": Dropout(0.1, 1)}, "softcap, dropout"),
+    ({"bias": torch.zeros(1, 1, 1, 512)}, "bias"),
+    ({"alibi": torch.ones(16), "sinks": torch.ones(16)}, "alibi, sinks"),
+])  # fmt: skip
+def test_the_rest_goes_to_triton(call, reason):
+    assert reason in refusal(**call)
+
+
+def test_deterministic_algorithms_go_to_triton():
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "deterministic" in refusal()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_without_cudnn_everything_goes_to_triton(monkeypatch):
+    monkeypatch.setattr(cudnn, "_available", lambda index: False)
+    assert refusal() == "no cuDNN attention on this GPU"
