@@ -61,7 +61,8 @@ def test_accuracy_in_units_of_the_last_place(approximate, from_, to, bound):
     y, want = ops.gelu(x, approximate).double(), exact(x, approximate)
     normal = want.abs() > 1e-37
     ulp = 2.0 ** (want.abs().clamp_min(1e-37).log2().floor() - 23)
-    assert ((y - want).abs() / ulp)[normal].max() < (bound if _C.isa() != "generic" else 2 * bound)
+    rounded_twice = 10 if _C.isa() == "generic" else 1  # without an FMA what x * x loses is lost
+    assert ((y - want).abs() / ulp)[normal].max() < bound * rounded_twice
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

@@ -9,16 +9,17 @@ from ..case import Case, Suite
 SPEC = AdamWSpec(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
 
-def run(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None, in_place=False):
+def run(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None, skip=None, in_place=False):
     """What the op changed: param, the moments, the master. On copies, unless in_place."""
     changed = [param, exp_avg, exp_avg_sq, *([] if master is None else [master])]
     if not in_place:
         changed = [t.detach().clone(memory_format=torch.contiguous_format) for t in changed]
-    ops.adamw(changed[0], grad, AdamWState(*changed[1:]), step, SPEC, grad_scale)
+    ops.adamw(changed[0], grad, AdamWState(*changed[1:]), step, SPEC, grad_scale, skip)
     return tuple(changed)
 
 
-def plain(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None, in_place=False):
+def plain(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None, skip=None, in_place=False):
+    step = float(step)
     weight = param if master is None else master
     wide = torch.promote_types(weight.dtype, torch.float32)
     g = grad.to(wide) if grad_scale is None else grad.to(wide) * grad_scale
@@ -35,7 +36,7 @@ def plain(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None
     return old if in_place else new
 
 
-def fused(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None, in_place=False):
+def fused(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None, skip=None, in_place=False):
     """torch's fused step in one dtype: it has neither a master nor moments of another dtype."""
     count = torch.full((), float(step), device=param.device)
     torch._fused_adamw_(
@@ -45,13 +46,20 @@ def fused(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None
     return param
 
 
+def scalars(make):
+    scale = make.normal(1, dtype=torch.float32).square()
+    return {"step": make.integers(7, 8, 1), "grad_scale": scale, "skip": torch.zeros_like(scale)}
+
+
 def case(
     *shape: int, master: bool = False, moments: torch.dtype = torch.float32, wide_grad: bool = False,
-    grad_scale: float | None = None, in_place: bool = False,
+    grad_scale: float | None = None, tensors: bool = False, in_place: bool = False,
 ) -> Case:  # fmt: skip
+    """tensors: step, grad_scale and skip are tensors beside the parameters, as clipping without a wait has them."""
     count = torch.Size(shape).numel()
     notes = (" master" if master else "") + (" bf16 moments" if moments != torch.float32 else "")
     notes += (" fp32 grad" if wide_grad else "") + (f" scale {grad_scale:g}" if grad_scale is not None else "")
+    notes += " by tensors" if tensors else ""
 
     def inputs(make):
         param = make.normal(*shape)
@@ -63,6 +71,7 @@ def case(
             "exp_avg_sq": make.normal(*shape, scale=0.1, dtype=moments).square(),
             **({"master": param.float() + make.normal(*shape, scale=1e-4, dtype=torch.float32)} if with_master else {}),
             **({"grad_scale": grad_scale} if grad_scale is not None else {}),
+            **(scalars(make) if tensors else {}),
             **({"in_place": True} if in_place else {}),
         }
 
@@ -91,6 +100,7 @@ SUITE = Suite(
         case(5, 33, moments=torch.bfloat16),
         case(5, 33, moments=torch.bfloat16, master=True, wide_grad=True),
         case(5, 33, grad_scale=0.37),
+        case(5, 33, master=True, tensors=True),
         case(3, 16384 + 3),  # more than one block, and a tail
         Case("transposed gradient", strided),
     ),
@@ -98,6 +108,7 @@ SUITE = Suite(
         case(4096, 2048, in_place=True),
         case(4096, 2048, master=True, in_place=True),
         case(4096, 2048, moments=torch.bfloat16, in_place=True),
+        case(4096, 2048, master=True, tensors=True, in_place=True),
         case(8192, 16384, master=True, in_place=True),
     ),
 )
