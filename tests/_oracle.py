@@ -96,7 +96,7 @@ def check_forward_and_gradients(suite: Suite, case: Case, dtype: torch.dtype, de
             assert torch.equal(o, again) or o.isnan().any(), "forward with and without gradient differ"
         for name, o, p, e in zip(names, ours_g, plain_g, exact_g, strict=True):
             assert o.dtype == inputs[name].dtype, f"d{name}: dtype {o.dtype}"
-            assert_close(f"d{name}", o, p, e, dtype)
+            assert_close(f"d{name}", o, p, e, dtype, suite.gradient_error)
     for name, value in before.items():
         assert torch.equal(inputs[name], value) or value.isnan().any(), f"input {name} was changed"
 

@@ -54,7 +54,7 @@ class Suite:
     gradients: names of the inputs that receive one. rows: names of the inputs whose first dimension is a batch of
     independent rows; the contract test cuts them. dtypes: what the CPU kernel takes. peak: what its flops run on and
     are compared with, "fma" (fp32) or "dot" (8-bit products). error: how many times plain PyTorch's error is allowed;
-    more than 2 where the contract's order of additions costs accuracy."""
+    more than 2 where the contract's order of additions costs accuracy; gradient_error: likewise of the gradients."""
 
     op: str
     run: Callable[..., Any]
@@ -67,6 +67,7 @@ class Suite:
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     peak: str = "fma"
     error: float = 2.0
+    gradient_error: float = 2.0
 
 
 def as_tuple(output: Any) -> tuple[torch.Tensor, ...]:
