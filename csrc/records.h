@@ -7,6 +7,8 @@
 #include "records/embedding.h"
 #include "records/kv_append.h"
 #include "records/linear.h"
+#include "records/lora_linear.h"
+#include "records/multi_lora.h"
 #include "records/quant_linear.h"
 #include "records/rms_norm.h"
 #include "records/rope.h"

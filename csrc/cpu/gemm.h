@@ -25,8 +25,9 @@ constexpr int64_t kRowBlock = 96;      // rows of x that stay in L2 while the pa
 constexpr int64_t kDepthBlock = 2048;  // of K: two panels of this depth stay in L2 while the rows pass
 constexpr int64_t kFewRows = 4;        // up to here each thread makes its own normalised rows and needs no barrier
 
-// The plain product.
+// The plain product. A product whose hooks say kPacks never meets panels: its streams of few rows need not be compiled.
 struct NoHooks {
+  static constexpr bool kPacks = false;
   template <int R, int P> FL_INLINE_MEMBER void start(vf (&acc)[R][P], int64_t /*row*/, const int64_t (&)[P]) const {
     FL_UNROLL
     for (int r = 0; r < R; ++r)
@@ -272,14 +273,15 @@ template <class Hooks> void product(const LinearArgs& a, const Hooks& hooks, Tea
     scratch += linear_x_floats(a, team.size);
   }
   const int64_t panels = panels_of(a);
-  if (few && a.form == kPanels) {
-    const Range mine = share(team, panels / width);
-    int64_t r = 0;
-    if (a.rows == 4) stream_rows<4>(a, hooks, x, x_stride, 0, mine.begin, mine.end), r = 4;
-    if (a.rows == 2 || a.rows == 3) stream_rows<2>(a, hooks, x, x_stride, 0, mine.begin, mine.end), r = 2;
-    if (r < a.rows) stream_rows<1>(a, hooks, x + r * x_stride, x_stride, r, mine.begin, mine.end);
-    return;
-  }
+  if constexpr (!Hooks::kPacks)
+    if (few && a.form == kPanels) {
+      const Range mine = share(team, panels / width);
+      int64_t r = 0;
+      if (a.rows == 4) stream_rows<4>(a, hooks, x, x_stride, 0, mine.begin, mine.end), r = 4;
+      if (a.rows == 2 || a.rows == 3) stream_rows<2>(a, hooks, x, x_stride, 0, mine.begin, mine.end), r = 2;
+      if (r < a.rows) stream_rows<1>(a, hooks, x + r * x_stride, x_stride, r, mine.begin, mine.end);
+      return;
+    }
   // Items: panel groups x row blocks, the row blocks of one group next to each other so that its panels stay in cache.
   float* rest = scratch + team.rank * linear_thread_floats(a);
   float* packed = rest + kRowBlock * 2 * kLanes;

@@ -5,7 +5,7 @@
 namespace fastllm {
 namespace {
 
-// to[j][i] = in[i][j], for the first `count` j.
+// to[j][i] = in[i][j], for the first `count` of the 16 j.
 FL_INLINE void transpose(float* to, const vf (&in)[16], int64_t count = 16) {
 #if defined(__AVX512F__)
   __m512 a[16], b[16];
@@ -28,7 +28,7 @@ FL_INLINE void transpose(float* to, const vf (&in)[16], int64_t count = 16) {
 #else
   float rows[16][16];
   for (int i = 0; i < 16; ++i) store(rows[i], in[i]);
-  for (int64_t j = 0; j < count; ++j)
+  for (int64_t j = 0; j < 16 && j < count; ++j)
     for (int i = 0; i < 16; ++i) to[j * 16 + i] = rows[i][j];
 #endif
 }

@@ -6,7 +6,7 @@
 
 namespace fastllm {
 
-constexpr int kMaxFields = 32;    // of an argument record
+constexpr int kMaxFields = 40;    // of an argument record
 
 enum Isa : int { kGeneric, kAvx2, kAvx512, kIsaCount };
 

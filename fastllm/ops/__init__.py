@@ -8,6 +8,8 @@ from .embedding import embedding
 from .kv_append import kv_append
 from .kv_cache import PAGE, KVPages
 from .linear import Panels, linear
+from .lora_linear import lora_linear
+from .multi_lora import AdapterPool, multi_lora
 from .quant_linear import QWeight, quant_linear
 from .rms_norm import rms_norm
 from .rope import rope, rope_table
@@ -18,6 +20,7 @@ from .top_logprobs import top_logprobs
 
 __all__ = [
     "PAGE",
+    "AdapterPool",
     "AttentionSpec",
     "Dropout",
     "KVPages",
@@ -31,6 +34,8 @@ __all__ = [
     "embedding",
     "kv_append",
     "linear",
+    "lora_linear",
+    "multi_lora",
     "paged_attention",
     "quant_linear",
     "rms_norm",

@@ -30,7 +30,7 @@ from .rms_norm import rms_norm
 from .swiglu import swiglu as swiglu_op
 
 # csrc/records/linear.h: how a weight lies and which side of it a product takes, and its stacked halves, gate over up
-PANELS, ROWS, PANELS_ACROSS = 0, 1, 3
+PANELS, ROWS, ROWS_ACROSS, PANELS_ACROSS = 0, 1, 2, 3
 WHOLE, SWIGLU, GATE_UP = 0, 1, 2  # GATE_UP: the panels alternate as for swiglu, but y is [gate, up]
 
 
@@ -130,7 +130,7 @@ def reference_panels(x, panels, rows, bias, norm, eps, residual, halves, wide) -
 
 
 def reference_backward(dy, x, weight, bias, dx, dweight) -> tuple[Tensor, Tensor, Tensor]:
-    d, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    d, rows = as_rows(dy), as_rows(x)
     return (
         (d @ weight).view_as(x) if dx else x.new_empty(0),
         d.t() @ rows if dweight else x.new_empty(0),
@@ -149,21 +149,32 @@ def _output(x: Tensor, cols: int, wide: bool = False) -> Tensor:
     return torch.empty((*x.shape[:-1], cols), dtype=torch.float32 if wide else x.dtype, device=x.device)
 
 
+def unit_stride(weight: Tensor) -> Tensor:
+    """A matrix whose rows lie in one piece: itself, or a copy."""
+    return weight if weight.stride(1) == 1 or weight.shape[1] <= 1 else weight.contiguous()
+
+
+def fields(y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, halves=WHOLE) -> tuple:
+    """The record of a product x W^T or x W (csrc/records/linear.h): y contiguous, x and residual [rows, ...] with unit
+    stride, the weight of x's dtype or packed."""
+    cols = y.shape[-1]
+    return (
+        y.data_ptr(), x.data_ptr(), weight.data_ptr(), pointer(bias), pointer(residual), pointer(norm),
+        x.shape[0], cols, x.shape[1], x.stride(0), cols, weight.stride(0),
+        0 if residual is None else residual.stride(0), form, halves, DTYPES[x.dtype], DTYPES[x.dtype],
+        DTYPES[y.dtype], eps,
+    )  # fmt: skip
+
+
 def product(y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, halves=WHOLE, kernel=_C.linear) -> Tensor:
-    """y = x W^T or x W into y, contiguous; the weight of x's dtype, or packed."""
     if y.numel():
-        rows = as_rows(x)
-        other = None if residual is None else as_rows(residual)
-        kernel(
-            y.data_ptr(), rows.data_ptr(), weight.data_ptr(), pointer(bias), pointer(other), pointer(norm),
-            rows.shape[0], y.shape[-1], x.shape[-1], rows.stride(0), y.shape[-1], weight.stride(0),
-            0 if other is None else other.stride(0), form, halves, DTYPES[x.dtype], DTYPES[x.dtype], DTYPES[y.dtype], eps,
-        )  # fmt: skip
+        residual = None if residual is None else as_rows(residual)
+        kernel(*fields(y, as_rows(x), weight, form, bias, norm, eps, residual, halves))
     return y
 
 
 def cpu(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    weight = unit_stride(weight)
     y = _output(x, weight.shape[0] // (1 + swiglu), wide)
     return product(y, x, weight, ROWS, bias, norm, eps, residual, SWIGLU if swiglu else WHOLE)
 
@@ -230,7 +241,7 @@ def _backward_panels(ctx, dy):
     check_plain(ctx.plain, "linear")
     dy = dy.to(ctx.dtype)
     dx = backward_panels(dy, *ctx.saved_tensors, *ctx.shape) if ctx.needs_input_grad[0] else None
-    dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+    dbias = as_rows(dy).sum(0) if ctx.needs_input_grad[3] else None
     return dx, None, None, dbias, None, None, None, None, None
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._op import Op, check_dtype
+from ._op import Op, as_rows, check_dtype
 from .linear import GATE_UP, SWIGLU, WHOLE, check_fusion, check_plain, check_rows_at, compose, must_compose, product
 
 GROUP = 32
@@ -269,7 +269,7 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, dy):
     check_plain(ctx.plain, "quant_linear")
     dx = backward(dy, *ctx.saved_tensors, *ctx.shape) if ctx.needs_input_grad[0] else None
-    dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[6] else None
+    dbias = as_rows(dy).sum(0) if ctx.needs_input_grad[6] else None
     return dx, *[None] * 5, dbias, *[None] * 4
 
 
