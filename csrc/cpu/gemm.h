@@ -84,25 +84,29 @@ FL_INLINE void finish(const LinearArgs& a, vf v, int64_t row, int64_t n, int64_t
 }
 
 // Panels come in units: one panel, or a gate panel and the up panel behind it, whose product is one output panel with swiglu.
+// Once a tier, through memory: inlined into every tile, its branches would take minutes to compile.
+[[maybe_unused]] __attribute__((noinline)) void finish_chains(const LinearArgs& a, const float* chain, int rows, int panels, int64_t row,
+                                                              const int64_t* panel) {
+  for (int r = 0; r < rows; ++r)
+    for (int p = 0; p < panels; ++p, chain += kLanes) {
+      if (a.halves != kSwiglu) {
+        const PanelRows at = rows_of_panel(panel[p], a.cols, alternates(a));
+        finish(a, load(chain), row + r, at.first, at.count);
+      } else if (p % 2 == 0) {
+        const int64_t n = panel[p] / 2 * kLanes;
+        finish(a, silu(load(chain)) * load(chain + kLanes), row + r, n, a.cols - n);
+      }
+    }
+}
 template <class Hooks, int R, int P>
 FL_INLINE void finish_all(const LinearArgs& a, const Hooks& hooks, vf (&acc)[R][P], int64_t row, const int64_t (&panel)[P]) {
   hooks.end(acc, row, panel);
+  alignas(64) float chain[R * P * kLanes];
   FL_UNROLL
-  for (int r = 0; r < R; ++r) {
-    if (a.halves == kSwiglu) {
-      FL_UNROLL
-      for (int p = 0; p + 1 < P; p += 2) {
-        const int64_t n = panel[p] / 2 * kLanes;
-        finish(a, silu(acc[r][p]) * acc[r][p + 1], row + r, n, a.cols - n);
-      }
-    } else {
-      FL_UNROLL
-      for (int p = 0; p < P; ++p) {
-        const PanelRows at = rows_of_panel(panel[p], a.cols, alternates(a));
-        finish(a, acc[r][p], row + r, at.first, at.count);
-      }
-    }
-  }
+  for (int r = 0; r < R; ++r)
+    FL_UNROLL
+    for (int p = 0; p < P; ++p) store(chain + (r * P + p) * kLanes, acc[r][p]);
+  finish_chains(a, chain, R, P, row, panel);
 }
 
 // One row (or few) against units [begin, end): P panels at once, each its own stream through memory.
@@ -136,12 +140,14 @@ void stream(const LinearArgs& a, const Hooks& hooks, const float* x, int64_t x_s
 template <int R, class Hooks>
 void stream_rows(const LinearArgs& a, const Hooks& hooks, const float* x, int64_t x_stride, int64_t row, int64_t begin, int64_t end) {
   const int64_t width = a.halves ? 2 : 1, units = end - begin;
-  if (streaming.streams == 2)
-    stream<R, 2>(a, hooks, x, x_stride, row, begin, end);
-  else if (R == 1 && kStreams == 8 && units % (8 / width) && units % (6 / width) == 0)
-    stream<1, 6>(a, hooks, x, x_stride, row, begin, end);
-  else
-    stream<R, (R == 4 ? 4 : kStreams)>(a, hooks, x, x_stride, row, begin, end);
+  if (kStreams == 2 || streaming.streams == 2) return stream<R, 2>(a, hooks, x, x_stride, row, begin, end);
+  if constexpr (kStreams > 2) {
+    if (kStreams == 4 || R == 4 || streaming.streams == 4) return stream<R, 4>(a, hooks, x, x_stride, row, begin, end);
+    if constexpr (kStreams == 8 && R < 4) {
+      if (R == 1 && units % (8 / width) && units % (6 / width) == 0) return stream<1, 6>(a, hooks, x, x_stride, row, begin, end);
+      stream<R, 8>(a, hooks, x, x_stride, row, begin, end);
+    }
+  }
 }
 
 // R rows against P panels over one block of the depth; partial chains rest in `rest` between blocks.

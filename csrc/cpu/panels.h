@@ -6,8 +6,8 @@ namespace fastllm {
 namespace {
 
 // to[j][i] = in[i][j], for the first `count` of the 16 j.
-FL_INLINE void transpose(float* to, const vf (&in)[16], int64_t count = 16) {
 #if defined(__AVX512F__)
+FL_INLINE void transpose(float* to, const vf (&in)[16], int64_t count = 16) {
   __m512 a[16], b[16];
   FL_UNROLL
   for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_ps(in[i].v, in[i + 1].v), b[i + 1] = _mm512_unpackhi_ps(in[i].v, in[i + 1].v);
@@ -25,13 +25,15 @@ FL_INLINE void transpose(float* to, const vf (&in)[16], int64_t count = 16) {
     if (j + 8 < count) _mm512_storeu_ps(to + (j + 8) * 16, _mm512_shuffle_f32x4(even0, even1, 0xdd));
     if (j + 12 < count) _mm512_storeu_ps(to + (j + 12) * 16, _mm512_shuffle_f32x4(odd0, odd1, 0xdd));
   }
-#else
+}
+#else    // once a tier: inlined into every packing it would take minutes to compile
+[[maybe_unused]] __attribute__((noinline)) void transpose(float* to, const vf (&in)[16], int64_t count = 16) {
   float rows[16][16];
   for (int i = 0; i < 16; ++i) store(rows[i], in[i]);
   for (int64_t j = 0; j < 16 && j < count; ++j)
     for (int i = 0; i < 16; ++i) to[j * 16 + i] = rows[i][j];
-#endif
 }
+#endif
 
 // Rows n..n+15 of a row-major [cols, depth] weight; absent rows are zeros.
 template <class T> void pack_rows(float* to, const T* weight, int64_t stride, int64_t cols, int64_t depth, int64_t n) {

@@ -127,12 +127,14 @@ void quant_stream(const LinearArgs& a, const Hooks& hooks, const Rows& x, int64_
 template <int kBits, bool kMin, int R, class Hooks>
 void quant_stream_rows(const LinearArgs& a, const Hooks& hooks, const Rows& x, int64_t row, int64_t begin, int64_t end) {
   const int64_t width = a.halves ? 2 : 1, units = end - begin;
-  if (streaming.streams == 2)
-    quant_stream<kBits, kMin, R, 2>(a, hooks, x, row, begin, end);
-  else if (R == 1 && kStreams == 8 && units % (8 / width) && units % (6 / width) == 0)
-    quant_stream<kBits, kMin, 1, 6>(a, hooks, x, row, begin, end);
-  else
-    quant_stream<kBits, kMin, R, (R == 4 ? 4 : kStreams)>(a, hooks, x, row, begin, end);
+  if (kStreams == 2 || streaming.streams == 2) return quant_stream<kBits, kMin, R, 2>(a, hooks, x, row, begin, end);
+  if constexpr (kStreams > 2) {
+    if (kStreams == 4 || R == 4 || streaming.streams == 4) return quant_stream<kBits, kMin, R, 4>(a, hooks, x, row, begin, end);
+    if constexpr (kStreams == 8 && R < 4) {
+      if (R == 1 && units % (8 / width) && units % (6 / width) == 0) return quant_stream<kBits, kMin, 1, 6>(a, hooks, x, row, begin, end);
+      quant_stream<kBits, kMin, R, 8>(a, hooks, x, row, begin, end);
+    }
+  }
 }
 
 template <int kBits, bool kMin, class Hooks> void quant_product(const LinearArgs& a, const Hooks& hooks, Team& team, char* scratch) {
