@@ -13,6 +13,8 @@
 #include "records/layer_norm.h"
 #include "records/linear.h"
 #include "records/linear_cross_entropy.h"
+#include "records/lora_linear.h"
+#include "records/multi_lora.h"
 #include "records/quant_linear.h"
 #include "records/rms_norm.h"
 #include "records/rope.h"

@@ -25,6 +25,12 @@ FL_INLINE vi broadcast4(const int8_t* x) {    // four activations to every lane
   return seti(v);
 }
 
+// One group of one panel: quants, then 16 float16 scales, then 16 float16 minima if any.
+template <int kBits, bool kMin> struct QuantFormat {
+  static constexpr int64_t kQuants = kBits == 4 ? 256 : 512;
+  static constexpr int64_t kBytes = kQuants + 32 + (kMin ? 32 : 0);
+};
+
 template <int kBits> struct Quants;
 
 // dot(x, start): start + sum over the group of quant * x, per row.

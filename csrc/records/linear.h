@@ -1,26 +1,70 @@
-// linear: y = norm(x) W^T + bias, then + residual, or silu(gate) * up
+// linear: y = norm(x) W^T + bias, then + residual, or silu(gate) * up; and y = x W, the gradient of its input
 #pragma once
 #include "../common.h"
 
 namespace fastllm {
 
+// How a weight W [N, K] lies, and which side of it a product takes.
+enum WeightForm : int64_t {
+  kPanels = 0,          // x W^T: float32 panels of 16 rows, [N/16][K][16], rows beyond N zero
+  kRows = 1,            // x W^T: row-major, packed into panels on the way
+  kRowsAcross = 2,      // x W
+  kPanelsAcross = 3,    // x W
+  kInt4Across = 4,      // x W, of the dequantised panels of quant_linear; the next three likewise
+  kInt4MinAcross = 5,
+  kInt8Across = 6,
+  kInt8MinAcross = 7,
+  kInt4 = 8,            // x W^T, of those panels, x rounded to 8 bits; the next three likewise
+  kInt4Min = 9,
+  kInt8 = 10,
+  kInt8Min = 11,
+};
+// Two stacked halves of a weight, gate over up, whose panels alternate: gate, up, gate, up.
+enum Halves : int64_t {
+  kWhole = 0,
+  kSwiglu = 1,    // y = silu(gate) * up
+  kGateUp = 2,    // panels alternate, y (across: x) is [gate, up]
+};
+
 struct LinearArgs {
-  float* y;              // [rows, cols], unit stride in cols
-  const float* x;        // [rows, depth]
-  const float* panels;   // [cols/16][depth][16], columns beyond `cols` zero; swiglu: gate and up panels alternate. Or null:
-  const float* weight;   // [cols, depth] row-major, packed on the way; swiglu: [2 cols, depth], gate rows first
-  const float* bias;     // [cols] or null
-  const float* residual; // [rows, cols] or null
-  const float* norm;     // [depth], weight of an rms_norm applied to x first, or null
-  int64_t rows, cols, depth, x_stride, y_stride, weight_stride, residual_stride, swiglu;
+  void* y;                 // [rows, cols] of y_dtype, unit stride in cols
+  const void* x;           // [rows, depth] of x_dtype
+  const void* weight;      // as `form` says; rows of `dtype`
+  const void* bias;        // [cols] of dtype, or null
+  const void* residual;    // [rows, cols] of dtype, or null
+  const void* norm;        // [depth] of x_dtype, the weight of an rms_norm applied to x first, or null
+  int64_t rows, cols, depth, x_stride, y_stride, weight_stride, residual_stride, form, halves, x_dtype, dtype, y_dtype;
   double eps;
 };
-static inline int64_t work(const LinearArgs& a) { return a.rows * a.cols * a.depth / 8; }
+static inline int64_t work(const LinearArgs& a) { return a.rows * a.cols * a.depth / (a.form >= kInt4 ? 16 : 8); }
 // A thread's own: resting chains of a row block against two panels, and two packed panels.
-static inline int64_t linear_thread_floats(const LinearArgs& a) { return 96 * 2 * 16 + (a.panels ? 0 : 2 * 16 * a.depth); }
-static inline int64_t scratch_bytes(const LinearArgs& a, int64_t threads) {
-  int64_t normalised = a.norm ? (a.rows <= 4 ? threads : 1) * a.rows * a.depth : 0;
-  return 4 * (normalised + threads * linear_thread_floats(a));
+static inline int64_t linear_thread_floats(const LinearArgs& a) { return 96 * 2 * 16 + (a.form == kPanels ? 0 : 2 * 16 * a.depth); }
+// x as the product reads it, where it must be made: normalised or widened rows, once, or for few rows once a thread.
+static inline int64_t linear_x_floats(const LinearArgs& a, int64_t threads) {
+  return a.norm || a.x_dtype != kFloat32 ? (a.rows <= 4 ? threads : 1) * a.rows * a.depth : 0;
 }
+static inline int64_t activation_bytes(int64_t rows, int64_t depth) { return (rows + 7) / 8 * 8 * (depth + depth / 32 * 8); }
+static inline int64_t scratch_bytes(const LinearArgs& a, int64_t threads) {
+  const int64_t depth = (a.depth + 31) / 32 * 32;
+  if (a.form >= kInt4) return threads * depth * 4 + (a.rows <= 4 ? threads : 1) * activation_bytes(a.rows, depth);
+  return 4 * (linear_x_floats(a, threads) + threads * linear_thread_floats(a));
+}
+
+// A weight packed for good: panel p at p * panel_stride.
+struct PackPanelsArgs {
+  float* panels;
+  const void* weight;    // [cols, depth] of dtype
+  int64_t cols, depth, weight_stride, panel_stride, dtype;
+};
+static inline int64_t work(const PackPanelsArgs& a) { return a.cols * a.depth; }
+
+// Rows of a packed weight: y[i, :] = row ids[i].
+struct PanelRowsArgs {
+  float* y;
+  const int64_t* ids;
+  const float* panels;
+  int64_t count, rows, depth;
+};
+static inline int64_t work(const PanelRowsArgs& a) { return a.count * a.depth; }
 
 }  // namespace fastllm

@@ -15,6 +15,8 @@ from .kv_cache import PAGE, KVPages
 from .layer_norm import layer_norm
 from .linear import Panels, linear
 from .linear_cross_entropy import linear_cross_entropy
+from .lora_linear import lora_linear
+from .multi_lora import AdapterPool, multi_lora
 from .quant_linear import QWeight, quant_linear
 from .rms_norm import rms_norm
 from .rope import rope
@@ -30,6 +32,7 @@ __all__ = [
     "PAGE",
     "AdamWSpec",
     "AdamWState",
+    "AdapterPool",
     "AttentionSpec",
     "Dropout",
     "KVPages",
@@ -53,6 +56,8 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "lora_linear",
+    "multi_lora",
     "paged_attention",
     "quant_linear",
     "rms_norm",

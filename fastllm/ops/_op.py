@@ -221,6 +221,11 @@ class Op:
         return Eager, Traced
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a call with these tensors will be differentiated: what a public op asks that trains another way."""
+    return _grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 # --------------------------------------------------------------------------------------------------------- validation
 
 

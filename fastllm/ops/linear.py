@@ -11,8 +11,12 @@ A transformer block needs four linears, with these around them, so that no pass 
 - swiglu: weight [2F, K] stacks gate over up, and y [..., F] = silu(x W_gate^T) * (x W_up^T), as `ops.swiglu`.
 
 On a CPU the weights are read in panels of 16 output columns, [N/16, K, 16]: `Panels.pack(weight)` once, or row-major
-weights are packed on every call (5-12 % of it at 500 rows, most of it at one row). Without a backward kernel of its own
-yet: asked for a gradient, the reference runs.
+weights are packed on every call, 2-12 % of it at 500 rows, most of it at one row.
+
+Backward: dx = dy W, dweight = dy^T x, dbias = sum of dy over the rows, by torch.mm, each rounded once to its dtype. A
+weight in `Panels` is frozen: dx alone, read from the panels as they lie. A fused call that needs a gradient runs as the
+ops that it fuses, one after another, each with its own backward: the same bits (what stands behind the product stays in
+float32 until the end), and their intermediates are kept.
 """
 
 from dataclasses import dataclass
@@ -21,8 +25,13 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._op import Op, as_rows, check_dtype, check_like, pointer
+from ._op import DTYPES, Op, as_rows, check_dtype, check_like, pointer, wants_gradient
 from .rms_norm import rms_norm
+from .swiglu import swiglu as swiglu_op
+
+# csrc/records/linear.h: how a weight lies and which side of it a product takes, and its stacked halves, gate over up
+PANELS, ROWS, ROWS_ACROSS, PANELS_ACROSS = 0, 1, 2, 3
+WHOLE, SWIGLU, GATE_UP = 0, 1, 2  # GATE_UP: the panels alternate as for swiglu, but y is [gate, up]
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,9 @@ class Panels:
             raise ValueError(
                 f"Panels.pack: weight has shape {tuple(weight.shape)}; it must be [N, K], N even for swiglu"
             )
-        weight = weight.detach().float().contiguous()
+        weight = weight.detach()
+        if weight.dtype not in DTYPES or weight.stride(1) != 1:
+            weight = weight.float().contiguous()
         rows, depth = weight.shape
         halves = weight.chunk(2) if swiglu else (weight,)
         shape = (-(-halves[0].shape[0] // 16) * len(halves), depth, 16)
@@ -60,8 +71,9 @@ class Panels:
         for i, half in enumerate(halves):
             stride = depth * 16 * len(halves)
             _C.pack_panels(
-                data.data_ptr() + i * depth * 64, half.data_ptr(), half.shape[0], depth, half.stride(0), stride
-            )
+                data.data_ptr() + i * depth * 64, half.data_ptr(),
+                half.shape[0], depth, half.stride(0), stride, DTYPES[half.dtype],
+            )  # fmt: skip
         return cls(data, rows, swiglu)
 
     def rows_at(self, ids: Tensor) -> Tensor:
@@ -81,68 +93,108 @@ class Panels:
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
-def reference(x, weight, bias, norm, eps, residual, swiglu) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    v = x.to(wide)
-    if norm is not None:
-        v = (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * norm.to(wide)).to(x.dtype).to(wide)
-    y = v @ weight.to(wide).t()
+def reference(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
+    return _finish(_normalised(x, norm, eps) @ _wide(weight, x).t(), x, bias, residual, swiglu, wide)
+
+
+def _wide(t: Tensor, x: Tensor) -> Tensor:
+    return t.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _normalised(x, norm, eps) -> Tensor:
+    v = _wide(x, x)
+    if norm is None:
+        return v
+    return _wide((v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * _wide(norm, x)).to(x.dtype), x)
+
+
+def _finish(y, x, bias, residual, swiglu, wide) -> Tensor:
     if bias is not None:
-        y = y + bias.to(wide)
+        y = y + _wide(bias, x)
     if swiglu:
         gate, up = y.chunk(2, -1)
         y = torch.nn.functional.silu(gate) * up
     if residual is not None:
-        y = y + residual.to(wide)
-    return y.to(x.dtype)
+        y = y + _wide(residual, x)
+    return y if wide else y.to(x.dtype)
 
 
-def unpack(panels: Tensor, rows: int, swiglu: bool) -> Tensor:
+def unpack(panels: Tensor, rows: int, alternate: bool) -> Tensor:
     """The row-major weight again."""
-    parts = (panels[0::2], panels[1::2]) if swiglu else (panels,)
+    parts = (panels[0::2], panels[1::2]) if alternate else (panels,)
     return torch.cat([p.transpose(1, 2).reshape(-1, panels.shape[1])[: rows // len(parts)] for p in parts])
 
 
-def reference_panels(x, panels, rows, bias, norm, eps, residual, swiglu) -> Tensor:
-    return reference(x, unpack(panels, rows, swiglu), bias, norm, eps, residual, swiglu)
+def reference_panels(x, panels, rows, bias, norm, eps, residual, halves, wide) -> Tensor:
+    return reference(x, unpack(panels, rows, halves != WHOLE), bias, norm, eps, residual, halves == SWIGLU, wide)
+
+
+def reference_backward(dy, x, weight, bias, dx, dweight) -> tuple[Tensor, Tensor, Tensor]:
+    d, rows = as_rows(dy), as_rows(x)
+    return (
+        (d @ weight).view_as(x) if dx else x.new_empty(0),
+        d.t() @ rows if dweight else x.new_empty(0),
+        d.sum(0) if bias else x.new_empty(0),
+    )
+
+
+def reference_panels_backward(dy, panels, rows, halves) -> Tensor:
+    return (_wide(dy, dy) @ _wide(unpack(panels, rows, halves != WHOLE), dy)).to(dy.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 
-def _output(x: Tensor, cols: int) -> Tensor:
-    return torch.empty((*x.shape[:-1], cols), dtype=x.dtype, device=x.device)
+def _output(x: Tensor, cols: int, wide: bool = False) -> Tensor:
+    return torch.empty((*x.shape[:-1], cols), dtype=torch.float32 if wide else x.dtype, device=x.device)
 
 
-def _launch(x, panels, weight, cols, bias, norm, eps, residual, swiglu) -> Tensor:
-    if x.dtype != torch.float32:
-        if norm is not None:
-            x, norm = rms_norm(x, norm, eps), None
-        widened = [None if t is None else t.float() for t in (x, weight, bias, norm, residual)]
-        x32, weight, bias, norm, residual = widened
-        return _launch(x32, panels, weight, cols, bias, norm, eps, residual, swiglu).to(x.dtype)
-    y = _output(x, cols)
-    if not y.numel():
-        return y
-    rows = as_rows(x)
-    other = None if residual is None else as_rows(residual)
-    if weight is not None and weight.stride(1) != 1:
-        weight = weight.contiguous()
-    _C.linear(
-        y.data_ptr(), rows.data_ptr(), pointer(panels), pointer(weight),
-        pointer(bias), pointer(other), pointer(norm),
-        rows.shape[0], cols, x.shape[-1], rows.stride(0), cols, 0 if weight is None else weight.stride(0),
-        0 if other is None else other.stride(0), swiglu, eps,
+def unit_stride(weight: Tensor) -> Tensor:
+    """A matrix whose rows lie in one piece: itself, or a copy."""
+    return weight if weight.stride(1) == 1 or weight.shape[1] <= 1 else weight.contiguous()
+
+
+def fields(y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, halves=WHOLE) -> tuple:
+    """The record of a product x W^T or x W (csrc/records/linear.h): y contiguous, x and residual [rows, ...] with unit
+    stride, the weight of x's dtype or packed."""
+    cols = y.shape[-1]
+    return (
+        y.data_ptr(), x.data_ptr(), weight.data_ptr(), pointer(bias), pointer(residual), pointer(norm),
+        x.shape[0], cols, x.shape[1], x.stride(0), cols, weight.stride(0),
+        0 if residual is None else residual.stride(0), form, halves, DTYPES[x.dtype], DTYPES[x.dtype],
+        DTYPES[y.dtype], eps,
     )  # fmt: skip
+
+
+def product(y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, halves=WHOLE, kernel=_C.linear) -> Tensor:
+    if y.numel():
+        residual = None if residual is None else as_rows(residual)
+        kernel(*fields(y, as_rows(x), weight, form, bias, norm, eps, residual, halves))
     return y
 
 
-def cpu(x, weight, bias, norm, eps, residual, swiglu) -> Tensor:
-    return _launch(x, None, weight, weight.shape[0] // (1 + swiglu), bias, norm, eps, residual, swiglu)
+def cpu(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
+    weight = unit_stride(weight)
+    y = _output(x, weight.shape[0] // (1 + swiglu), wide)
+    return product(y, x, weight, ROWS, bias, norm, eps, residual, SWIGLU if swiglu else WHOLE)
 
 
-def cpu_panels(x, panels, rows, bias, norm, eps, residual, swiglu) -> Tensor:
-    return _launch(x, panels, None, rows // (1 + swiglu), bias, norm, eps, residual, swiglu)
+def cpu_panels(x, panels, rows, bias, norm, eps, residual, halves, wide) -> Tensor:
+    y = _output(x, rows // (1 + (halves == SWIGLU)), wide)
+    return product(y, x, panels, PANELS, bias, norm, eps, residual, halves)
+
+
+def cpu_backward(dy, x, weight, bias, dx, dweight) -> tuple[Tensor, Tensor, Tensor]:
+    d = as_rows(dy)
+    return (
+        torch.mm(d, weight).view(x.shape) if dx else x.new_empty(0),
+        torch.mm(d.t(), as_rows(x)) if dweight else x.new_empty(0),
+        d.sum(0) if bias else x.new_empty(0),
+    )
+
+
+def cpu_panels_backward(dy, panels, rows, halves) -> Tensor:
+    return product(_output(dy, panels.shape[1]), dy, panels, PANELS_ACROSS, halves=GATE_UP if halves else WHOLE)
 
 
 def cpu_rows(ids: Tensor, panels: Tensor, rows: int) -> Tensor:
@@ -156,6 +208,43 @@ def cpu_rows(ids: Tensor, panels: Tensor, rows: int) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------------- registration
 
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, _, norm, _, residual, swiglu, _ = inputs
+    ctx.plain = norm is None and residual is None and not swiglu
+    ctx.save_for_backward(x, weight)
+
+
+def check_plain(plain: bool, op: str) -> None:
+    """The public op composes a fused call that needs a gradient; the raw one, called so, has no backward."""
+    if not plain:
+        raise RuntimeError(f"fastllm::{op}: with norm, residual or swiglu it has no backward; call ops.{op}")
+
+
+def _backward(ctx, dy):
+    check_plain(ctx.plain, "linear")
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    dx, dweight, dbias = backward(dy.to(x.dtype), x, weight, needs_bias, needs_x, needs_weight)
+    given = zip((dx, dweight, dbias), (needs_x, needs_weight, needs_bias), strict=True)
+    return *(g if needed else None for g, needed in given), None, None, None, None, None
+
+
+def _save_panels(ctx, inputs, output) -> None:
+    x, panels, rows, _, norm, _, residual, halves, _ = inputs
+    ctx.plain = norm is None and residual is None and halves != SWIGLU
+    ctx.shape, ctx.dtype = (rows, halves), x.dtype
+    ctx.save_for_backward(panels)
+
+
+def _backward_panels(ctx, dy):
+    check_plain(ctx.plain, "linear")
+    dy = dy.to(ctx.dtype)
+    dx = backward_panels(dy, *ctx.saved_tensors, *ctx.shape) if ctx.needs_input_grad[0] else None
+    dbias = as_rows(dy).sum(0) if ctx.needs_input_grad[3] else None
+    return dx, None, None, dbias, None, None, None, None, None
+
+
 forward_rows = Op(
     "panel_rows(Tensor ids, Tensor panels, int rows) -> Tensor",
     reference=lambda ids, panels, rows: panels[ids // 16, :, ids % 16],
@@ -163,18 +252,58 @@ forward_rows = Op(
     cpu=cpu_rows,
 )
 forward = Op(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, Tensor? residual, bool swiglu) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, Tensor? residual, bool swiglu, bool wide)"
+    " -> Tensor",
     reference=reference,
-    fake=lambda x, weight, bias, norm, eps, residual, swiglu: _output(x, weight.shape[0] // (1 + swiglu)),
+    fake=lambda x, weight, bias, norm, eps, residual, swiglu, wide: _output(x, weight.shape[0] // (1 + swiglu), wide),
     cpu=cpu,
+    save=_save,
+    backward=_backward,
+)
+backward = Op(
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool bias, bool dx, bool dweight) -> (Tensor, Tensor, Tensor)",
+    reference=reference_backward,
+    fake=lambda dy, x, weight, bias, dx, dweight: (
+        _output(x, x.shape[-1]) if dx else x.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if dweight else x.new_empty(0),
+        x.new_empty(weight.shape[0] if bias else 0),
+    ),
+    cpu=cpu_backward,
 )
 forward_panels = Op(
     "linear_panels(Tensor x, Tensor panels, int rows, Tensor? bias, Tensor? norm, float eps, Tensor? residual,"
-    " bool swiglu) -> Tensor",
+    " int halves, bool wide) -> Tensor",
     reference=reference_panels,
-    fake=lambda x, panels, rows, bias, norm, eps, residual, swiglu: _output(x, rows // (1 + swiglu)),
+    fake=lambda x, panels, rows, bias, norm, eps, residual, halves, wide: _output(
+        x, rows // (1 + (halves == SWIGLU)), wide
+    ),
     cpu=cpu_panels,
+    save=_save_panels,
+    backward=_backward_panels,
 )
+backward_panels = Op(
+    "linear_panels_backward(Tensor dy, Tensor panels, int rows, int halves) -> Tensor",
+    reference=reference_panels_backward,
+    fake=lambda dy, panels, rows, halves: _output(dy, panels.shape[1]),
+    cpu=cpu_panels_backward,
+)
+
+
+def must_compose(x, weight, bias, norm, residual, swiglu) -> bool:
+    """Whether a call is fused and needs a gradient."""
+    fused = norm is not None or residual is not None or swiglu
+    return fused and wants_gradient(x, weight, bias, norm, residual)
+
+
+def compose(plain, x: Tensor, norm, eps: float, residual, swiglu: bool) -> Tensor:
+    """The fused call as ops that have a backward, around plain(x, wide): the product, in float32 where wide."""
+    behind = swiglu or residual is not None
+    y = plain(x if norm is None else rms_norm(x, norm, eps), behind and x.dtype != torch.float32)
+    if swiglu:
+        y = swiglu_op(*y.chunk(2, -1))
+    if residual is not None:
+        y = y + residual
+    return y.to(x.dtype)
 
 
 def check_rows_at(ids: Tensor, swiglu: bool) -> None:
@@ -231,9 +360,20 @@ def linear(
     check_dtype("linear", "x", x)
     if isinstance(weight, Panels):
         check_fusion("linear", x, weight, bias, norm, residual, swiglu)
-        return forward_panels(x, weight.data, weight.rows, bias, norm, eps, residual, swiglu)
+        if must_compose(x, None, bias, norm, residual, swiglu):
+            halves = GATE_UP if swiglu else WHOLE
+
+            def plain(v, wide):
+                return forward_panels(v, weight.data, weight.rows, bias, None, eps, None, halves, wide)
+
+            return compose(plain, x, norm, eps, residual, swiglu)
+        return forward_panels(x, weight.data, weight.rows, bias, norm, eps, residual, int(swiglu), False)
     check_like("linear", "weight", weight, "x", x)
     if weight.dim() != 2:
         raise ValueError(f"linear: weight has shape {tuple(weight.shape)}; it must be [N, K]")
     check_fusion("linear", x, weight, bias, norm, residual, swiglu)
-    return forward(x, weight, bias, norm, eps, residual, swiglu)
+    if must_compose(x, weight, bias, norm, residual, swiglu):
+        return compose(
+            lambda v, wide: forward(v, weight, bias, None, eps, None, False, wide), x, norm, eps, residual, swiglu
+        )
+    return forward(x, weight, bias, norm, eps, residual, swiglu, False)

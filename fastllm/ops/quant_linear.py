@@ -9,7 +9,8 @@ A group whose max|x| is below 1e-35 counts as zeros; a NaN or an infinity makes 
 QWeight holds what the file holds, without loss: Q4_0 (4 bits, zero 8), Q4_1 (4 bits, minimum), Q8_0 (8 bits, zero 128
 after the shift to unsigned). `QWeight.quantize(w, 4 | 8)` makes int4 and int8 with group 32 from float weights.
 Sources: GGUF's block formats; Dettmers et al. 2022 (arXiv 2208.07339) for row-wise activation scales.
-Inference only: asked for a gradient, the reference runs; it gives the gradient of x of the dequantised weight.
+Backward: the weight is frozen; dx = dy W in float32 with the dequantised weight, as if x had not been rounded, a panel
+of it dequantised at a time. A fused call that needs a gradient runs as the ops that it fuses: the same bits.
 """
 
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._op import Op, as_rows, check_dtype, pointer
-from .linear import check_fusion, check_rows_at
+from ._op import Op, as_rows, check_dtype
+from .linear import GATE_UP, SWIGLU, WHOLE, check_fusion, check_plain, check_rows_at, compose, must_compose, product
 
 GROUP = 32
 
@@ -154,7 +155,7 @@ def quantize_rows(weight: Tensor, bits: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
-def reference(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, swiglu) -> Tensor:
+def reference(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves) -> Tensor:
     """The quantised arithmetic in plain PyTorch. x is quantised in float32 whatever its dtype: where it is rounded is
     part of the meaning. The gradient is that of the dequantised weight, as if x were not rounded."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -162,7 +163,7 @@ def reference(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, 
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm
     groups = weight.shape[1]
     xg = torch.nn.functional.pad(x, (0, groups * GROUP - depth)).unflatten(-1, (groups, GROUP))
-    q, s, m = (None if t is None else t.to(wide) for t in unpack_panels(weight, rows, bits, has_min, swiglu))
+    q, s, m = (None if t is None else t.to(wide) for t in unpack_panels(weight, rows, bits, has_min, halves != WHOLE))
     quants, scale = quantize_activations(xg.detach().float())
     quants, scale = quants.to(wide), scale.to(wide)  # [..., groups, 32] and [..., groups]
     integers = torch.einsum("...gk,ngk->...ng", quants, q)  # exact: below 2^24
@@ -175,12 +176,18 @@ def reference(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, 
         y = y + (linear - linear.detach())
     if bias is not None:
         y = y + bias
-    if swiglu:
+    if halves == SWIGLU:
         gate, up = y.chunk(2, -1)
         y = torch.nn.functional.silu(gate) * up
     if residual is not None:
         y = y + residual
     return y.to(x.dtype)
+
+
+def reference_backward(dy, weight, rows, depth, bits, has_min, halves) -> Tensor:
+    q, s, m = unpack_panels(weight, rows, bits, has_min, halves != WHOLE)
+    w = q * s.unsqueeze(-1) + (0 if m is None else m.unsqueeze(-1))
+    return dy @ w.flatten(1)[:, :depth].to(dy.dtype)
 
 
 def quantize_activations(xg: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,21 +228,23 @@ def reference_embedding(ids: Tensor, weight: Tensor, rows: int, depth: int, bits
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 
-def _output(x: Tensor, rows: int, swiglu: bool) -> Tensor:
-    return torch.empty((*x.shape[:-1], rows // (1 + swiglu)), dtype=torch.float32, device=x.device)
+def _output(x: Tensor, rows: int, halves: int) -> Tensor:
+    return torch.empty((*x.shape[:-1], rows // (1 + (halves == SWIGLU))), dtype=torch.float32, device=x.device)
 
 
-def cpu(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, swiglu) -> Tensor:
-    y = _output(x, rows, swiglu)
-    if not y.numel():
-        return y
-    xr, other = as_rows(x), None if residual is None else as_rows(residual)
-    _C.quant_linear(
-        y.data_ptr(), xr.data_ptr(), weight.data_ptr(), pointer(bias), pointer(other), pointer(norm),
-        xr.shape[0], y.shape[-1], depth, xr.stride(0), y.shape[-1], 0 if other is None else other.stride(0),
-        swiglu, bits, has_min, eps,
-    )  # fmt: skip
-    return y
+def cpu(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves) -> Tensor:
+    form = form_of(bits, has_min)
+    return product(_output(x, rows, halves), x, weight, form, bias, norm, eps, residual, halves, _C.quant_linear)
+
+
+def cpu_backward(dy, weight, rows, depth, bits, has_min, halves) -> Tensor:
+    dx = torch.empty((*dy.shape[:-1], depth))
+    return product(dx, dy, weight, form_of(bits, has_min, across=True), halves=GATE_UP if halves else WHOLE)
+
+
+def form_of(bits: int, has_min: bool, across: bool = False) -> int:
+    """The form of such a weight in csrc/records/linear.h, for x W^T or, across, for x W."""
+    return 8 - 4 * across + 2 * (bits == 8) + has_min
 
 
 def cpu_embedding(ids: Tensor, weight: Tensor, rows: int, depth: int, bits: int, has_min: bool) -> Tensor:
@@ -249,12 +258,35 @@ def cpu_embedding(ids: Tensor, weight: Tensor, rows: int, depth: int, bits: int,
 
 # -------------------------------------------------------------------------------------------------------- registration
 
+
+def _save(ctx, inputs, output) -> None:
+    _, weight, *shape, _, norm, _, residual, halves = inputs
+    ctx.plain = norm is None and residual is None and halves != SWIGLU
+    ctx.shape = (*shape, halves)
+    ctx.save_for_backward(weight)
+
+
+def _backward(ctx, dy):
+    check_plain(ctx.plain, "quant_linear")
+    dx = backward(dy, *ctx.saved_tensors, *ctx.shape) if ctx.needs_input_grad[0] else None
+    dbias = as_rows(dy).sum(0) if ctx.needs_input_grad[6] else None
+    return dx, *[None] * 5, dbias, *[None] * 4
+
+
 forward = Op(
     "quant_linear(Tensor x, Tensor weight, int rows, int depth, int bits, bool has_min, Tensor? bias, Tensor? norm,"
-    " float eps, Tensor? residual, bool swiglu) -> Tensor",
+    " float eps, Tensor? residual, int halves) -> Tensor",
     reference=reference,
-    fake=lambda x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, swiglu: _output(x, rows, swiglu),
+    fake=lambda x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves: _output(x, rows, halves),
     cpu=cpu,
+    save=_save,
+    backward=_backward,
+)
+backward = Op(
+    "quant_linear_backward(Tensor dy, Tensor weight, int rows, int depth, int bits, bool has_min, int halves) -> Tensor",
+    reference=reference_backward,
+    fake=lambda dy, weight, rows, depth, bits, has_min, halves: dy.new_empty((*dy.shape[:-1], depth)),
+    cpu=cpu_backward,
 )
 forward_embedding = Op(
     "quant_embedding(Tensor ids, Tensor weight, int rows, int depth, int bits, bool has_min) -> Tensor",
@@ -282,6 +314,8 @@ def quant_linear(
     if not isinstance(weight, QWeight):
         raise TypeError(f"quant_linear: weight is {type(weight).__name__}; make it with QWeight.quantize(weight, bits)")
     check_fusion("quant_linear", x, weight, bias, norm, residual, swiglu)
-    return forward(
-        x, weight.data, weight.rows, weight.depth, weight.bits, weight.has_min, bias, norm, eps, residual, swiglu
-    )
+    form = (weight.data, weight.rows, weight.depth, weight.bits, weight.has_min)
+    if must_compose(x, None, bias, norm, residual, swiglu):
+        halves = GATE_UP if swiglu else WHOLE
+        return compose(lambda v, wide: forward(v, *form, bias, None, eps, None, halves), x, norm, eps, residual, swiglu)
+    return forward(x, *form, bias, norm, eps, residual, int(swiglu))

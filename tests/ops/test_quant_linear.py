@@ -64,7 +64,8 @@ def test_opcheck(form):
     w = random_weight(Make(), 20, 64, form)
     form = (w.data, 20, 64, w.bits, w.has_min)
     x, row = torch.randn(5, 64), torch.randn(5, 20)
-    torch.library.opcheck(OPS["quant_linear"].raw, (x, *form, torch.randn(20), torch.randn(64), 1e-6, row, False))
+    torch.library.opcheck(OPS["quant_linear"].raw, (x, *form, torch.randn(20), torch.randn(64), 1e-6, row, 0))
+    torch.library.opcheck(OPS["quant_linear_backward"].raw, (row, *form, 0))
     torch.library.opcheck(OPS["quant_embedding"].raw, (torch.tensor([[0, 19]]), *form))
 
 

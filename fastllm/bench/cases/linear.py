@@ -7,12 +7,13 @@ from ...ops import Panels
 from ..case import Case, Suite
 
 
-def run(x, weight, panels=None, **fused):
+def run(x, weight=None, panels=None, frozen=None, **fused):
     return ops.linear(x, weight if panels is None else panels, **fused)
 
 
-def plain(x, weight, panels=None, bias=None, norm=None, eps=1e-6, residual=None, swiglu=False):
-    functional = torch.nn.functional
+def plain(x, weight=None, panels=None, frozen=None, bias=None, norm=None, eps=1e-6, residual=None, swiglu=False):
+    """With panels, `frozen` is the weight that they hold."""
+    functional, weight = torch.nn.functional, weight if panels is None else frozen
     if norm is not None:
         x = functional.rms_norm(x, norm.shape, norm, eps)
     y = functional.linear(x, weight, bias)
@@ -20,6 +21,10 @@ def plain(x, weight, panels=None, bias=None, norm=None, eps=1e-6, residual=None,
         gate, up = y.chunk(2, -1)
         y = functional.silu(gate) * up
     return y if residual is None else y + residual
+
+
+def held(weight, packed: bool, swiglu: bool = False) -> dict:
+    return {"panels": Panels.pack(weight, swiglu), "frozen": weight} if packed else {"weight": weight}
 
 
 def case(
@@ -32,9 +37,7 @@ def case(
 
     def inputs(make):
         weight = make.normal(height, depth, scale=max(depth, 1) ** -0.5)
-        drawn = {"x": make.normal(*shape), "weight": weight, "swiglu": swiglu}
-        if packed:
-            drawn["panels"] = Panels.pack(weight, swiglu)
+        drawn = {"x": make.normal(*shape), "swiglu": swiglu, **held(weight, packed, swiglu)}
         if bias:
             drawn["bias"] = make.normal(cols)
         if norm:
@@ -48,6 +51,8 @@ def case(
         inputs,
         bytes=lambda size: (rows * depth + height * depth + rows * cols * (1 + residual)) * size,
         flops=2 * rows * height * depth,
+        backward_bytes=lambda size: (2 * rows * depth + (2 - packed) * height * depth + rows * cols) * size,
+        backward_flops=2 * (2 - packed) * rows * height * depth,
     )
 
 
@@ -56,8 +61,7 @@ def strided(label: str, view_x, view_weight, *, packed: bool = False) -> Case:
 
     def inputs(make):
         weight = view_weight(make.normal(60, 60))
-        drawn = {"x": view_x(make.normal(60, 60)), "weight": weight}
-        return {**drawn, "panels": Panels.pack(weight)} if packed else drawn
+        return {"x": view_x(make.normal(60, 60)), **held(weight, packed)}
 
     return Case(label, inputs)
 
@@ -71,8 +75,10 @@ SUITE = Suite(
     op="linear",
     run=run,
     reference=plain,
+    gradients=("x", "weight", "bias", "norm", "residual"),
     rows=("x", "residual"),
     error=8.0,  # K terms in one chain; torch adds partial sums, some 16 of them
+    gradient_error=8.0,  # swiglu's reads what the chain gave; a frozen weight's dx is a chain itself
     correct=(
         *(
             case(*shape, cols=cols, packed=packed)

@@ -19,7 +19,7 @@ def plain(x, weight, dense=None, bias=None, norm=None, eps=1e-6, residual=None, 
     if dense is not None:
         return dense_linear(x, dense, None, bias, norm, eps, residual, swiglu)
     w = weight
-    return reference(x, w.data, w.rows, w.depth, w.bits, w.has_min, bias, norm, eps, residual, swiglu)
+    return reference(x, w.data, w.rows, w.depth, w.bits, w.has_min, bias, norm, eps, residual, int(swiglu))
 
 
 def random_weight(make, rows: int, depth: int, form: str, swiglu: bool = False) -> QWeight:
@@ -67,6 +67,8 @@ def case(
         inputs,
         bytes=lambda size: stored + rows * (depth + cols * (1 + residual)) * size,
         flops=2 * rows * height * depth,
+        backward_bytes=lambda size: stored + rows * (depth + cols) * size,
+        backward_flops=2 * rows * height * depth,
     )
 
 
@@ -83,8 +85,10 @@ SUITE = Suite(
     op="quant_linear",
     run=run,
     reference=plain,
+    gradients=("x", "bias", "norm", "residual"),
     rows=("x", "residual"),
     error=8.0,  # one chain over the groups
+    gradient_error=8.0,  # dx is one chain too
     dtypes=(torch.float32,),
     peak="dot",
     correct=(

@@ -1,0 +1,451 @@
+"""lora_linear: y = x W^T + scale * drop(x) A^T B^T + bias, W frozen (Hu et al. 2021, arXiv 2106.09685).
+
+With a magnitude m [N], y = m * (x W^T + scale * drop(x) A^T B^T) / ||W + scale * B A|| + bias, the norm over each row and
+without a gradient (DoRA: Liu et al. 2024, arXiv 2402.09353, section 4.3).
+
+x [..., K], A [R, K], B [N, R], bias and magnitude [N], y [..., N], of one dtype: float32, bfloat16 or float16. The weight
+is a tensor [N, K] of that dtype, `Panels`, or a `QWeight` (then x is float32, and rounded to 8 bits for W alone).
+Dropout is drawn from counters, row: the flat index of x's rows, column: of K (`_dropout.py`); never stored.
+
+The contract: s = scale * (drop(x) A^T), one chain of fused multiply-adds over k in float32 and one product, in float32;
+y's own chain goes on after its k (its groups, for a QWeight) with acc = fma(s[r], B[n, r], acc), r ascending; then times
+magnitude / norm, then + bias, rounded once. `multi_lora` gives the same bits, so training and serving agree. drop(x) is
+not rounded. On a GPU the base comes from cuBLAS, rounded, and s is added to it and rounded again.
+
+Backward, an op of its own, with g = magnitude / norm and dz = g * dy: ds = scale * dz B; dx = dz W + mask * (ds A);
+dA = ds^T drop(x); dB = dz^T s; dbias = sum dy; dmagnitude = sum dy * z / norm, for which z, the product before g, is
+made again: a third product in the place of a saved [..., N]. Saved are x, as by any linear that trains, and s: one
+float32 [rows, R] more than a frozen layer saves.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._dropout import Dropout, keep, keep_tile, threshold
+from ._op import Op, as_rows, check, check_dtype, check_like, pointer, wants_gradient
+from ._triton import programs, tl, triton
+from .linear import PANELS, PANELS_ACROSS, ROWS, ROWS_ACROSS, Panels, fields, unit_stride, unpack
+from .quant_linear import QWeight, form_of, unpack_panels
+from .quant_linear import reference as quant_reference
+
+# A base weight in a raw schema: its data, and `form`: [] row-major, [N] Panels, [N, K, bits, has_min] QWeight.
+
+
+def split(weight: Tensor | Panels | QWeight) -> tuple[Tensor, list[int]]:
+    """Data and form of a base weight."""
+    if isinstance(weight, Panels):
+        return weight.data, [weight.rows]
+    if isinstance(weight, QWeight):
+        return weight.data, [weight.rows, weight.depth, weight.bits, int(weight.has_min)]
+    return weight, []
+
+
+def code(form: list[int], across: bool = False) -> int:
+    """The form in csrc/records/linear.h."""
+    if not form:
+        return ROWS_ACROSS if across else ROWS
+    if len(form) == 1:
+        return PANELS_ACROSS if across else PANELS
+    return form_of(form[2], bool(form[3]), across)
+
+
+def height(weight: Tensor, form: list[int]) -> int:
+    return form[0] if form else weight.shape[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- reference
+
+
+def dense(weight: Tensor, form: list[int]) -> Tensor:
+    """The row-major weight again, of a QWeight dequantised."""
+    if not form:
+        return weight
+    if len(form) == 1:
+        return unpack(weight, form[0], False)
+    q, s, m = unpack_panels(weight, form[0], form[2], bool(form[3]), False)
+    return (q * s.unsqueeze(-1) + (0 if m is None else m.unsqueeze(-1))).flatten(1)[:, : form[1]]
+
+
+def base_reference(x: Tensor, weight: Tensor, form: list[int]) -> Tensor:
+    """x W^T in the wide dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if len(form) == 4:
+        return quant_reference(x, weight, *form[:3], bool(form[3]), None, None, 0.0, None, 0).to(wide)
+    return x.to(wide) @ dense(weight, form).to(wide).t()
+
+
+def dropped(x: Tensor, p: float, seed: int, call: int) -> Tensor:
+    """drop(x) in the wide dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if not p:
+        return x.to(wide)
+    rows = torch.arange(x.shape[:-1].numel(), device=x.device).view(*x.shape[:-1], 1)
+    mask = keep(rows, torch.arange(x.shape[-1], device=x.device), p, seed, call)
+    return torch.where(mask, x.to(wide) * torch.tensor(1 / (1 - p), dtype=wide), 0.0)
+
+
+def reference(x, weight, form, a, b, scale, bias, gain, p, seed, call) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    s = scale * (dropped(x, p, seed, call) @ a.to(wide).t())
+    z = base_reference(x, weight, form) + s @ b.to(wide).t()
+    if gain is not None:
+        z = z * gain.to(wide)
+    if bias is not None:
+        z = z + bias.to(wide)
+    return z.to(x.dtype).contiguous(), s.reshape(-1, a.shape[0])
+
+
+def reference_backward(dz, x, s, weight, form, a, b, scale, p, seed, call, dx) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = as_rows(x)
+    d = as_rows(dz).to(wide)
+    ds = scale * (d @ b.to(wide))
+    low = dropped(torch.ones_like(rows), p, seed, call) * (ds @ a.to(wide)) if dx else None
+    return (
+        (d @ dense(weight, form).to(wide) + low).view(x.shape).to(x.dtype) if dx else x.new_empty(0),
+        (ds.t() @ dropped(rows, p, seed, call)).to(a.dtype),
+        (d.t() @ s).to(b.dtype),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- Triton
+# The base and dx come from cuBLAS: fused into a Triton product they lose more than the fusion gains (a plain one reaches
+# .71-.79 of cuBLAS). What is left is skinny: [T, R] = x A^T, y += s B^T, and the two sums over the rows.
+
+
+@triton.jit
+def shrink_kernel(
+    s, x, a, rows, depth, rank, x_stride, a_stride_r, a_stride_k, scale, seed, call, threshold,
+    DROP: tl.constexpr, M: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    # s[t, r] = scale * sum over k of (kept) x[t, k] * a(r, k)
+    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    r = tl.program_id(1) * R + tl.arange(0, R)
+    acc = tl.zeros((M, R), tl.float32)
+    for start in range(0, depth, K):
+        k = start + tl.arange(0, K)
+        v = tl.load(
+            x + row[:, None] * x_stride + k[None, :], mask=(row < rows)[:, None] & (k < depth)[None, :], other=0.0
+        )
+        if DROP:
+            v = tl.where(keep_tile(row, start, seed, call, threshold, K), v, 0.0)
+        w = tl.load(
+            a + r[None, :].to(tl.int64) * a_stride_r + k[:, None].to(tl.int64) * a_stride_k,
+            mask=(r < rank)[None, :] & (k < depth)[:, None],
+            other=0.0,
+        )
+        acc = tl.dot(v, w, acc, input_precision="ieee")
+    tl.store(s + row[:, None] * rank + r[None, :], acc * scale, mask=(row < rows)[:, None] & (r < rank)[None, :])
+
+
+@triton.jit
+def expand_kernel(
+    y, s, b, gain, bias, rows, cols, rank, b_stride_n, b_stride_r, scale, seed, call, threshold,
+    DROP: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    # y[t, n] = (y[t, n] + scale * (kept) sum over r of s[t, r] * b(n, r)) * gain[n] + bias[n]
+    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    first = tl.program_id(1) * N
+    n = first + tl.arange(0, N)
+    acc = tl.zeros((M, N), tl.float32)
+    for start in range(0, rank, R):
+        r = start + tl.arange(0, R)
+        p = tl.load(s + row[:, None] * rank + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
+        w = tl.load(
+            b + n[None, :].to(tl.int64) * b_stride_n + r[:, None].to(tl.int64) * b_stride_r,
+            mask=(n < cols)[None, :] & (r < rank)[:, None],
+            other=0.0,
+        )
+        acc = tl.dot(p.to(w.dtype), w, acc, input_precision="ieee")
+    if DROP:
+        acc = tl.where(keep_tile(row, first, seed, call, threshold, N), acc, 0.0)
+    at, inside = y + row[:, None] * cols + n[None, :], (row < rows)[:, None] & (n < cols)[None, :]
+    v = tl.load(at, mask=inside, other=0.0).to(tl.float32) + acc * scale
+    if HAS_GAIN:
+        v = v * tl.load(gain + n, mask=n < cols, other=0.0)[None, :]
+    if HAS_BIAS:
+        v = v + tl.load(bias + n, mask=n < cols, other=0.0).to(tl.float32)[None, :]
+    tl.store(at, v.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    partial, q, p, rows, cols, rank, q_stride, scale, seed, call, threshold,
+    DROP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    # partial[split, n, r] = scale * sum of (kept) q[t, n] * p[t, r] over this program's rows: each reads its columns of q
+    # once, and the splits are added up in one order
+    first = tl.program_id(0) * N
+    n, r = first + tl.arange(0, N), tl.program_id(2) * R + tl.arange(0, R)
+    acc = tl.zeros((N, R), tl.float32)
+    for start in range(tl.program_id(1) * M, rows, tl.num_programs(1) * M):
+        row = start + tl.arange(0, M).to(tl.int64)
+        v = tl.load(
+            q + row[:, None] * q_stride + n[None, :], mask=(row < rows)[:, None] & (n < cols)[None, :], other=0.0
+        )
+        if DROP:
+            v = tl.where(keep_tile(row, first, seed, call, threshold, N), v, 0.0)
+        w = tl.load(p + row[:, None] * rank + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(v), w.to(v.dtype), acc, input_precision="ieee")
+    at = partial + (tl.program_id(1).to(tl.int64) * cols + n[:, None]) * rank + r[None, :]
+    tl.store(at, acc * scale, mask=(n < cols)[:, None] & (r < rank)[None, :])
+
+
+def rank_block(rank: int) -> int:
+    return min(64, max(16, triton.next_power_of_2(rank)))
+
+
+def _dropping(p: float, seed: int, call: int) -> tuple[float, tuple[int, int, int], bool]:
+    """The scale of what is kept, what draws the mask, and whether anything is dropped."""
+    return 1 / (1 - p), (seed, call, threshold(p) if p else 0), p > 0
+
+
+def shrink(x: Tensor, a: Tensor, scale: float, p: float = 0.0, seed: int = 0, call: int = 0) -> Tensor:
+    """scale * drop(x) a^T, float32; a [R, K] of any strides."""
+    (rows, depth), rank = x.shape, a.shape[0]
+    s = torch.empty((rows, rank), dtype=torch.float32, device=x.device)
+    kept, mask, drop = _dropping(p, seed, call)
+    shrink_kernel[(triton.cdiv(rows, 32), triton.cdiv(rank, rank_block(rank)))](
+        s, x, a, rows, depth, rank, x.stride(0), *a.stride(), scale * kept, *mask,
+        DROP=drop, M=32, K=64, R=rank_block(rank), num_warps=4,
+    )  # fmt: skip
+    return s
+
+
+def expand(y: Tensor, s: Tensor, b: Tensor, gain=None, bias=None, p: float = 0.0, seed: int = 0, call: int = 0) -> None:
+    """y = (y + mask * (s b^T)) * gain + bias, in place; b [N, R] of any strides."""
+    (rows, cols), rank = y.shape, s.shape[1]
+    kept, mask, drop = _dropping(p, seed, call)
+    expand_kernel[(triton.cdiv(rows, 64), triton.cdiv(cols, 64))](
+        y, s, b, s if gain is None else gain, s if bias is None else bias, rows, cols, rank, *b.stride(), kept, *mask,
+        DROP=drop, HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, M=64, N=64, R=min(32, rank_block(rank)),
+        num_warps=4,
+    )  # fmt: skip
+
+
+def sum_over_rows(q: Tensor, s: Tensor, p: float = 0.0, seed: int = 0, call: int = 0) -> Tensor:
+    """drop(q)^T s: float32 [cols of q, R]."""
+    (rows, cols), rank = q.shape, s.shape[1]
+    kept, mask, drop = _dropping(p, seed, call)
+    blocks = triton.cdiv(cols, 64)
+    splits = max(1, min(triton.cdiv(programs(q.device), blocks), triton.cdiv(rows, 64)))
+    partial = torch.empty((splits, cols, rank), dtype=torch.float32, device=q.device)
+    gradient_kernel[(blocks, splits, triton.cdiv(rank, rank_block(rank)))](
+        partial, q, s, rows, cols, rank, q.stride(0), kept, *mask,
+        DROP=drop, M=32, N=64, R=rank_block(rank), num_warps=4,
+    )  # fmt: skip
+    return partial.sum(0)
+
+
+def gpu_base(x: Tensor, weight: Tensor, form: list[int]) -> Tensor:
+    """x W^T of rows, rounded; a packed weight, which is a CPU's, through the reference."""
+    return base_reference(x, weight, form).to(x.dtype) if form else torch.mm(x, weight.t())
+
+
+def gpu(x, weight, form, a, b, scale, bias, gain, p, seed, call) -> tuple[Tensor, Tensor]:
+    rows = as_rows(x)
+    y = gpu_base(rows, weight, form)
+    if not y.numel():
+        return y.view(*x.shape[:-1], b.shape[0]), torch.zeros((rows.shape[0], a.shape[0]), device=x.device)
+    s = shrink(rows, a, scale, p, seed, call)
+    expand(y, s, b, gain, bias)
+    return y.view(*x.shape[:-1], b.shape[0]), s
+
+
+def gpu_backward(dz, x, s, weight, form, a, b, scale, p, seed, call, dx) -> tuple[Tensor, Tensor, Tensor]:
+    d, rows = as_rows(dz), as_rows(x)
+    if not d.numel():
+        return torch.zeros_like(x) if dx else x.new_empty(0), torch.zeros_like(a), torch.zeros_like(b)
+    ds, out = shrink(d, b.t(), scale), x.new_empty(0)
+    if dx:
+        out = torch.mm(d, dense(weight, form).to(d.dtype))
+        expand(out, ds, a.t(), p=p, seed=seed, call=call)
+        out = out.view(x.shape)
+    da = sum_over_rows(rows, ds, p, seed, call).t().to(a.dtype).contiguous()
+    return out, da, sum_over_rows(d, s).to(b.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------- CPU launchers
+
+
+def cpu(x, weight, form, a, b, scale, bias, gain, p, seed, call, train=False) -> tuple[Tensor, Tensor | None]:
+    rows = as_rows(x)
+    y = torch.empty((*x.shape[:-1], b.shape[0]), dtype=x.dtype)
+    s = torch.empty((rows.shape[0], a.shape[0]), dtype=torch.float32) if train else None
+    if y.numel():
+        weight, a, b = unit_stride(weight) if not form else weight, unit_stride(a), unit_stride(b)
+        _C.lora_linear(
+            *fields(y, rows, weight, code(form), bias), pointer(s), a.data_ptr(), b.data_ptr(), pointer(gain),
+            a.shape[0], a.stride(0), b.stride(0), seed, call, threshold(p) if p else 0, scale, p,
+        )  # fmt: skip
+    return y, s
+
+
+def cpu_backward(dz, x, s, weight, form, a, b, scale, p, seed, call, dx) -> tuple[Tensor, Tensor, Tensor]:
+    d, rows = as_rows(dz), as_rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype) if dx else x.new_empty(0)
+    da, db = torch.zeros(a.shape), torch.zeros(b.shape)
+    if rows.shape[0] and b.shape[0]:
+        weight, a, b = unit_stride(weight) if not form else weight, unit_stride(a), unit_stride(b)
+        record = fields(out if dx else rows, d, weight, code(form, across=True))
+        _C.lora_linear_backward(
+            *record if dx else (0, *record[1:]), da.data_ptr(), db.data_ptr(), rows.data_ptr(), s.data_ptr(),
+            a.data_ptr(), b.data_ptr(), rows.stride(0), a.shape[0], a.stride(0), b.stride(0),
+            seed, call, threshold(p) if p else 0, scale, p,
+        )  # fmt: skip
+    elif dx:
+        out.zero_()
+    return out, da.to(a.dtype), db.to(b.dtype)
+
+
+# -------------------------------------------------------------------------------------------------------- registration
+
+
+def _outputs(x, weight, form, a) -> tuple[Tensor, Tensor]:
+    rows = x.shape[:-1].numel()
+    y = torch.empty((*x.shape[:-1], height(weight, form)), dtype=x.dtype, device=x.device)
+    return y, torch.empty((rows, a.shape[0]), dtype=torch.float32, device=x.device)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, form, a, b, scale, bias, gain, *drop = inputs
+    ctx.form, ctx.scale, ctx.drop = form, scale, drop
+    ctx.bias = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight, a, b, output[1], gain)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, _):
+    if dy is None:
+        return (None,) * 11
+    x, weight, a, b, s, gain = ctx.saved_tensors
+    needs_x, _, _, needs_a, needs_b, _, needs_bias, needs_gain = ctx.needs_input_grad[:8]
+    dx = da = db = dbias = dgain = None
+    flat = as_rows(dy)
+    if needs_bias:
+        dbias = flat.sum(0)
+    if needs_gain:
+        z, _ = forward(x, weight, ctx.form, a, b, ctx.scale, None, None, *ctx.drop)
+        dgain = (flat.float() * z.reshape(flat.shape).float()).sum(0)
+    if needs_x or needs_a or needs_b:
+        dz = dy if gain is None else (dy.float() * gain).to(dy.dtype)
+        dx, da, db = backward(dz, x, s, weight, ctx.form, a, b, ctx.scale, *ctx.drop, needs_x)
+    return (
+        dx if needs_x else None, None, None, da if needs_a else None, db if needs_b else None, None, dbias, dgain,
+        None, None, None,
+    )  # fmt: skip
+
+
+forward = Op(
+    "lora_linear(Tensor x, Tensor weight, int[] form, Tensor a, Tensor b, float scale, Tensor? bias, Tensor? gain,"
+    " float p, int seed, int call) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=lambda x, weight, form, a, b, scale, bias, gain, p, seed, call: _outputs(x, weight, form, a),
+    cpu=cpu,
+    triton=gpu,
+    save=_save,
+    backward=_backward,
+)
+backward = Op(
+    "lora_linear_backward(Tensor dz, Tensor x, Tensor s, Tensor weight, int[] form, Tensor a, Tensor b, float scale,"
+    " float p, int seed, int call, bool dx) -> (Tensor, Tensor, Tensor)",
+    reference=reference_backward,
+    fake=lambda dz, x, s, weight, form, a, b, scale, p, seed, call, dx: (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if dx else x.new_empty(0),
+        torch.empty_like(a, memory_format=torch.contiguous_format),
+        torch.empty_like(b, memory_format=torch.contiguous_format),
+    ),
+    cpu=cpu_backward,
+    triton=gpu_backward,
+)
+
+
+def row_norms(weight: Tensor | Panels | QWeight, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """||W + scale * B A|| of each row, float32 [N], without a gradient; 256 rows of the sum are in memory at a time."""
+    norms = torch.empty(weight.shape[0], dtype=torch.float32, device=a.device)
+    with torch.no_grad():
+        a, b = a.detach().float(), b.detach().float()
+        for first in range(0, weight.shape[0], 256):
+            some = slice(first, min(first + 256, weight.shape[0]))
+            packed = not isinstance(weight, Tensor)
+            rows = weight.rows_at(torch.arange(some.start, some.stop)) if packed else weight[some].float()
+            norms[some] = torch.addmm(rows, b[some], a, alpha=scale).norm(dim=1)
+    return norms
+
+
+def check_base(op: str, x: Tensor, weight: Tensor | Panels | QWeight, bias: Tensor | None) -> None:
+    """A frozen weight [N, K], x [..., K] and bias [N]."""
+    check_dtype(op, "x", x)
+    if isinstance(weight, (Panels, QWeight)):
+        check(
+            not weight.swiglu,
+            lambda: f"{op}: the weight was packed with swiglu; pack its halves apart, an adapter each",
+        )
+        check(
+            weight.data.device == x.device,
+            lambda: f"{op}: the weight is on {weight.data.device}, x on {x.device}; packed weights are for the CPU",
+        )
+        if isinstance(weight, QWeight):
+            check_dtype(op, "x beside a QWeight", x, (torch.float32,))
+    else:
+        check(
+            isinstance(weight, Tensor) and weight.dim() == 2,
+            lambda: f"{op}: weight must be [N, K], Panels or QWeight; it is {getattr(weight, 'shape', type(weight))}",
+        )
+        check_like(op, "weight", weight, "x", x)
+        check(
+            not wants_gradient(weight),
+            lambda: (
+                f"{op}: the weight requires a gradient, but the base is frozen; pass weight.detach(), or train it "
+                "as ops.linear(x, weight) + the two products of the adapter"
+            ),
+        )
+    rows, depth = weight.shape
+    check(
+        x.dim() > 0 and x.shape[-1] == depth,
+        lambda: f"{op}: x {tuple(x.shape)} must end in the weight's input size {depth} (weight {(rows, depth)})",
+    )
+    check_vector(op, "bias", bias, x, rows)
+
+
+def check_vector(op: str, name: str, vector: Tensor | None, x: Tensor, rows: int) -> None:
+    if vector is not None:
+        check_like(op, name, vector, "x", x)
+        check(vector.shape == (rows,), lambda: f"{op}: {name} has shape {tuple(vector.shape)}, want {(rows,)}")
+        check(vector.is_contiguous(), lambda: f"{op}: {name} must be contiguous; call .contiguous()")
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | Panels | QWeight,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    *,
+    bias: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """x W^T + scale * drop(x) A^T B^T + bias: x [..., K], a frozen W [N, K], a [R, K], b [N, R] -> [..., N].
+
+    magnitude [N] makes it DoRA. Raises ValueError for shapes, devices, or a weight that requires a gradient, TypeError
+    for dtypes. See the head of this file.
+    """
+    check_base("lora_linear", x, weight, bias)
+    rows, depth = weight.shape
+    for name, matrix in (("a", a), ("b", b)):
+        check_like("lora_linear", name, matrix, "x", x)
+    check(
+        a.dim() == 2 and b.dim() == 2 and a.shape[0] == b.shape[1] > 0 and a.shape[1] == depth and b.shape[0] == rows,
+        lambda: (
+            f"lora_linear: a {tuple(a.shape)} and b {tuple(b.shape)} must be [R, {depth}] and [{rows}, R] of one rank "
+            f"R >= 1, for a weight {(rows, depth)}"
+        ),
+    )
+    check_vector("lora_linear", "magnitude", magnitude, x, rows)
+    gain = None if magnitude is None else magnitude.float() / row_norms(weight, a, b, scale)
+    drop = (0.0, 0, 0) if dropout is None or not dropout.p else dropout.arguments()
+    return forward(x, *split(weight), a, b, float(scale), bias, gain, *drop)[0]

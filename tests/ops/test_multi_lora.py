@@ -1,0 +1,185 @@
+"""multi_lora: the oracle's table, and that every row has the bits of lora_linear with its adapter alone."""
+
+import _oracle
+import pytest
+import torch
+
+from fastllm import _C, ops
+from fastllm.bench.case import Make
+from fastllm.bench.cases.multi_lora import SUITE
+from fastllm.bench.cases.quant_linear import FORMATS, random_weight
+from fastllm.ops import AdapterPool, Panels, QWeight
+from fastllm.ops._op import OPS
+from fastllm.ops.lora_linear import row_norms, split
+
+FORM = pytest.mark.parametrize("form", ["rows", "panels", *FORMATS])
+
+
+@_oracle.dtypes(SUITE)
+@_oracle.cases(SUITE)
+def test_forward(case, dtype):
+    _oracle.check_forward_and_gradients(SUITE, case, dtype)
+
+
+@_oracle.dtypes(SUITE)
+@_oracle.cases(SUITE)
+def test_writes_only_its_outputs(case, dtype):
+    _oracle.check_guards(SUITE, case, dtype)
+
+
+@_oracle.dtypes(SUITE)
+@_oracle.cases(SUITE)
+def test_contract(case, dtype):
+    _oracle.check_contract(SUITE, case, dtype)
+
+
+@pytest.mark.parametrize("tier", _oracle.LOWER_TIERS)
+def test_lower_tiers(tier):
+    _oracle.check_lower_tier(__file__, tier)
+
+
+def adapters(cols: int, depth: int, ranks: list[int], dora: bool = False):
+    """A pool, and what was put into it."""
+    pool, each = AdapterPool(cols, depth, len(ranks) + 2, max(ranks), dora), []
+    for i, rank in enumerate(ranks):
+        a, b = torch.randn(rank, depth) * depth**-0.5, torch.randn(cols, rank)
+        gain = torch.rand(cols) + 0.5 if dora and i % 2 else None
+        each.append((a, b, 0.25 * (i + 1), gain))
+        assert pool.add(a, b, 0.25 * (i + 1), gain) == i
+    return pool, each
+
+
+def draw_weight(cols: int, depth: int, form: str):
+    if form in FORMATS:
+        return random_weight(Make(), cols, depth, form)
+    weight = torch.randn(cols, depth) * depth**-0.5
+    return Panels.pack(weight) if form == "panels" else weight
+
+
+def alone(x, weight, adapter, bias=None):
+    """The raw op takes the gain as it is."""
+    a, b, scale, gain = adapter
+    return OPS["lora_linear"](x, *split(weight), a, b, scale, bias, gain, 0.0, 0, 0)[0]
+
+
+@FORM
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 13, 60, 130])
+def test_each_row_has_the_bits_of_its_adapter_alone(rows, dora, form):
+    pool, each = adapters(35, 96, [16, 1, 3, 40], dora)
+    weight, x, bias = draw_weight(35, 96, form), torch.randn(rows, 96), torch.randn(35)
+    ids = torch.randint(-1, 4, (rows,))
+    y = ops.multi_lora(x, weight, pool, ids, bias)
+    none = (ops.quant_linear if isinstance(weight, QWeight) else ops.linear)(x, weight, bias)
+    assert torch.equal(y[ids == -1], none[ids == -1])
+    for i, adapter in enumerate(each):
+        assert torch.equal(y[ids == i], alone(x, weight, adapter, bias)[ids == i])
+    order = torch.randperm(rows)
+    assert torch.equal(ops.multi_lora(x[order], weight, pool, ids[order], bias), y[order])
+    in_order = ids.sort(stable=True)[1]
+    assert torch.equal(ops.multi_lora(x[in_order], weight, pool, ids[in_order], bias), y[in_order])
+
+
+def test_equals_the_public_op_and_dora():
+    weight, x, magnitude = torch.randn(35, 96), torch.randn(9, 96), torch.rand(35) + 0.5
+    pool, each = adapters(35, 96, [16, 4], dora=True)
+    a, b, scale, _ = each[0]
+    pool.remove(0)
+    assert pool.add(a, b, scale, magnitude / row_norms(weight, a, b, scale)) == 0
+    ours = ops.multi_lora(x, weight, pool, torch.zeros(9, dtype=torch.int64))
+    assert torch.equal(ours, ops.lora_linear(x, weight, a, b, scale, magnitude=magnitude))
+
+
+@pytest.mark.parametrize("rows", [3, 4, 5, 97])
+def test_any_number_of_threads(rows):
+    pool, _ = adapters(200, 320, [16, 1, 40])
+    weight, x, ids = draw_weight(200, 320, "panels"), torch.randn(rows, 320), torch.randint(-1, 3, (rows,))
+    before, wanted = torch.get_num_threads(), None
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            y = ops.multi_lora(x, weight, pool, ids)
+            wanted = y if wanted is None else wanted
+            assert torch.equal(y, wanted), f"{threads} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_replayed_with_other_adapters():
+    """A plan reads the ids, and what the pool holds, again."""
+    pool, _ = adapters(33, 65, [16, 3])
+    weight, x, ids = draw_weight(33, 65, "panels"), torch.randn(4, 65), torch.tensor([0, 1, -1, 0])
+    plan = _C.Plan()
+    plan.begin()
+    y = ops.multi_lora(x, weight, pool, ids)
+    plan.end()
+    pool.remove(0)
+    pool.add(torch.randn(5, 65), torch.randn(33, 5), 2.0)
+    ids[:] = torch.tensor([1, 0, 0, -1])
+    assert plan.replay() == 0 and torch.equal(y, ops.multi_lora(x, weight, pool, ids))
+    ids[2] = 3
+    assert plan.replay() != 0
+
+
+def test_pool_gives_back_what_was_added():
+    pool, each = adapters(35, 50, [16, 1, 17, 40], dora=True)
+    for i, (a, b, scale, gain) in enumerate(each):
+        got = pool.get(i)
+        assert torch.equal(got[0], a) and torch.equal(got[1], b) and got[2] == scale
+        assert torch.equal(got[3], torch.ones(35) if gain is None else gain)
+    assert pool.nbytes == sum(t.nbytes for t in (pool.a, pool.b, pool.rank, pool.scale, pool.gain))
+    pool.remove(2)
+    assert pool.add(torch.randn(2, 50), torch.randn(35, 2), 1.0) == 2
+
+
+def test_compile_fullgraph():
+    pool, _ = adapters(33, 65, [16, 3])
+    weight, x, ids = torch.randn(33, 65), torch.randn(4, 65), torch.tensor([0, 1, -1, 0])
+    compiled = torch.compile(lambda t, i: ops.multi_lora(t, weight, pool, i), fullgraph=True)
+    assert torch.equal(compiled(x, ids), ops.multi_lora(x, weight, pool, ids))
+
+
+def test_opcheck():
+    pool, _ = adapters(33, 64, [16, 3], dora=True)
+    weight, x, ids = torch.randn(33, 64), torch.randn(4, 64), torch.tensor([0, 1, -1, 0])
+    for held in (weight, Panels.pack(weight), QWeight.quantize(weight, 8)):
+        given = (pool.a, pool.b, pool.rank, pool.scale, pool.gain, ids, torch.randn(33))
+        torch.library.opcheck(OPS["multi_lora"].raw, (x, *split(held), *given))
+
+
+X, W, IDS = torch.randn(3, 8), torch.randn(6, 8), torch.tensor([0, -1, 0])
+POOL, _ = adapters(6, 8, [2, 4])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.multi_lora(X, W, POOL, torch.tensor([0, 1, 2])), IndexError, r"adapter_id 2 at position \(2,\) is no"),
+        (lambda: ops.multi_lora(X, W, POOL, torch.tensor([0, 4, 0])), IndexError, r"adapter_id 4 .* there are \[0, 1\]"),
+        (lambda: ops.multi_lora(X, W, POOL, torch.tensor([-2, 0, 0])), IndexError, "adapter_id -2"),
+        (lambda: ops.multi_lora(X, W, POOL, torch.tensor([2**40, 0, 0])), IndexError, f"adapter_id {2**40}"),
+        (lambda: ops.multi_lora(X, W, POOL, IDS.int()), TypeError, r"adapter_id is torch.int32; convert it with .long\(\)"),
+        (lambda: ops.multi_lora(X, W, POOL, IDS[:2]), ValueError, r"adapter_id has shape \(2,\), want \(3,\)"),
+        (lambda: ops.multi_lora(X, torch.randn(5, 8), POOL, IDS), ValueError, r"pool is for weights \(6, 8\), .* \(5, 8\)"),
+        (lambda: ops.multi_lora(X, W, POOL, IDS.to("meta")), ValueError, "adapter_id on meta"),
+        (lambda: ops.multi_lora(X.half(), W, POOL, IDS), TypeError, "weight is torch.float32, x is torch.float16"),
+        (lambda: POOL.add(torch.randn(5, 8), torch.randn(6, 5), 1.0), ValueError, "rank 5, allowed: 1 to 4"),
+        (lambda: POOL.add(torch.randn(2, 8), torch.randn(6, 3), 1.0), ValueError, r"must be \[R, 8\] and \[6, R\]"),
+        (lambda: POOL.add(torch.randn(2, 8), torch.randn(6, 2), 1.0, torch.ones(6)), ValueError, "made with dora=True"),
+        (lambda: POOL.remove(3), IndexError, r"there is no adapter 3; there are \[0, 1\] in 4 slots"),
+        (lambda: POOL.get(-1), IndexError, "there is no adapter -1"),
+        (lambda: AdapterPool(6, 8, 0, 4), ValueError, "slots is 0, allowed: 1 and more"),
+        (lambda: AdapterPool(6, 8, 1, 4, dtype=torch.bfloat16), ValueError, "on a CPU the pool is float32"),
+    ],
+)  # fmt: skip
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_full_pool():
+    pool, _ = adapters(6, 8, [2])
+    for _ in range(2):
+        pool.add(torch.randn(1, 8), torch.randn(6, 1), 1.0)
+    with pytest.raises(RuntimeError, match="all 3 slots are taken; remove one first"):
+        pool.add(torch.randn(1, 8), torch.randn(6, 1), 1.0)
