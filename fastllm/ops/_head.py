@@ -12,9 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import _C
-from ._op import DTYPES, check, check_dtype, check_like, pointer
-from .linear import ROWS, WHOLE
+from ._op import check, check_dtype, check_like
+from .linear import ROWS, product
 
 CPU_BYTES = 52 << 20  # of logits: enough rows that the products run at full speed, 256 of a vocabulary of 50,257
 GPU_BYTES, GPU_ROWS = 100 << 20, (768, 4096)  # fewer rows starve the products
@@ -59,11 +58,7 @@ def over_blocks(
         part, logits = x[block].to(dtype), buffer[: block.stop - begin]
         part = part if part.stride(1) == 1 else part.contiguous()
         if cpu:
-            _C.linear(
-                logits.data_ptr(), part.data_ptr(), w.data_ptr(), pointer(b), 0, 0,
-                logits.shape[0], vocab, depth, part.stride(0), logits.stride(0), w.stride(0), 0,
-                ROWS, WHOLE, *(DTYPES[torch.float32],) * 3, 0.0,
-            )  # fmt: skip
+            product(logits, part, w, ROWS, b)
         elif b is None:
             _product(logits, part, w.t())
         else:
