@@ -156,7 +156,7 @@ def unit_stride(weight: Tensor) -> Tensor:
 
 def fields(y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, halves=WHOLE) -> tuple:
     """The record of a product x W^T or x W (csrc/records/linear.h): y contiguous, x and residual [rows, ...] with unit
-    stride, the weight of x's dtype or packed."""
+    stride, the weight of x's dtype or packed. Of pointers: the caller holds the tensors until the kernel is done."""
     cols = y.shape[-1]
     return (
         y.data_ptr(), x.data_ptr(), weight.data_ptr(), pointer(bias), pointer(residual), pointer(norm),
@@ -168,8 +168,8 @@ def fields(y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, hal
 
 def product(y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, halves=WHOLE, kernel=_C.linear) -> Tensor:
     if y.numel():
-        residual = None if residual is None else as_rows(residual)
-        kernel(*fields(y, as_rows(x), weight, form, bias, norm, eps, residual, halves))
+        x, residual = as_rows(x), None if residual is None else as_rows(residual)
+        kernel(*fields(y, x, weight, form, bias, norm, eps, residual, halves))
     return y
 
 

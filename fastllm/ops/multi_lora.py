@@ -203,9 +203,9 @@ def gpu(x, weight, form, a, b, rank, scale, gain, adapter_id, bias) -> Tensor:
 def cpu(x, weight, form, a, b, rank, scale, gain, adapter_id, bias) -> Tensor:
     y = torch.empty((*x.shape[:-1], height(weight, form)), dtype=x.dtype)
     if y.numel():
-        ids = adapter_id.contiguous()
+        ids, rows, weight = adapter_id.contiguous(), as_rows(x), weight if form else unit_stride(weight)
         status = _C.multi_lora(
-            *fields(y, as_rows(x), weight if form else unit_stride(weight), code(form), bias),
+            *fields(y, rows, weight, code(form), bias),
             a.data_ptr(), b.data_ptr(), pointer(gain), rank.data_ptr(), scale.data_ptr(), ids.data_ptr(),
             a.shape[0], b.shape[2],
         )  # fmt: skip

@@ -80,6 +80,13 @@ def test_each_row_has_the_bits_of_its_adapter_alone(rows, dora, form):
     assert torch.equal(ops.multi_lora(x[in_order], weight, pool, ids[in_order], bias), y[in_order])
 
 
+def test_strided_x_weight_and_ids():
+    pool, _ = adapters(35, 96, [16, 1])
+    x, weight, ids = torch.randn(96, 9), torch.randn(96, 35), torch.randint(-1, 2, (9, 2))
+    wanted = ops.multi_lora(x.t().contiguous(), weight.t().contiguous(), pool, ids[:, 0].contiguous())
+    assert torch.equal(ops.multi_lora(x.t(), weight.t(), pool, ids[:, 0]), wanted)
+
+
 def test_equals_the_public_op_and_dora():
     weight, x, magnitude = torch.randn(35, 96), torch.randn(9, 96), torch.rand(35) + 0.5
     pool, each = adapters(35, 96, [16, 4], dora=True)
