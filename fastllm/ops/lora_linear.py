@@ -363,17 +363,36 @@ backward = Op(
 )
 
 
-def row_norms(weight: Tensor | Panels | QWeight, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """||W + scale * B A|| of each row, float32 [N], without a gradient; 256 rows of the sum are in memory at a time."""
-    norms = torch.empty(weight.shape[0], dtype=torch.float32, device=a.device)
-    with torch.no_grad():
-        a, b = a.detach().float(), b.detach().float()
-        for first in range(0, weight.shape[0], 256):
-            some = slice(first, min(first + 256, weight.shape[0]))
-            packed = not isinstance(weight, Tensor)
-            rows = weight.rows_at(torch.arange(some.start, some.stop)) if packed else weight[some].float()
-            norms[some] = torch.addmm(rows, b[some], a, alpha=scale).norm(dim=1)
+def rows_of(weight: Tensor, form: list[int], some: slice) -> Tensor:
+    """Some rows of a weight, float32."""
+    if not form:
+        return weight[some].float()
+    packed = Panels(weight, form[0]) if len(form) == 1 else QWeight(weight, *form[:3], bool(form[3]))
+    return packed.rows_at(torch.arange(some.start, some.stop))
+
+
+def norms_by_blocks(weight, form, a, b, scale) -> Tensor:
+    """256 rows of W + scale * B A are in memory at a time."""
+    norms, a, b = torch.empty(b.shape[0], dtype=torch.float32, device=a.device), a.float(), b.float()
+    for first in range(0, b.shape[0], 256):
+        some = slice(first, min(first + 256, b.shape[0]))
+        norms[some] = torch.addmm(rows_of(weight, form, some), b[some], a, alpha=scale).norm(dim=1)
     return norms
+
+
+forward_norms = Op(  # an op, so that a compiled call has the bits of an eager one
+    "lora_row_norms(Tensor weight, int[] form, Tensor a, Tensor b, float scale) -> Tensor",
+    reference=lambda weight, form, a, b, scale: (dense(weight, form).float() + scale * (b.float() @ a.float())).norm(
+        dim=1
+    ),
+    fake=lambda weight, form, a, b, scale: torch.empty(b.shape[0], dtype=torch.float32, device=a.device),
+    cpu=norms_by_blocks,
+)
+
+
+def row_norms(weight: Tensor | Panels | QWeight, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """||W + scale * B A|| of each row, float32 [N], without a gradient."""
+    return forward_norms(*split(weight), a.detach(), b.detach(), scale)
 
 
 def check_base(op: str, x: Tensor, weight: Tensor | Panels | QWeight, bias: Tensor | None) -> None:

@@ -67,6 +67,7 @@ def test_opcheck():
     for held in (weight, Panels.pack(weight), QWeight.quantize(weight, 4)):
         torch.library.opcheck(OPS["lora_linear"].raw, (x, *split(held), a, b, 0.5, bias, gain, 0.5, 7, 1))
         torch.library.opcheck(OPS["lora_linear_backward"].raw, (dz, x, s, *split(held), a, b, 0.5, 0.5, 7, 1, True))
+        torch.library.opcheck(OPS["lora_row_norms"].raw, (*split(held), a, b, 0.5))
     torch.library.opcheck(OPS["lora_linear_backward"].raw, (dz, x, s, weight, [], a, b, 0.5, 0.0, 0, 0, False))
 
 
