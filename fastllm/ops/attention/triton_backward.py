@@ -316,6 +316,8 @@ def gpu_backward(
     if dbias.numel():
         for unused in ("BIAS", "ALIBI", "BATCH"):
             options.pop(unused)
+        size = sizes(BACKWARD, 256, q.dtype, heavy=True)  # its sums over broadcast dimensions leave few registers
+        blocks |= {"BLOCK_M": size.rows, "BLOCK_N": size.keys, "num_warps": size.warps}
         grid = (
             triton.cdiv(bias.shape[2], size.rows) * triton.cdiv(bias.shape[3], size.keys),
             bias.shape[1],
