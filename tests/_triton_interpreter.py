@@ -100,8 +100,8 @@ def triton_on_cpu():
             op._kernels["cpu"] = interpreted(op)
     kv_cache.COLUMNS.clear()  # CPU tensors stand in for a GPU's: their pages lie as there
     # The interpreter pays for an operation, hardly for its size: large blocks, still several to a case.
-    for table in (triton_tile.EXACT, triton_tile.DENSE, triton_tile.BACKWARD, triton_tile.DECODE):
-        table.update({dtype: {512: triton_tile.Sizes(64, 128, 4)} for dtype in table})
+    for table in (triton_tile.EXACT, triton_tile.DENSE, triton_tile.BACKWARD, triton_tile.BIAS, triton_tile.DECODE):
+        table.update({dtype: {1024: triton_tile.Sizes(64, 128, 4)} for dtype in table})
 
 
 def small(case, dtype: torch.dtype) -> bool:
@@ -109,7 +109,7 @@ def small(case, dtype: torch.dtype) -> bool:
     the interpreter is slowest at."""
     inputs = case.inputs(_oracle.Make("meta"))
     numbers = sum(t.numel() for t in inputs.values() if torch.is_tensor(t))
-    return numbers < 2**18 and case.flops < (2**23 if dtype == torch.float32 else 2**19)
+    return numbers < 2**18 and case.flops < (6e6 if dtype == torch.float32 else 5e5)
 
 
 TABLE = [

@@ -15,7 +15,7 @@ from ..rope import unit_stride
 from . import cudnn
 from .spec import Settings
 from .triton_forward import common, modes
-from .triton_tile import BACKWARD, owner, padded, shaped, sight, sizes, span, stages
+from .triton_tile import BACKWARD, BIAS, owner, padded, shaped, sight, sizes, span, stages
 
 
 @triton.jit
@@ -316,6 +316,8 @@ def gpu_backward(
     if dbias.numel():
         for unused in ("BIAS", "ALIBI", "BATCH"):
             options.pop(unused)
+        size = sizes(BIAS, dim, q.dtype)
+        blocks |= {"BLOCK_M": size.rows, "BLOCK_N": size.keys, "num_warps": size.warps}
         grid = (
             triton.cdiv(bias.shape[2], size.rows) * triton.cdiv(bias.shape[3], size.keys),
             bias.shape[1],

@@ -137,16 +137,20 @@ class Sizes(NamedTuple):
 # fp32 products run without tensor cores and hold their operands in registers. In exact mode these sizes decide the bits.
 Table = dict[torch.dtype, dict[int, Sizes]]
 EXACT: Table = {
-    torch.float32: {128: Sizes(16, 32, 8), 512: Sizes(16, 16, 8)},
-    torch.bfloat16: {64: Sizes(64, 64, 4), 128: Sizes(64, 64, 8), 256: Sizes(64, 32, 8), 512: Sizes(32, 32, 8)},
+    torch.float32: {128: Sizes(16, 32, 8), 1024: Sizes(16, 16, 8)},
+    torch.bfloat16: {64: Sizes(64, 64, 4), 128: Sizes(64, 64, 8), 256: Sizes(64, 32, 8), 1024: Sizes(32, 32, 8)},
 }
 DENSE: Table = {
     torch.float32: EXACT[torch.float32],
-    torch.bfloat16: {128: Sizes(128, 64, 8), 256: Sizes(64, 64, 8), 512: Sizes(32, 32, 8)},
+    torch.bfloat16: {128: Sizes(128, 64, 8), 256: Sizes(64, 32, 8), 1024: Sizes(32, 32, 8)},
 }
 BACKWARD: Table = {
-    torch.float32: {64: Sizes(32, 32, 8), 128: Sizes(16, 32, 8), 512: Sizes(16, 16, 8)},
-    torch.bfloat16: {128: Sizes(64, 64, 8), 512: Sizes(32, 32, 8)},
+    torch.float32: {64: Sizes(32, 32, 8), 256: Sizes(16, 32, 8), 1024: Sizes(16, 16, 8)},
+    torch.bfloat16: {128: Sizes(64, 64, 8), 1024: Sizes(32, 32, 8)},
+}
+BIAS: Table = {  # dbias: its loops over what the bias is broadcast to leave few registers
+    torch.float32: {256: Sizes(16, 16, 8)},
+    torch.bfloat16: {256: Sizes(32, 64, 8)},
 }
 DECODE: Table = {
     torch.float32: {128: Sizes(16, 32, 8), 256: Sizes(16, 16, 8)},
@@ -165,6 +169,6 @@ def stages(dtype: torch.dtype) -> int:
 
 
 def sizes(table: Table, dim: int, dtype: torch.dtype, heavy: bool = False) -> Sizes:
-    """The table's entry; heavy, with a bias or dropout, that of heads twice as wide, which leaves registers for them."""
+    """The table's entry; heavy, with a bias or dropout, that of heads four times as wide, which leaves registers for them."""
     entries = table[torch.float32 if dtype == torch.float32 else torch.bfloat16]
-    return next(size for limit, size in entries.items() if dim * (2 if heavy else 1) <= limit)
+    return next(size for limit, size in entries.items() if dim * (4 if heavy else 1) <= limit)
