@@ -86,14 +86,14 @@ def test_a_replay_reports_what_a_kernel_found(model):
 
 
 X, WEIGHT, STRIDED = torch.randn(2, 32), torch.ones(32), torch.randn(32, 2).t()
-HALF, HALF_WEIGHT = X.bfloat16(), torch.ones(16, 32, dtype=torch.bfloat16)
+HALF, SINKS = X.bfloat16().view(1, 2, 1, 32), ops.AttentionSpec(sinks=torch.zeros(1, dtype=torch.bfloat16))
 FOREIGN = {
     "add": lambda: ops.rms_norm(torch.add(X, 1), WEIGHT),
     "mul_": lambda: ops.rms_norm(X, WEIGHT).mul_(2),
     "fill_": lambda: torch.empty(3).fill_(1),
     "(item|_local_scalar_dense)": lambda: ops.rms_norm(X, WEIGHT)[0, 0].item(),
     "(contiguous|clone)": lambda: ops.rms_norm(STRIDED, WEIGHT),  # hidden copies, in our own launchers
-    "(to|_to_copy)": lambda: ops.linear(HALF, HALF_WEIGHT),
+    "(to|_to_copy)": lambda: ops.attention(HALF, HALF, HALF, SINKS),
     "(reshape|clone|_unsafe_view|view)": lambda: ops.rms_norm(STRIDED.reshape(4, 16), WEIGHT[:16]),
 }
 
