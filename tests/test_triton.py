@@ -4,6 +4,7 @@ What to compile is not kept by hand: the launchers run on meta tensors over the 
 they would make is noted with its argument types, constants and warps.
 """
 
+import functools
 import inspect
 import os
 import re
@@ -33,9 +34,10 @@ TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "f
 TYPES |= {f"int{n}": f"i{n}" for n in (8, 16, 32, 64)}
 
 
-def test_interpreter():
-    """See _triton_interpreter.py."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "_triton_interpreter.py")]
+@pytest.mark.parametrize("file", ["_triton_interpreter.py", "_triton_bits.py"])
+def test_interpreter(file):
+    """See there."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / file)]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
@@ -51,11 +53,21 @@ class Launch(NamedTuple):
 
 
 def launches(monkeypatch) -> tuple[dict[Launch, object], set[str]]:
-    """Every launch of the benchmark cases, forward and backward, as Triton would specialise it, and the ops that made
-    one."""
+    """Every launch of the benchmark cases, forward and backward, as Triton would specialise it; and the ops that ran."""
     found: dict[tuple, tuple[Launch, object]] = {}
-    launched: set[str] = set()
-    running = ""
+    ran: set[str] = set()
+    within: list[str] = []
+
+    def watched(op):
+        @functools.wraps(op.triton)
+        def launch(*args, **options):
+            within.append(op.name)
+            try:
+                return op.triton(*args, **options)
+            finally:
+                within.pop()
+
+        return launch
 
     def note(kernel, *args, grid, warmup, **named):
         parameters = inspect.signature(kernel.fn).parameters
@@ -63,16 +75,17 @@ def launches(monkeypatch) -> tuple[dict[Launch, object], set[str]]:
         signature, constants, aligned = {}, {}, []
         for i, (name, value) in enumerate(inspect.signature(kernel.fn).bind(*args, **named).arguments.items()):
             constant = "constexpr" in str(parameters[name].annotation)
+            special = not kernel.params[list(parameters).index(name)].do_not_specialize
             if torch.is_tensor(value):
                 signature[name] = "*" + TYPES[str(value.dtype).removeprefix("torch.")]
                 aligned.append(i)
-            elif constant or value is None or (type(value) is int and value == 1):  # Triton folds ones in
+            elif constant or value is None or (special and type(value) is int and value == 1):  # folds ones in
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0:
+                if special and value % 16 == 0:
                     aligned.append(i)
         launch = Launch(
             f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}",
@@ -85,32 +98,28 @@ def launches(monkeypatch) -> tuple[dict[Launch, object], set[str]]:
         pointers = tuple(t for _, t in launch.signature if t.startswith("*"))
         named = tuple(c for c in launch.constants if c[0].isupper())
         found.setdefault((launch.kernel, pointers, named, launch.options), (launch, kernel))
-        launched.add(running)
-
-    def noted(op):
-        def launch(*args):
-            nonlocal running
-            running = op.name
-            return op.triton(*args)
-
-        return Kernel(launch, "Triton", "noted, not run")
+        ran.update(within)
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", note)
     for op in OPS.values():
         if op.triton:
-            monkeypatch.setitem(op._kernels, "meta", noted(op))
+            monkeypatch.setitem(op._kernels, "meta", Kernel(watched(op), "Triton", "noted, not run"))
     for name, suite in suites().items():
         if OPS[name].triton:
             for case in suite.benchmark:
                 for dtype in (torch.float32, torch.bfloat16):
+                    if dtype not in suite.dtypes:
+                        continue
                     inputs = case.inputs(Make("meta", dtype))
+                    with torch.no_grad():  # an op may have a way of its own where nothing asks for a gradient
+                        suite.run(**inputs)
                     for g in suite.gradients:
                         if g in inputs:
                             inputs[g] = inputs[g].detach().requires_grad_()
                     outputs = as_tuple(suite.run(**inputs))
-                    if suite.gradients:
+                    if any(o.requires_grad for o in outputs):
                         torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
-    return dict(found.values()), launched
+    return dict(found.values()), ran
 
 
 def resources(compiled, folder: Path) -> dict[str, int]:
@@ -124,8 +133,8 @@ def resources(compiled, folder: Path) -> dict[str, int]:
 
 def test_compiles_ahead_of_time_without_spills(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    noted, launched = launches(monkeypatch)
-    assert launched == {op.name for op in OPS.values() if op.triton}, "an op's kernel was not noted"
+    noted, ran = launches(monkeypatch)
+    assert ran == {op.name for op in OPS.values() if op.triton}, "an op whose benchmark cases launch no kernel"
     bad, report = [], []
     for launch, kernel in noted.items():
         for arch, limit in SHARED_MEMORY.items():

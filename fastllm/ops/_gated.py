@@ -72,6 +72,13 @@ def finite(x):
 
 
 @triton.jit
+def silu(x):
+    """As the forward of swiglu has it, at any x, for kernels that fuse it."""
+    value, _ = activate(finite(x), 0)
+    return tl.where(x > 3.4028234e38, x, value)
+
+
+@triton.jit
 def forward_kernel(
     y, gate, up, cols, gate_stride, up_stride, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -91,7 +91,7 @@ class Op:
     reference: plain PyTorch with the raw op's arguments and results, differentiable; shares no helper with the kernels.
     cpu, triton: launchers with the same arguments, for validated input; None where there is no such kernel.
         A launcher may have one more, `train=False`: see Kernel.
-    triton_reason: what `fastllm info` says of the GPU's kernel; more where its launcher hands some calls to a library.
+    triton_name, triton_reason: what `fastllm info` says of the GPU's kernel, where its launcher hands calls to a library.
     fake: shapes and dtypes of the results.
     save(ctx, inputs, output), backward(ctx, *gradients): as in torch.autograd.Function; None for an op without its own
         backward: asked for a gradient it runs its reference, and `fastllm info` says so.
@@ -102,6 +102,7 @@ class Op:
     fake: Callable[..., Any]
     cpu: Callable[..., Any] | None = None
     triton: Callable[..., Any] | None = None
+    triton_name: str = "Triton"
     triton_reason: str = "the GPU kernel of this op"
     save: Callable[..., None] | None = None
     backward: Callable[..., Any] | None = None
@@ -141,7 +142,7 @@ class Op:
                 return Kernel(self.reference, "reference", "no GPU kernel yet")
             if not _triton.available():
                 return Kernel(self.reference, "reference", _triton.unavailable_reason())
-            return Kernel(_triton.on_device(self.triton), "Triton", self.triton_reason)
+            return Kernel(_triton.on_device(self.triton), self.triton_name, self.triton_reason)
         warnings.warn(
             f"fastllm.{self.name}: no kernel for device {device!r}, running the PyTorch reference", stacklevel=5
         )

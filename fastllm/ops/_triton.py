@@ -25,8 +25,8 @@ except ImportError as error:  # of no use here, or not shipped for this platform
         """Keeps op files importable where Triton is not installed."""
 
         @staticmethod
-        def jit(function):
-            return function
+        def jit(function=None, **options):
+            return function if function else lambda function: function
 
         @staticmethod
         def cdiv(a: int, b: int) -> int:
@@ -37,7 +37,9 @@ except ImportError as error:  # of no use here, or not shipped for this platform
             return 1 << (n - 1).bit_length() if n > 1 else 1
 
     class tl:
-        constexpr = None
+        @staticmethod
+        def constexpr(value):
+            return value
 
 
 @functools.cache

@@ -11,7 +11,8 @@ written nowhere.
 
 Shapes: token int64 [B]; position int64 or int32 [B]; context_len int32 [B]; block_table int32 [B, P]; slot int64 [B].
 Errors: IndexError where a history of H > 0 places is full, a record does not exist, or a position lies beyond the block
-table; the rest of the step is done all the same.
+table; the rest of the step is done all the same. On a GPU nothing waits for the device, so nothing is raised: a full
+history shows as history_len > H, the others as slot -1.
 """
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .. import _C
 from ._op import Op, check, check_dtype, pointer
+from ._triton import tl, triton
 from .sample import SampleState, check_rows
 
 _MESSAGE = "advance: a history is full, a record does not exist or a position lies beyond the block table"
@@ -58,6 +60,38 @@ def reference(
         raise IndexError(_MESSAGE)
 
 
+@triton.jit(do_not_specialize=["count", "records", "room", "table_stride", "pages", "page"])
+def advance_kernel(
+    token, settings, history, rows, position, context_len, block_table, slot, next_ids,
+    count, records, room, table_stride, pages, page, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = b < count
+    which = b.to(tl.int64)
+    if rows is not None:
+        which = tl.load(rows + b, mask=inside, other=-1).to(tl.int64)
+    mine = inside & (which >= 0) & (which < records)
+    t = tl.load(token + b, mask=mine, other=0)
+    s = settings + which * 8
+    history_len = s.to(tl.pointer_type(tl.int32), bitcast=True) + 14  # csrc/records/sample.h: SampleRow
+    n = tl.load(history_len, mask=mine, other=0)
+    tl.store(history + which * room + n, t.to(tl.int32), mask=mine & (n >= 0) & (n < room))
+    tl.store(history_len, n + 1, mask=mine)
+    tl.store(s + 2, tl.load(s + 2, mask=mine, other=0) + 1, mask=mine)
+    if next_ids is not None:
+        tl.store(next_ids + b, t, mask=mine)
+    if context_len is not None:
+        tl.store(context_len + b, tl.load(context_len + b, mask=mine, other=0) + 1, mask=mine)
+    if position is not None:
+        p = tl.load(position + b, mask=mine, other=0) + 1
+        tl.store(position + b, p, mask=mine)
+        if slot is not None:
+            column, offset = p // page, p % page
+            held = mine & (p >= 0) & (column < pages)
+            first = tl.load(block_table + b.to(tl.int64) * table_stride + column, mask=held, other=0).to(tl.int64)
+            tl.store(slot + b, tl.where(held, first * page + offset, -1), mask=inside)
+
+
 def cpu(
     token: Tensor, settings: Tensor, history: Tensor, rows: Tensor | None, position: Tensor | None,
     context_len: Tensor | None, block_table: Tensor | None, slot: Tensor | None, next_ids: Tensor | None, page: int,
@@ -72,12 +106,26 @@ def cpu(
         raise IndexError(_MESSAGE)
 
 
+def gpu(
+    token: Tensor, settings: Tensor, history: Tensor, rows: Tensor | None, position: Tensor | None,
+    context_len: Tensor | None, block_table: Tensor | None, slot: Tensor | None, next_ids: Tensor | None, page: int,
+) -> None:  # fmt: skip
+    count, block = token.shape[0], 128
+    if count:
+        advance_kernel[(triton.cdiv(count, block),)](
+            token, settings, history, rows, position, context_len, block_table, slot, next_ids,
+            count, settings.shape[0], history.shape[1], 0 if block_table is None else block_table.stride(0),
+            0 if block_table is None else block_table.shape[1], page, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+
+
 forward = Op(
     "advance(Tensor token, Tensor(a!) settings, Tensor(b!) history, Tensor? rows, Tensor(c!)? position,"
     " Tensor(d!)? context_len, Tensor? block_table, Tensor(e!)? slot, Tensor(f!)? next_ids, int page) -> ()",
     reference=reference,
     fake=lambda *arguments: None,
     cpu=cpu,
+    triton=gpu,
 )
 
 

@@ -10,6 +10,10 @@ A transformer block needs four linears, with these around them, so that no pass 
 - residual [..., N]: added last;
 - swiglu: weight [2F, K] stacks gate over up, and y [..., F] = silu(x W_gate^T) * (x W_up^T), as `ops.swiglu`.
 
+On a GPU cuBLAS multiplies, by the algorithm that it likes best for a number of rows, and rounds y before residual and
+swiglu: quick, and a row may differ in its last bits from the same row in another batch. exact=True holds the contract
+there: one order of K for any number of rows, tiles of M and N alone may differ, fp32 until the one rounding at the end.
+
 On a CPU the weights are read in panels of 16 output columns, [N/16, K, 16]: `Panels.pack(weight)` once, or row-major
 weights are packed on every call, 2-12 % of it at 500 rows, most of it at one row.
 
@@ -25,7 +29,9 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ._gated import silu
 from ._op import DTYPES, Op, as_rows, check_dtype, check_like, pointer, wants_gradient
+from ._triton import tl, triton
 from .rms_norm import rms_norm
 from .swiglu import swiglu as swiglu_op
 
@@ -142,6 +148,51 @@ def reference_panels_backward(dy, panels, rows, halves) -> Tensor:
     return (_wide(dy, dy) @ _wide(unpack(panels, rows, halves != WHOLE), dy)).to(dy.dtype)
 
 
+# ------------------------------------------------------------------------------------------------------------- Triton
+
+_DEPTH = 32  # of K that one step multiplies: a part of the contract, the same for all tiles
+
+
+@triton.jit
+def _product(acc, x, weight, k, depth, held, inside, K: tl.constexpr):
+    """acc += x[:, k:k+K] weight[:, k:k+K]^T."""
+    column = k + tl.arange(0, K)
+    a = tl.load(x[:, None] + column[None, :], mask=held[:, None] & (column < depth)[None, :], other=0.0)
+    b = tl.load(weight[None, :] + column[:, None], mask=inside[None, :] & (column < depth)[:, None], other=0.0)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["rows", "cols"])
+def exact_kernel(
+    y, x, weight, bias, residual, rows, cols, depth, x_stride, weight_stride, residual_stride,
+    SWIGLU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    # Eight tiles down, then the next column: what they share stays in L2.
+    tile, down, across = tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(cols, BN)
+    first = tile // (8 * across) * 8
+    height = tl.minimum(down - first, 8)
+    inner = tile % (8 * across)
+    m = (first + inner % height).to(tl.int64) * BM + tl.arange(0, BM)
+    n = (inner // height).to(tl.int64) * BN + tl.arange(0, BN)
+    held, inside = m < rows, n < cols
+    x += m * x_stride
+    weight += n * weight_stride
+    acc = tl.zeros([BM, BN], tl.float32)
+    above = acc
+    for k in range(0, depth, BK):
+        acc = _product(acc, x, weight, k, depth, held, inside, BK)
+        if SWIGLU:
+            above = _product(above, x, weight + cols.to(tl.int64) * weight_stride, k, depth, held, inside, BK)
+    mask = held[:, None] & inside[None, :]
+    if bias is not None:
+        acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if SWIGLU:
+        acc = silu(acc) * above
+    if residual is not None:
+        acc += tl.load(residual + m[:, None] * residual_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + m[:, None] * cols + n[None, :], acc.to(y.dtype.element_ty), mask=mask)
+
+
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 
@@ -206,6 +257,36 @@ def cpu_rows(ids: Tensor, panels: Tensor, rows: int) -> Tensor:
     return y
 
 
+def gpu(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    y = torch.nn.functional.linear(x, weight, bias)
+    if swiglu:
+        y = swiglu_op(*(y if residual is None else y.float()).chunk(2, -1))
+    y = y if residual is None else y + residual
+    return y.to(torch.float32 if wide else x.dtype)
+
+
+def gpu_exact(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
+    y = _output(x, weight.shape[0] // (1 + swiglu), wide)
+    if not y.numel():
+        return y
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    rows, other = as_rows(x), None if residual is None else as_rows(residual)
+    weight = unit_stride(weight)
+    # No tile of tensor cores below 64 rows: smaller ones run on other instructions, which add in an order of their own.
+    bm, bn, warps = (128, 128, 8) if rows.shape[0] > 64 and not swiglu else (64, 32, 4)
+    if x.dtype == torch.float32:
+        bm, bn, warps = 32, 32, 4
+    exact_kernel[(triton.cdiv(rows.shape[0], bm) * triton.cdiv(y.shape[-1], bn),)](
+        y, rows, weight, bias, other, rows.shape[0], y.shape[-1], rows.shape[1],
+        rows.stride(0), weight.stride(0), 0 if other is None else other.stride(0),
+        SWIGLU=swiglu, BM=bm, BN=bn, BK=_DEPTH, num_warps=warps, num_stages=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return y
+
+
 # -------------------------------------------------------------------------------------------------------- registration
 
 
@@ -257,6 +338,19 @@ forward = Op(
     reference=reference,
     fake=lambda x, weight, bias, norm, eps, residual, swiglu, wide: _output(x, weight.shape[0] // (1 + swiglu), wide),
     cpu=cpu,
+    triton=gpu,
+    triton_name="cuBLAS",
+    triton_reason="the matmul by torch, norm and swiglu around it in Triton; exact=True has a kernel of its own",
+    save=_save,
+    backward=_backward,
+)
+forward_exact = Op(
+    forward.schema.replace("linear", "linear_exact"),
+    reference=reference,
+    fake=forward.fake,
+    cpu=cpu,
+    triton=gpu_exact,
+    triton_reason="one order of K for any number of rows",
     save=_save,
     backward=_backward,
 )
@@ -318,9 +412,7 @@ def check_fusion(op: str, x: Tensor, weight, bias, norm, residual, swiglu: bool)
     rows, depth = weight.shape
     if not isinstance(weight, Tensor):
         if weight.data.device != x.device:
-            raise ValueError(
-                f"{op}: the weight is on {weight.data.device}, x on {x.device}; packed weights are for the CPU"
-            )
+            raise ValueError(f"{op}: the weight is on {weight.data.device}, x on {x.device}; move one with .to(device)")
         if swiglu != weight.swiglu:
             raise ValueError(f"{op}: swiglu={swiglu}, but the weight was packed with swiglu={weight.swiglu}")
     if x.dim() == 0 or x.shape[-1] != depth:
@@ -352,9 +444,11 @@ def linear(
     eps: float = 1e-6,
     residual: Tensor | None = None,
     swiglu: bool = False,
+    exact: bool = False,
 ) -> Tensor:
     """norm(x) W^T + bias + residual (or swiglu), x [..., K], weight [N, K] or Panels -> [..., N]; see the file's head.
 
+    exact: hold the contract on a GPU too; on a CPU it always is.
     Raises ValueError for shapes and devices that do not fit, TypeError for dtypes.
     """
     check_dtype("linear", "x", x)
@@ -372,8 +466,9 @@ def linear(
     if weight.dim() != 2:
         raise ValueError(f"linear: weight has shape {tuple(weight.shape)}; it must be [N, K]")
     check_fusion("linear", x, weight, bias, norm, residual, swiglu)
+    op = forward_exact if exact else forward
     if must_compose(x, weight, bias, norm, residual, swiglu):
         return compose(
-            lambda v, wide: forward(v, weight, bias, None, eps, None, False, wide), x, norm, eps, residual, swiglu
+            lambda v, wide: op(v, weight, bias, None, eps, None, False, wide), x, norm, eps, residual, swiglu
         )
-    return forward(x, weight, bias, norm, eps, residual, swiglu, False)
+    return op(x, weight, bias, norm, eps, residual, swiglu, False)

@@ -9,25 +9,30 @@ A group whose max|x| is below 1e-35 counts as zeros; a NaN or an infinity makes 
 QWeight holds what the file holds, without loss: Q4_0 (4 bits, zero 8), Q4_1 (4 bits, minimum), Q8_0 (8 bits, zero 128
 after the shift to unsigned). `QWeight.quantize(w, 4 | 8)` makes int4 and int8 with group 32 from float weights.
 Sources: GGUF's block formats; Dettmers et al. 2022 (arXiv 2208.07339) for row-wise activation scales.
+On a GPU the weight keeps this layout (`QWeight.to`) and the arithmetic is the same, group by group, on the tensor cores:
+the integer sums and the chain over groups have the CPU's bits; the norm before and silu after them have their own.
 Backward: the weight is frozen; dx = dy W in float32 with the dequantised weight, as if x had not been rounded, a panel
 of it dequantised at a time. A fused call that needs a gradient runs as the ops that it fuses: the same bits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .. import _C
+from ._gated import silu
 from ._op import Op, as_rows, check_dtype
+from ._triton import tl, triton
 from .linear import GATE_UP, SWIGLU, WHOLE, check_fusion, check_plain, check_rows_at, compose, must_compose, product
+from .rms_norm import rms_norm
 
 GROUP = 32
 
 
 @dataclass(frozen=True)
 class QWeight:
-    """A quantised weight [N, K] in panels of 16 rows; the layout is the CPU kernel's own (csrc/cpu/quant_linear.cpp).
+    """A quantised weight [N, K] in panels of 16 rows; the layout is the kernels' own (csrc/cpu/quant_linear.cpp).
 
     data: uint8 [panels, groups, bytes]; bits 4 or 8; has_min: a float16 minimum per group, else a fixed zero point.
     """
@@ -100,6 +105,10 @@ class QWeight:
             first = self.fill(first, blocks, "Q4_0" if self.bits == 4 else "Q8_0")
         return first
 
+    def to(self, device: str | torch.device) -> "QWeight":
+        """The same weight on another device."""
+        return replace(self, data=self.data.to(device))
+
     def rows_at(self, ids: Tensor) -> Tensor:
         """Dequantised rows: ids int64 [...] -> float32 [..., K]. IndexError for an id outside [0, N)."""
         check_rows_at(ids, self.swiglu)
@@ -107,7 +116,7 @@ class QWeight:
 
     def dequantize(self) -> Tensor:
         """float32 [N, K], exact."""
-        ids, panels = torch.arange(self.rows), self.data.shape[0]
+        ids, panels = torch.arange(self.rows, device=self.data.device), self.data.shape[0]
         if self.swiglu:
             half = self.rows // 2
             ids = ids % half // 16 * 32 + ids // half * 16 + ids % half % 16
@@ -193,7 +202,8 @@ def reference_backward(dy, weight, rows, depth, bits, has_min, halves) -> Tensor
 def quantize_activations(xg: Tensor) -> tuple[Tensor, Tensor]:
     """Groups [..., 32] as integers in +-127, and a scale [...] each."""
     top = xg.abs().amax(-1, keepdim=True)
-    scale, inverse = torch.where(top < 1e-35, 0, top / 127), torch.where(top < 1e-35, 0, 127 / top)
+    most = torch.full_like(top, 127)  # a tensor: torch divides a number as number * (1 / top), which rounds twice
+    scale, inverse = torch.where(top < 1e-35, 0, top / most), torch.where(top < 1e-35, 0, most / top)
     finite = top.isfinite()
     quants = torch.where(finite, xg * inverse, 0).round()
     return quants, torch.where(finite, scale, torch.nan).squeeze(-1)
@@ -223,6 +233,135 @@ def reference_embedding(ids: Tensor, weight: Tensor, rows: int, depth: int, bits
     q, s, m = unpack_panels(weight, weight.shape[0] * 16, bits, has_min, False)
     w = q[ids] * s[ids].unsqueeze(-1) + (0 if m is None else m[ids].unsqueeze(-1))
     return w.flatten(-2)[..., :depth]
+
+
+# ------------------------------------------------------------------------------------------------------------- Triton
+
+
+@triton.jit(do_not_specialize=["depth", "groups", "x_stride"])
+def quantise_kernel(
+    quants, scales, sums, x, depth, groups, x_stride, BITS: tl.constexpr, HAS_MIN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Rows of x as s8; beside each group its scale, and what multiplies the minimum (scale * sum) or the zero (sum)."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.arange(0, 32)[None, :]
+    column = group[:, None] * 32 + k
+    v = tl.load(x + row * x_stride + column, mask=column < depth, other=0.0)
+    finite = tl.max((tl.abs(v) < float("inf")).to(tl.int32) ^ 1, 1) == 0
+    top = tl.max(tl.where(finite[:, None], tl.abs(v), 0.0), 1)
+    plain = top >= 1e-35
+    some = tl.where(plain, top, 1.0)
+    scale = tl.where(plain, tl.div_rn(top, 127.0 + tl.zeros_like(top)), tl.where(finite, 0.0, float("nan")))
+    inverse = tl.where(plain, tl.div_rn(127.0 + tl.zeros_like(top), some), 0.0)
+    v = tl.where(plain[:, None], v, 0.0) * inverse[:, None] + 12582912.0  # 1.5 * 2^23: rounds to an integer
+    q = v.to(tl.int32, bitcast=True) - 0x4B400000
+    total = tl.sum(q, 1)
+    place = k
+    if BITS == 4:  # the order of a weight's nibbles
+        place = k // 8 * 8 + k % 4 * 2 + k % 8 // 4
+    inside = group < groups
+    tl.store(quants + (row * groups + group[:, None]) * 32 + place, q.to(tl.int8), mask=inside[:, None])
+    tl.store(scales + row * groups + group, scale, mask=inside)
+    if HAS_MIN:
+        tl.store(sums + row * groups + group, scale * total.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _weights(block, lane, inside, BITS: tl.constexpr, HAS_MIN: tl.constexpr):
+    """One group of BN rows: quants s8 [BN, 32], scale and minimum [BN]. block: where the group of the row's panel is."""
+    word = tl.arange(0, BITS)[None, :]
+    words = tl.load(
+        block.to(tl.pointer_type(tl.int32))[:, None] + word * 16 + lane[:, None], mask=inside[:, None], other=0
+    )
+    EACH: tl.constexpr = 32 // BITS  # quants a word
+    q = words[:, :, None] >> (BITS * tl.arange(0, EACH))[None, None, :]
+    if BITS == 4:
+        q = q & 15
+        if not HAS_MIN:
+            q -= 8
+    else:
+        q = q ^ 128  # u8 less 128, in the low 8 bits
+    q = tl.reshape(q.to(tl.int8), [block.shape[0], 32])
+    half = block.to(tl.pointer_type(tl.float16)) + 32 * BITS + lane  # after 64 * BITS bytes of quants
+    scale = tl.load(half, mask=inside, other=0.0).to(tl.float32)
+    minimum = tl.load(half + 16, mask=inside, other=0.0).to(tl.float32) if HAS_MIN else scale
+    return q, scale, minimum
+
+
+@triton.jit
+def _accumulate(acc, q, x, scale, x_scale, minimum, moment, BITS: tl.constexpr, HAS_MIN: tl.constexpr):
+    """The next group joins the chain [BM, BN]."""
+    product = tl.dot(x, tl.trans(q), out_dtype=tl.int32)
+    if HAS_MIN and BITS == 8:
+        product += 128 * tl.sum(x.to(tl.int32), 1)[:, None]
+    acc = tl.fma(product.to(tl.float32), scale[None, :] * x_scale[:, None], acc)
+    if HAS_MIN:
+        acc = tl.fma(minimum[None, :] + tl.zeros_like(acc), moment[:, None] + tl.zeros_like(acc), acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["rows", "cols", "groups", "residual_stride"])
+def linear_kernel(
+    y, quants, scales, sums, weight, bias, residual, rows, cols, groups, residual_stride,
+    BITS: tl.constexpr, HAS_MIN: tl.constexpr, HALVES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BYTES: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    panel, lane = n // 16, n % 16
+    if HALVES == 1:  # SWIGLU: the gate's; the next is up's
+        panel = panel * 2
+    if HALVES == 2:  # GATE_UP: y is [gate, up]
+        panel, lane = n % (cols // 2) // 16 * 2 + n // (cols // 2), n % (cols // 2) % 16
+    held, inside = m < rows, n < cols
+    block = weight + panel.to(tl.int64) * groups * BYTES
+    up = block + groups.to(tl.int64) * BYTES
+    acc = tl.zeros([BM, BN], tl.float32)
+    above = acc
+    for g in range(groups):
+        at = m * groups + g
+        x = tl.load(quants + at[:, None] * 32 + tl.arange(0, 32)[None, :], mask=held[:, None], other=0)
+        x_scale = tl.load(scales + at, mask=held, other=0.0)
+        moment = tl.load(sums + at, mask=held, other=0.0) if HAS_MIN else x_scale
+        q, scale, minimum = _weights(block, lane, inside, BITS, HAS_MIN)
+        acc = _accumulate(acc, q, x, scale, x_scale, minimum, moment, BITS, HAS_MIN)
+        if HALVES == 1:
+            q, scale, minimum = _weights(up, lane, inside, BITS, HAS_MIN)
+            above = _accumulate(above, q, x, scale, x_scale, minimum, moment, BITS, HAS_MIN)
+            up += BYTES
+        block += BYTES
+    mask = held[:, None] & (n < cols)[None, :]
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < cols, other=0.0)[None, :]
+    if HALVES == 1:
+        acc = silu(acc) * above
+    if residual is not None:
+        acc += tl.load(residual + m[:, None] * residual_stride + n[None, :], mask=mask, other=0.0)
+    tl.store(y + m[:, None] * cols + n[None, :], acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "depth", "groups"])
+def embedding_kernel(
+    y, ids, weight, rows, depth, groups, BITS: tl.constexpr, HAS_MIN: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    row = tl.load(ids + i)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    known = (row + 0 * k >= 0) & (row + 0 * k < rows)
+    inside = known & (k < depth)
+    block = weight + (row // 16 * groups + k // 32) * BYTES
+    j, lane = k % 32, row % 16
+    half = block.to(tl.pointer_type(tl.float16)) + 32 * BITS + lane
+    scale = tl.load(half, mask=inside, other=0.0).to(tl.float32)
+    EACH: tl.constexpr = 32 // BITS  # quants a word of four bytes
+    q = tl.load(block + j // EACH * 64 + lane * 4 + j % 4, mask=inside, other=0).to(tl.int32)
+    q = (q >> (j % EACH // 4 * 4)) & (2**BITS - 1)
+    if HAS_MIN:
+        v = q.to(tl.float32) * scale + tl.load(half + 16, mask=inside, other=0.0).to(tl.float32)
+    else:
+        v = (q - 2 ** (BITS - 1)).to(tl.float32) * scale + 0.0
+    tl.store(y + i * depth + k, tl.where(known, v, float("nan")), mask=k < depth)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
@@ -256,6 +395,42 @@ def cpu_embedding(ids: Tensor, weight: Tensor, rows: int, depth: int, bits: int,
     return y
 
 
+def gpu(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves) -> Tensor:
+    y = _output(x, rows, halves)
+    if not y.numel():
+        return y
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    xr, other = as_rows(x), None if residual is None else as_rows(residual)
+    count, groups, device = xr.shape[0], weight.shape[1], x.device
+    quants = torch.empty(count, groups, GROUP, dtype=torch.int8, device=device)
+    scales = torch.empty(count, groups, dtype=torch.float32, device=device)
+    sums = torch.empty_like(scales) if has_min else scales
+    exact = {"enable_fp_fusion": False}
+    quantise_kernel[(count, triton.cdiv(groups, 32))](
+        quants, scales, sums, xr, depth, groups, xr.stride(0), BITS=bits, HAS_MIN=has_min, BLOCK=32, num_warps=4, **exact
+    )  # fmt: skip
+    bm, bn = (16, 32) if count <= 16 else (64, 32 if halves == SWIGLU else 64)
+    linear_kernel[(triton.cdiv(y.shape[-1], bn), triton.cdiv(count, bm))](
+        y, quants, scales, sums, weight, bias, other, count, y.shape[-1], groups,
+        0 if other is None else other.stride(0),
+        BITS=bits, HAS_MIN=has_min, HALVES=halves, BM=bm, BN=bn, BYTES=weight.shape[2],
+        num_warps=4, num_stages=4, **exact,
+    )  # fmt: skip
+    return y
+
+
+def gpu_embedding(ids: Tensor, weight: Tensor, rows: int, depth: int, bits: int, has_min: bool) -> Tensor:
+    """An id outside the vocabulary gives NaN: nothing waits for the device."""
+    y = torch.empty((*ids.shape, depth), dtype=torch.float32, device=ids.device)
+    if y.numel():
+        embedding_kernel[(ids.numel(), triton.cdiv(depth, 512))](
+            y, ids.contiguous(), weight, rows, depth, weight.shape[1],
+            BITS=bits, HAS_MIN=has_min, BYTES=weight.shape[2], BLOCK=512, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
 # -------------------------------------------------------------------------------------------------------- registration
 
 
@@ -279,6 +454,7 @@ forward = Op(
     reference=reference,
     fake=lambda x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves: _output(x, rows, halves),
     cpu=cpu,
+    triton=gpu,
     save=_save,
     backward=_backward,
 )
@@ -293,6 +469,7 @@ forward_embedding = Op(
     reference=reference_embedding,
     fake=lambda ids, weight, rows, depth, bits, has_min: weight.new_empty((*ids.shape, depth), dtype=torch.float32),
     cpu=cpu_embedding,
+    triton=gpu_embedding,
 )
 
 

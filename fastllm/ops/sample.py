@@ -27,7 +27,9 @@ temperature and truncation; truncated_logprob fp32: under the distribution that 
 int32; entropy fp32: of softmax(logits) as given, in nats. logprob and entropy come from integer sums at temperature 1.
 Errors: a row with a NaN, or without any finite or +inf logit, has no distribution: LogitsError names the rows. The
 other rows do not depend on them, so drop them and call again: the same tokens come out. (In a replayed plan: status
-2, and such a row gets token 0, NaN and kept = 0.)
+2, and such a row gets token 0, NaN and kept = 0.) On a GPU nothing waits for the device, so nothing is raised: such a
+row gets the same results, a record that does not exist kept = -1, and `raise_for(logprob, kept)` raises for them where
+the tokens are read.
 No gradient: differentiate the log-probability of the token that came out.
 """
 
@@ -39,6 +41,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from . import _sample_gpu
 from ._op import Op, check, check_dtype, pointer
 
 MAX_VOCAB = 1 << 23  # 2^23 weights of 2^40 stay below 2^63
@@ -286,7 +289,7 @@ def reference(
     for output, column in zip(outputs, columns, strict=True):
         if output.numel():
             output.copy_(torch.tensor(column, dtype=torch.float64 if output.is_floating_point() else output.dtype))
-    _raise_for(outputs)
+    raise_for(outputs[1], outputs[3])
     return outputs
 
 
@@ -308,10 +311,15 @@ def _no_record(settings: Tensor) -> IndexError:
     return IndexError(f"sample: state.rows names a record beyond the {settings.shape[0]} of the state")
 
 
-def _raise_for(outputs: tuple[Tensor, ...]) -> None:
-    bad = outputs[1].isnan().nonzero().flatten().tolist()
-    if bad:
-        raise LogitsError(bad)
+def raise_for(logprob: Tensor, kept: Tensor) -> None:
+    """Raises for rows that `sample` found without a distribution (LogitsError) or without a record (IndexError).
+
+    On a GPU it waits for the results: call it where the tokens are read. On a CPU `sample` has called it already."""
+    bad, lost = torch.stack((logprob.isnan(), kept < 0)).cpu()
+    if lost.any():
+        raise IndexError(f"sample: state.rows names a record beyond those of the state, in {int(lost.sum())} rows")
+    if bad.any():
+        raise LogitsError(bad.nonzero().flatten().tolist())
 
 
 def cpu(
@@ -331,7 +339,17 @@ def cpu(
         if status == _INDEX_OUT_OF_RANGE:
             raise _no_record(settings)
         if status == _NOT_A_NUMBER:
-            _raise_for(outputs)
+            raise_for(outputs[1], outputs[3])
+    return outputs
+
+
+def gpu(
+    logits: Tensor, settings: Tensor, history: Tensor, suppress: Tensor, rows: Tensor | None, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Does not wait for the device, so it raises nothing: see `raise_for`."""
+    outputs = _outputs(logits, entropy)
+    if logits.shape[0]:
+        _sample_gpu.launch(outputs, logits, settings, history, suppress, rows)
     return outputs
 
 
@@ -343,6 +361,7 @@ forward = Op(
     reference=reference,
     fake=lambda logits, settings, history, suppress, rows, entropy: _outputs(logits, entropy),
     cpu=cpu,
+    triton=gpu,
 )
 
 

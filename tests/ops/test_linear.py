@@ -73,6 +73,7 @@ def test_opcheck():
     torch.library.opcheck(OPS["linear"].raw, (x, weight, torch.randn(20), torch.randn(33), 1e-6, row, False, False))
     torch.library.opcheck(OPS["linear"].raw, (x, weight, None, None, 1e-6, row[:, :10], True, False))
     torch.library.opcheck(OPS["linear"].raw, (x.half(), weight.half(), None, None, 1e-6, None, False, True))
+    torch.library.opcheck(OPS["linear_exact"].raw, (x, weight, None, None, 1e-6, None, False, False))
     torch.library.opcheck(OPS["linear_panels"].raw, (x, panels.data, 20, None, None, 1e-6, row, 0, False))
     torch.library.opcheck(OPS["linear_panels"].raw, (x.half(), panels.data, 20, None, None, 1e-6, None, 2, True))
     for needed in ((True, True, True), (False, True, False), (True, False, False)):

@@ -29,7 +29,9 @@ def case(batch: int, dtype: torch.dtype = torch.int64) -> Case:
         length = make.integers(0, 63, batch, dtype=torch.int32)
         return {
             "token": make.integers(0, 1000, batch),
-            "state": SampleState.create(batch, history=64, history_len=length, position=length.long()),
+            "state": SampleState.create(
+                batch, history=64, device=make.device, history_len=length, position=length.long()
+            ),
             "position": length.to(dtype),
             "context_len": length + 1,
             "block_table": make.integers(0, 99, batch, 4, dtype=torch.int32),

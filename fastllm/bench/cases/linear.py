@@ -11,7 +11,10 @@ def run(x, weight=None, panels=None, frozen=None, **fused):
     return ops.linear(x, weight if panels is None else panels, **fused)
 
 
-def plain(x, weight=None, panels=None, frozen=None, bias=None, norm=None, eps=1e-6, residual=None, swiglu=False):
+def plain(
+    x, weight=None, panels=None, frozen=None, bias=None, norm=None, eps=1e-6, residual=None, swiglu=False,
+    exact=False,
+):  # fmt: skip
     """With panels, `frozen` is the weight that they hold."""
     functional, weight = torch.nn.functional, weight if panels is None else frozen
     if norm is not None:
@@ -28,16 +31,19 @@ def held(weight, packed: bool, swiglu: bool = False) -> dict:
 
 
 def case(
-    *shape: int, cols: int, packed: bool = False, bias=False, norm=False, residual=False, swiglu: bool = False
-) -> Case:
-    """x of `shape`, y of `cols` columns; packed: the weight comes as Panels too, made beforehand."""
+    *shape: int, cols: int, packed: bool = False, bias=False, norm=False, residual=False, swiglu: bool = False,
+    exact: bool = False,
+) -> Case:  # fmt: skip
+    """x of `shape`, y of `cols` columns; packed: the weight comes as Panels too, made beforehand (on a CPU)."""
     rows, depth = torch.Size(shape[:-1]).numel(), shape[-1]
     height = cols * (1 + swiglu)
-    words = {"+bias": bias, "+norm": norm, "+residual": residual, "+swiglu": swiglu, "packed": packed}
+    words = {"+bias": bias, "+norm": norm, "+residual": residual, "+swiglu": swiglu, "packed": packed, "exact": exact}
 
     def inputs(make):
         weight = make.normal(height, depth, scale=max(depth, 1) ** -0.5)
-        drawn = {"x": make.normal(*shape), "swiglu": swiglu, **held(weight, packed, swiglu)}
+        drawn = {"x": make.normal(*shape), "swiglu": swiglu, **held(weight, packed and make.device == "cpu", swiglu)}
+        if exact:
+            drawn["exact"] = True
         if bias:
             drawn["bias"] = make.normal(cols)
         if norm:
@@ -61,7 +67,7 @@ def strided(label: str, view_x, view_weight, *, packed: bool = False) -> Case:
 
     def inputs(make):
         weight = view_weight(make.normal(60, 60))
-        return {"x": view_x(make.normal(60, 60)), **held(weight, packed)}
+        return {"x": view_x(make.normal(60, 60)), **held(weight, packed and make.device == "cpu")}
 
     return Case(label, inputs)
 
@@ -102,6 +108,10 @@ SUITE = Suite(
                 (2, 65, 33, {**EVERY, "swiglu": True}), (25, 65, 33, {**EVERY, "swiglu": True}),
             )
         ),
+        case(1, 70, cols=45, exact=True, norm=True),
+        case(5, 64, cols=33, exact=True, bias=True, residual=True),
+        case(130, 96, cols=150, exact=True),
+        case(70, 65, cols=20, exact=True, swiglu=True),
         strided("columns of wider tensors", columns, columns),
         strided("columns of a wider x, packed", columns, columns, packed=True),
         strided("transposed", lambda t: t[5:38].t(), lambda t: t[5:38].t()),
@@ -112,6 +122,8 @@ SUITE = Suite(
     benchmark=(
         case(512, 2048, cols=2048),
         case(512, 2048, cols=2048, packed=True),
+        case(512, 2048, cols=2048, exact=True),
+        case(1, 2048, cols=2048, exact=True, swiglu=True),
         *(
             case(rows, depth, cols=cols, packed=True, **fused)
             for rows in (1, 512)

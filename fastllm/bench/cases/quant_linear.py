@@ -4,18 +4,20 @@ import torch
 
 from ... import ops
 from ...ops import QWeight
-from ...ops.quant_linear import GROUP, STORED, reference
+from ...ops.quant_linear import GROUP, STORED, reference, reference_embedding
 from ..case import Case, Suite
 from .linear import plain as dense_linear
 
 FORMATS = {"int4": (4, False), "q4_1": (4, True), "int8": (8, False), "8 bits + minimum": (8, True)}
 
 
-def run(x, weight, dense=None, **fused):
-    return ops.quant_linear(x, weight, **fused)
+def run(weight, x=None, ids=None, dense=None, **fused):
+    return ops.quant_linear(weight.rows_at(ids) if x is None else x, weight, **fused)
 
 
-def plain(x, weight, dense=None, bias=None, norm=None, eps=1e-6, residual=None, swiglu=False):
+def plain(weight, x=None, ids=None, dense=None, bias=None, norm=None, eps=1e-6, residual=None, swiglu=False):
+    if x is None:
+        x = reference_embedding(ids, weight.data, weight.rows, weight.depth, weight.bits, weight.has_min)
     if dense is not None:
         return dense_linear(x, dense, None, bias, norm, eps, residual, swiglu)
     w = weight
@@ -26,6 +28,8 @@ def random_weight(make, rows: int, depth: int, form: str, swiglu: bool = False) 
     """Quants over their full range, scales of either sign."""
     bits, has_min = FORMATS[form]
     weight = QWeight.empty(rows, depth, bits, has_min, swiglu)
+    if make.device == "meta":
+        return weight.to("meta")
     weight.data.zero_()
     groups, first = depth // GROUP, 0
     kinds = {4: ("Q4_1",) if has_min else ("Q4_0",), 8: ("Q8_0", "Q4_1", "Q4_0") if has_min else ("Q8_0", "Q4_0")}[bits]
@@ -38,7 +42,7 @@ def random_weight(make, rows: int, depth: int, form: str, swiglu: bool = False) 
         scale = scale.half().cpu().contiguous().view(torch.uint8)
         quants = make.integers(0, 256, count, groups, STORED[kind][2] - head, dtype=torch.uint8).cpu()
         first = weight.fill(first, torch.cat([scale, quants], -1).flatten(1), kind)
-    return weight
+    return weight.to(make.device)
 
 
 def case(
@@ -81,12 +85,27 @@ def strided(label: str, view) -> Case:
     return Case(label, inputs)
 
 
+def tied(count: int, cols: int, depth: int, form: str) -> Case:
+    """Rows of the weight times the weight, as where an embedding is the output layer too."""
+
+    def inputs(make):
+        return {"weight": random_weight(make, cols, depth, form), "ids": make.integers(0, cols, count)}
+
+    stored = QWeight.nbytes_for(cols, depth, *FORMATS[form])
+    return Case(
+        f"tied {count} of {cols}x{depth} {form}",
+        inputs,
+        bytes=lambda size: stored + count * cols * size,
+        flops=2 * count * cols * depth,
+    )
+
+
 SUITE = Suite(
     op="quant_linear",
     run=run,
     reference=plain,
     gradients=("x", "bias", "norm", "residual"),
-    rows=("x", "residual"),
+    rows=("x", "ids", "residual"),
     error=8.0,  # one chain over the groups
     gradient_error=8.0,  # dx is one chain too
     dtypes=(torch.float32,),
@@ -114,6 +133,7 @@ SUITE = Suite(
                 (2, 64, 33, {"norm": True, "residual": True, "swiglu": True}),
             )
         ),
+        *(tied(5, 37, 64, form) for form in FORMATS),
         strided("columns of a wider tensor", lambda t: t[:6, 5:69]),
         strided("transposed", lambda t: t.reshape(80, 60)[:64].t()),
         strided("every second row", lambda t: t[::2, :64]),
@@ -121,6 +141,7 @@ SUITE = Suite(
     ),
     benchmark=(
         case(512, 2048, cols=2048, form="q4_1", timed=True),
+        tied(1, 49152, 576, "int8"),
         *(
             case(rows, depth, cols=cols, form=form, timed=True, **fused)
             for rows in (1, 512)

@@ -10,7 +10,7 @@ from ..case import Case, Suite
 def case(batch: int, vocab: int, label: str = "", scale: float = 3.0, history: int = 0, view=None, **fields) -> Case:
     def inputs(make):
         logits = make.normal(batch, vocab, scale=scale)
-        state = SampleState.create(batch, history=history, **fields)
+        state = SampleState.create(batch, history=history, device=make.device, **fields)
         state.seed.copy_(make.integers(0, 1 << 40, batch))
         state.history.copy_(make.integers(0, vocab, batch, history, dtype=torch.int32))
         return {"logits": view(logits) if view else logits, "state": state}
@@ -63,6 +63,8 @@ SUITE = Suite(
         case(3, 1000, "temperature", temperature=0.7),
         case(5, 1000, "usual", **USUAL),
         case(5, 33000, "usual, two threads", **USUAL),
+        case(1, 33000, "one row", **USUAL),
+        case(1, 33000, "one row, flat, off", scale=0.0),
         case(3, 50257, "nucleus", top_p=0.9, temperature=1.1),
         case(3, 50257, "min_p", min_p=0.05, temperature=1.5),
         case(2, 20001, "large k", top_k=15000),
@@ -73,6 +75,9 @@ SUITE = Suite(
         case(1, 300, "every second logit", view=lambda t: t[:, ::2], **USUAL),
         case(0, 8),
     ),
-    benchmark=tuple(case(b, v, **USUAL) for v in (32000, 50257, 128256) for b in (1, 16)),
+    benchmark=(
+        *(case(b, v, **USUAL) for v in (32000, 50257, 128256) for b in (1, 16)),
+        case(16, 50257, "16x50257 penalties", history=16, **PENALTIES, **USUAL),
+    ),
     peers={"torch top-k first": topk_first, "transformers": transformers_pipeline},
 )

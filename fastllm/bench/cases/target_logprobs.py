@@ -40,7 +40,7 @@ SUITE = Suite(
         case(3, 600, scale=60.0),
         strided("columns of a wider tensor", lambda t: t[:, 5:600]),
         strided("every second row", lambda t: t[::2]),
-        strided("transposed", lambda t: t.t()),
+        strided("transposed", lambda t: t.t()[:60]),
         strided("broadcast row", lambda t: t[:1].expand(5, -1)),
     ),
     benchmark=(case(1, 49152), case(512, 49152), case(64, 128256)),

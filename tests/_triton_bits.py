@@ -1,0 +1,160 @@
+"""Triton kernels that promise bits, those of the CPU's kernels or of a row alone, in Triton's interpreter.
+
+tests/test_triton.py runs this file, as it does _triton_interpreter.py. The interpreter's fma rounds once (from Triton 3.9
+on; before, it rounds twice and these tests do not hold), so nothing is allowed to differ."""
+
+import math
+
+import _oracle
+import pytest
+import torch
+
+from fastllm import _C
+from fastllm.bench.case import Make
+from fastllm.bench.cases.quant_linear import FORMATS as QUANTISED
+from fastllm.bench.cases.quant_linear import random_weight
+from fastllm.bench.cases.sample import PENALTIES, SUITE, USUAL
+from fastllm.ops import _sample_gpu
+from fastllm.ops._op import OPS
+from fastllm.ops.sample import SampleState
+
+pytestmark = pytest.mark.skipif(_C.isa() == "generic", reason="the generic tier rounds an fma twice")
+INF, NAN = math.inf, math.nan
+SAMPLE = OPS["sample"]
+
+
+def assert_same_bits(ours, cpu):
+    for o, c in zip(ours, cpu, strict=True):
+        assert torch.equal(o.nan_to_num(-7.0), c.nan_to_num(-7.0)), (o, c)
+
+
+def check_sample(logits, state, entropy: bool = True):
+    arguments = (logits, state.settings, state.history, state.suppress, state.rows, entropy)
+    assert_same_bits(SAMPLE.triton(*arguments), SAMPLE.cpu(*arguments))
+
+
+@pytest.mark.parametrize("case", [c for c in SUITE.correct if c.bytes(4) < 2**17], ids=lambda c: c.label)
+def test_sample(case):
+    inputs = _oracle.draw(SUITE, case, torch.float32)
+    check_sample(inputs["logits"], inputs["state"])
+
+
+FIELDS = (
+    {}, {"temperature": 0.0}, USUAL, {"top_p": 0.3, "temperature": 1.7}, {"top_k": 590, "top_p": 0.7},
+    {"top_k": 6000, "top_p": 0.999}, {"min_p": 1e-30}, {"top_k": 300, "min_p": 1e-3}, {"temperature": 1e-45},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_sample_on_hard_rows(fields):
+    vocab = 600
+    ramp = torch.arange(vocab).float()
+    rows = torch.stack(
+        (
+            torch.zeros(vocab), ramp % 2, torch.exp2(ramp % 250 - 125), torch.where(ramp % 3 == 0, -INF, -ramp),
+            torch.where(ramp % 50 == 3, INF, 0.0), torch.where(ramp == 521, 5.0, -INF),
+        )
+    )  # fmt: skip
+    check_sample(rows, SampleState.create(len(rows), seed=torch.arange(len(rows)) * 2**40 - 7, index=3, **fields))
+
+
+@pytest.mark.parametrize("fields", [{}, USUAL, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "penalties", [{}, {**PENALTIES, "frequency_penalty": -0.7, "min_new_tokens": 30}], ids=("", "penalties")
+)
+def test_sample_split_over_programs(monkeypatch, fields, penalties):
+    monkeypatch.setattr(_sample_gpu, "splits", lambda *_: _sample_gpu._SPLITS)
+    logits = torch.randn(2, 9000, generator=torch.Generator().manual_seed(5)) * 4
+    state = SampleState.create(2, history=20, suppress=3, seed=torch.arange(2), position=2**33, **fields, **penalties)
+    state.history.copy_(
+        torch.tensor([5, 5, 8000, 17, 3, 5, 8000, 8000, 9000, -1, 2**31 - 1, 44, 7, 7, 7, 7, 7, 7, 7, 7])
+    )
+    state.suppress.copy_(torch.tensor([4, 8999, -1]))
+    check_sample(logits, state, entropy=bool(fields))
+
+
+def test_rows_are_left_out_and_records_that_do_not_exist():
+    logits = torch.randn(4, 100)
+    logits[1] = NAN
+    state = SampleState.create(2, top_k=5).with_rows(torch.tensor([1, -1, 2, 0], dtype=torch.int32))
+    token, logprob, _, kept, _ = SAMPLE.triton(logits, state.settings, state.history, state.suppress, state.rows, True)
+    assert kept.tolist() == [5, 0, -1, 5] and token[1:3].tolist() == [0, 0] and logprob[1] == 0 and logprob[2].isnan()
+
+
+@pytest.mark.parametrize("fields", [{}, {"temperature": 0.0}, USUAL, {"top_p": 0.5}, PENALTIES], ids=str)
+def test_rows_without_a_distribution(fields):
+    logits = torch.randn(5, 300)
+    logits[1, 4], logits[3] = NAN, -INF
+    logits[4, 0], logits[4, 299] = NAN, INF
+    state = SampleState.create(5, history=12, **fields)
+    arguments = (state.settings, state.history, state.suppress, None, True)
+    token, logprob, truncated, kept, entropy = SAMPLE.triton(logits, *arguments)
+    for output in (logprob, truncated, entropy):
+        assert output.isnan().tolist() == [False, True, False, True, True]
+    assert token[[1, 3, 4]].tolist() == kept[[1, 3, 4]].tolist() == [0, 0, 0]
+    good = torch.tensor([0, 2])
+    alone = SAMPLE.triton(logits[good], state.settings[good], state.history[good], state.suppress[good], None, True)
+    assert_same_bits(alone, [o[good] for o in (token, logprob, truncated, kept, entropy)])
+
+
+@pytest.mark.parametrize("fields", [{}, {"top_k": 30}, {"top_p": 0.95}, {"min_p": 0.05}], ids=str)
+def test_draws(fields):
+    logits = torch.randn(1, 700, generator=torch.Generator().manual_seed(2)) * 2
+    check_sample(logits.expand(12, -1), SampleState.create(12, seed=torch.arange(12), index=-5, **fields))
+
+
+@pytest.mark.parametrize("vocab", [11, 1100])
+def test_log_probabilities(vocab):
+    ramp = torch.arange(vocab).float()
+    special = torch.stack(
+        (torch.zeros(vocab), ramp % 5, torch.where(ramp % 9 == 2, INF, ramp), torch.full_like(ramp, -INF))
+    )
+    logits = torch.cat((torch.randn(3, vocab, generator=torch.Generator().manual_seed(1)) * 4, special))
+    logits[0, 3], logits[1, 4], logits[3:6, 5] = -INF, -0.0, -INF
+    good = logits[:-1]
+    for op, argument in (("top_logprobs", 7), ("top_logprobs", 20), ("target_logprobs", torch.arange(6) + 1)):
+        ours, cpu = (f(good, argument) for f in (OPS[op].triton, OPS[op].cpu))
+        assert_same_bits(_oracle.as_tuple(ours), _oracle.as_tuple(cpu))
+    token, logprob = OPS["top_logprobs"].triton(logits[-2:], 2)
+    assert token[1].tolist() == [-1, -1] and logprob.isnan().tolist() == [[False] * 2, [True] * 2]
+    targets = torch.tensor([0, 1, -1, vocab, 2, 3, 0])
+    nan = OPS["target_logprobs"].triton(logits, targets).isnan()
+    assert nan.tolist() == [False, False, True, True, False, False, True]
+
+
+def test_advance_where_it_does_not_fit():
+    state = SampleState.create(4, history=2, history_len=torch.tensor([2, 0, 1, 0]), position=5)
+    rows = torch.tensor([0, 1, -1, 4], dtype=torch.int32)
+    position, slot = torch.tensor([3, 31, 3, 3]), torch.zeros(4, dtype=torch.int64)
+    table, next_ids = torch.tensor([[5, 6]] * 4, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+    token = torch.tensor([7, 8, 9, 10])
+    OPS["advance"].triton(token, state.settings, state.history, rows, position, None, table, slot, next_ids, 16)
+    assert state.history_len.tolist() == [3, 1, 1, 0] and state.position.tolist() == [6, 6, 5, 5]
+    assert state.history.tolist() == [[0, 0], [8, 0], [0, 0], [0, 0]] and next_ids.tolist() == [7, 8, 0, 0]
+    assert position.tolist() == [4, 32, 3, 3] and slot.tolist() == [5 * 16 + 4, -1, -1, -1]
+
+
+@pytest.mark.parametrize("form", QUANTISED)
+@pytest.mark.parametrize("shape", [(1, 96, 40), (5, 160, 33), (70, 64, 20)], ids=str)
+def test_quant_linear(form, shape):
+    rows, depth, cols = shape
+    make = Make(seed=3)
+    weight, x, ids = random_weight(make, cols, depth, form), make.normal(rows, depth), torch.arange(cols)
+    x[0, :32], x[rows // 2, -1] = 0, INF
+    around = make.normal(cols), None, 1e-6, make.normal(rows, cols), 0  # bias, norm, eps, residual, halves
+    weight = weight.data, weight.rows, weight.depth, weight.bits, weight.has_min
+    ours, cpu = (f(x, *weight, *around) for f in (OPS["quant_linear"].triton, OPS["quant_linear"].cpu))
+    assert_same_bits((ours,), (cpu,))
+    ours, cpu = (f(ids, *weight) for f in (OPS["quant_embedding"].triton, OPS["quant_embedding"].cpu))
+    assert_same_bits((ours,), (cpu,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_exact_linear_of_a_row_alone(dtype, swiglu):
+    """Whatever tile a number of rows takes."""
+    x, weight = torch.randn(150, 100).to(dtype), torch.randn(80, 100).to(dtype)
+    whole = OPS["linear_exact"].triton(x, weight, None, None, 1e-6, None, swiglu, False)
+    for begin, end in ((0, 1), (77, 78), (149, 150), (3, 60), (10, 90)):
+        alone = OPS["linear_exact"].triton(x[begin:end], weight, None, None, 1e-6, None, swiglu, False)
+        assert torch.equal(alone, whole[begin:end])
