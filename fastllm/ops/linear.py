@@ -206,12 +206,12 @@ def unit_stride(weight: Tensor) -> Tensor:
 
 
 def fields(y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, halves=WHOLE) -> tuple:
-    """The record of a product x W^T or x W (csrc/records/linear.h): y contiguous, x and residual [rows, ...] with unit
-    stride, the weight of x's dtype or packed. Of pointers: the caller holds the tensors until the kernel is done."""
+    """The record of a product x W^T or x W (csrc/records/linear.h): y [rows, ...] or contiguous, x and residual
+    [rows, ...], with unit stride, the weight of x's dtype or packed. Of pointers: the caller holds the tensors until the kernel is done."""
     cols = y.shape[-1]
     return (
         y.data_ptr(), x.data_ptr(), weight.data_ptr(), pointer(bias), pointer(residual), pointer(norm),
-        x.shape[0], cols, x.shape[1], x.stride(0), cols, weight.stride(0),
+        x.shape[0], cols, x.shape[1], x.stride(0), y.stride(0) if y.dim() == 2 else cols, weight.stride(0),
         0 if residual is None else residual.stride(0), form, halves, DTYPES[x.dtype], DTYPES[x.dtype],
         DTYPES[y.dtype], eps,
     )  # fmt: skip

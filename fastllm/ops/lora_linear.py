@@ -209,7 +209,7 @@ def shrink(x: Tensor, a: Tensor, scale: float, p: float = 0.0, seed: int = 0, ca
     kept, mask, drop = _dropping(p, seed, call)
     shrink_kernel[(triton.cdiv(rows, 32), triton.cdiv(rank, rank_block(rank)))](
         s, x, a, rows, depth, rank, x.stride(0), *a.stride(), scale * kept, *mask,
-        DROP=drop, M=32, K=64, R=rank_block(rank), num_warps=4,
+        DROP=drop, M=32, K=32, R=rank_block(rank), num_warps=4,
     )  # fmt: skip
     return s
 

@@ -19,7 +19,7 @@ def run(x, a, b, weight=None, packed=None, frozen=None, **more):
 def plain(x, a, b, weight=None, packed=None, frozen=None, scale=1.0, bias=None, magnitude=None, dropout=None):
     """packed: the weight as Panels or QWeight; frozen: as a tensor."""
     weight = frozen if weight is None else weight
-    base = quant_linear(x, packed) if isinstance(packed, QWeight) else functional.linear(x, weight)
+    base = quant_linear(packed, x) if isinstance(packed, QWeight) else functional.linear(x, weight)
     y = base + scale * functional.linear(functional.linear(drop(x, dropout), a), b)
     if magnitude is not None:
         y = y * (magnitude / (weight + scale * b @ a).norm(dim=1).detach())
