@@ -19,7 +19,7 @@ def plain(weight, x=None, ids=None, dense=None, bias=None, norm=None, eps=1e-6, 
     if x is None:
         x = reference_embedding(ids, weight.data, weight.rows, weight.depth, weight.bits, weight.has_min)
     if dense is not None:
-        return dense_linear(x, dense, None, bias, norm, eps, residual, swiglu)
+        return dense_linear(x, dense, bias=bias, norm=norm, eps=eps, residual=residual, swiglu=swiglu)
     w = weight
     return reference(x, w.data, w.rows, w.depth, w.bits, w.has_min, bias, norm, eps, residual, int(swiglu))
 
