@@ -207,7 +207,8 @@ def unit_stride(weight: Tensor) -> Tensor:
 
 def fields(y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, halves=WHOLE) -> tuple:
     """The record of a product x W^T or x W (csrc/records/linear.h): y [rows, ...] or contiguous, x and residual
-    [rows, ...], with unit stride, the weight of x's dtype or packed. Of pointers: the caller holds the tensors until the kernel is done."""
+    [rows, ...], with unit stride; the weight of x's dtype or packed. Of pointers: the caller holds the tensors until the
+    kernel is done."""
     cols = y.shape[-1]
     return (
         y.data_ptr(), x.data_ptr(), weight.data_ptr(), pointer(bias), pointer(residual), pointer(norm),
