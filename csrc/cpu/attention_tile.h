@@ -60,7 +60,7 @@ template <class F> FL_INLINE void with_rows(int64_t rows, F f) {
 
 // s[r][16 p ..] = scale * (q[r] . keys), R rows by N panels. Ahead: as many other panels or pages of values, which have
 // the same number of lines, are fetched meanwhile. A page is short and pages lie anywhere: the hardware's own prefetch
-// starts too late on each.
+// starts too late on each. Into L2: a core has more misses in flight there than its first level can wait for.
 template <int R, int N, bool Ahead>
 FL_INLINE void score_block(
     const float* q, const float* const* keys, const float* const* ahead, int64_t dim, vf scale, float* s) {
@@ -75,7 +75,7 @@ FL_INLINE void score_block(
     vf w[N];
     FL_UNROLL for (int p = 0; p < N; ++p) {
       w[p] = load(k[p] + d * kLanes);
-      if (Ahead) __builtin_prefetch(next[p] + d * kLanes);
+      if (Ahead) prefetch_into_l2(next[p] + d * kLanes);
     }
     FL_UNROLL for (int r = 0; r < R; ++r) {
       const vf x = set1(q[r * kQueryStride + d]);
@@ -139,7 +139,7 @@ FL_INLINE void value_block(const float* p, const KvTile& tile, int64_t column, V
       vf w[N];
       FL_UNROLL for (int c = 0; c < N; ++c) {
         w[c] = load(v + c * kLanes);
-        if (Ahead) __builtin_prefetch(ahead + c * kLanes);
+        if (Ahead) prefetch_into_l2(ahead + c * kLanes);
       }
       if (Ahead) ahead += line;
       FL_UNROLL for (int r = 0; r < R; ++r) {

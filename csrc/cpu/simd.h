@@ -400,6 +400,7 @@ FL_INLINE void store(f16* p, vf a, vm m) { store_masked(p, a, m); }
 FL_INLINE vf abs(vf a) { return as_float(as_int(a) & seti(0x7fffffff)); }
 
 FL_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }    // never faults, wherever p points
+FL_INLINE void prefetch_into_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Stores past the cache, for outputs too large to stay in it: the line is not read first. `p` is aligned to the vector's bytes
 // in memory (64 for fp32, 32 for 16-bit types). Call fence() before another thread may read.

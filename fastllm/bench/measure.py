@@ -15,6 +15,7 @@ from .case import Case, Make, Suite, as_tuple
 from .ceiling import Ceiling, ceilings
 from .harness import Settings, copies_of, cpu_sampler, cuda_sampler, interleave, peak_memory
 from .load import other_load
+from .peers import peers_of
 
 OURS = "fastllm"
 FORWARD, TRAIN = "forward", "forward+backward"
@@ -75,13 +76,15 @@ class Job:
         return total, flops
 
 
-def functions(suite: Suite, compiled: bool) -> Iterator[tuple[str, Callable[..., Any]]]:
+def functions(suite: Suite, compiled: bool, device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
+    """(name, function), or (name, why there is none), of ours and all its rivals."""
     yield OURS, suite.run
     yield "torch", suite.reference
     if compiled:
         torch.compiler.reset()
         yield "compile", torch.compile(suite.reference, dynamic=False)
     yield from suite.peers.items()
+    yield from peers_of(suite.op, device)
 
 
 def measure(job: Job, settings: Settings, compiled: bool) -> Row:
@@ -90,7 +93,10 @@ def measure(job: Job, settings: Settings, compiled: bool) -> Row:
     copies, cache = copies_of(arguments)
     sampler = cpu_sampler if job.device == "cpu" else cuda_sampler
     rivals, memory, notes = {}, {}, []
-    for name, function in functions(job.suite, compiled):
+    for name, function in functions(job.suite, compiled, job.device):
+        if isinstance(function, str):
+            notes.append(f"{name} is {function}")
+            continue
         call = job.call(function)
         try:
             for _ in range(2):

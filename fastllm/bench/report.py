@@ -11,7 +11,7 @@ from .run import SCHEMA, Result
 WIDTH = 120
 REGRESSION = 1.10
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-MOST_RIVALS = 4
+MOST_RIVALS = 5
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -75,7 +75,7 @@ def _ceilings(result: Result) -> Iterable[str]:
 
 def _section(rows: list[dict[str, Any]]) -> Iterable[str]:
     rivals = list(dict.fromkeys(name for row in rows for name in row["ratios"]))[:MOST_RIVALS]
-    head = ["dtype", "pass", "malloc", "time", "rate", "ceiling", "memory", *(f"×{name}"[:10] for name in rivals)]
+    head = ["dtype", "pass", "malloc", "time", "rate", "ceiling", "memory", *(f"×{name}"[:9] for name in rivals)]
     body = []
     # both malloc settings of a case stand together, whatever order they ran in
     order = {key: i for i, key in reversed(list(enumerate(map(key_without_malloc, rows))))}
