@@ -1,6 +1,7 @@
 """A case is one call of an op; a suite is all that is known of an op from outside: how to call it, what it must equal,
 where it must hold and what it costs. One record drives the tests, the contract and the benchmark."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,7 +57,8 @@ class Suite:
     are compared with, "fma" (fp32) or "dot" (8-bit products). error: how many times plain PyTorch's error is allowed;
     more than 2 where the contract's order of additions costs accuracy; gradient_error: likewise of the gradients.
     cancelled: what a gradient may be off where terms of size one cancel (2^9 times it in 16 bits), as dout . v and
-    rowsum(dout * out) do for a query that sees one key."""
+    rowsum(dout * out) do for a query that sees one key. copy: of the inputs, for calls that take turns with them; a
+    deepcopy, unless their memory is of a special kind."""
 
     op: str
     run: Callable[..., Any]
@@ -71,6 +73,7 @@ class Suite:
     error: float = 2.0
     gradient_error: float = 2.0
     cancelled: float = 0.0
+    copy: Callable[[Inputs], Inputs] = copy.deepcopy
 
 
 def as_tuple(output: Any) -> tuple[torch.Tensor, ...]:

@@ -178,7 +178,7 @@ def size_of(value: Any) -> int:
 MOST_BYTES, MOST_COPIES = 1 << 30, 64
 
 
-def copies_of(arguments: tuple) -> tuple[list[tuple], str]:
+def copies_of(arguments: tuple, copied: Callable[[Any], Any] = copy.deepcopy) -> tuple[list[tuple], str]:
     """Enough copies that a call finds its inputs in memory and not in a cache, and a word for it. Inputs that fit in
     half of one core's L2 stay warm: in use, too, they come from the kernel that ran before."""
     l2, l3 = cache_sizes()
@@ -186,7 +186,8 @@ def copies_of(arguments: tuple) -> tuple[list[tuple], str]:
     if size <= l2 // 2:
         return [arguments], "warm"
     count = min(MOST_COPIES, max(2, -(-2 * l3 // size)), max(1, MOST_BYTES // size))
-    copies = [arguments, *(copy.deepcopy(arguments) for _ in range(count - 1))]
+    inputs, *rest = arguments
+    copies = [arguments, *((copied(inputs), *copy.deepcopy(rest)) for _ in range(count - 1))]
     return copies, f"cold, {count} copies" if count * size > l3 else f"from L3, {count} copies"
 
 

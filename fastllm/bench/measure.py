@@ -90,7 +90,7 @@ def functions(suite: Suite, compiled: bool, device: str) -> Iterator[tuple[str, 
 def measure(job: Job, settings: Settings, compiled: bool) -> Row:
     """The row of a job. A rival that cannot run is left out and named in the row's notes."""
     arguments = job.arguments()
-    copies, cache = copies_of(arguments)
+    copies, cache = copies_of(arguments, job.suite.copy)
     sampler = cpu_sampler if job.device == "cpu" else cuda_sampler
     rivals, memory, notes = {}, {}, []
     for name, function in functions(job.suite, compiled, job.device):

@@ -56,9 +56,11 @@ class KVPages(NamedTuple):
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor) -> "KVPages":
-        """Pages with the keys and values k and v, both [P, Hk, 16, D]; copies where the layout of their device asks for it."""
-        k, v = k.contiguous().mT, v.contiguous()
-        return cls(k.contiguous() if k.device.type in COLUMNS else k, v)
+        """Pages with the keys and values k and v, both [P, Hk, 16, D], copied."""
+        cache = cls.empty(k.shape[0], k.shape[1], k.shape[3], k.dtype, k.device)
+        cache.k.copy_(k.mT)
+        cache.v.copy_(v)
+        return cache
 
 
 _HUGE = 2 << 20  # bytes

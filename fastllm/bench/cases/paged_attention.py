@@ -1,5 +1,7 @@
 """paged_attention against its formula: pages gathered, then a dense softmax for each sequence."""
 
+import copy
+
 import torch
 
 from ... import ops
@@ -53,6 +55,13 @@ def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0, sin
     }
 
 
+def copied(inputs):
+    """A deepcopy would take the pages out of their huge pages."""
+    cache = KVPages.of(inputs["k_pages"].mT, inputs["v_pages"])
+    others = {name: value for name, value in inputs.items() if name not in ("k_pages", "v_pages")}
+    return {**copy.deepcopy(others), "k_pages": cache.k, "v_pages": cache.v}
+
+
 def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, sinks=False, **fields) -> Case:
     spec = spec_of(heads, **fields)
     pairs = sum(n * c - (n * (n - 1) // 2 if spec.causal else 0) for n, c in zip(queries, contexts, strict=True))
@@ -70,6 +79,7 @@ SUITE = Suite(
     op="paged_attention",
     run=run,
     reference=plain,
+    copy=copied,
     correct=(
         case([1], [1], 1, 1, 16),
         case([1], [128], 9, 3, 64),
