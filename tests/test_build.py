@@ -65,6 +65,11 @@ def test_kernel_objects_stand_alone():
 
 
 @LINUX
+@pytest.mark.parametrize("program", sorted((ROOT / "tests/slow").glob("*.cpp")), ids=lambda p: p.stem)
+def test_programs_of_the_slow_tier_still_fit_the_sources(program):
+    run(need("g++", "g++"), "-fsyntax-only", "-std=c++17", program)
+
+
 def test_every_kernel_is_in_every_tier():
     nm = need("nm", "binutils")
     tiers = tier_objects()

@@ -137,7 +137,7 @@ int main(int argc, char** argv) {
     const Floats y = step.y, z = step.z, dx = step.dx;
     for (Floats* v : {&step.y, &step.z, &step.dx}) v->assign(v->size(), NAN);
     team_size = threads;
-    require(plan_replay(plan.get(), threads, 2) == kOk, "replay failed");
+    require(plan_replay(plan.get(), threads, 2, nullptr) == kOk, "replay failed");
     require(same(step.y, y) && same(step.z, z) && same(step.dx, dx), "a replay by the team differs from a serial run");
   }
   printf("%s, %d threads: ok\n", isa_name(isa()), threads);
