@@ -9,6 +9,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.gemma3.modeling_gemma3 import eager_attention_forward
 
 _LLAMA = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+_ENDS = dict(bos_token_id=0, eos_token_id=0)
 _BASE = dict(vocab_size=131, num_hidden_layers=2, max_position_embeddings=512)
 
 
@@ -42,8 +43,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3",
         _LLAMA | _GEMMA | dict(attn_logit_softcapping=3.0, rope_scaling={"rope_type": "linear", "factor": 8.0}),
     ),
-    "gpt2": ("GPT2", dict(n_embd=64, n_head=4, n_layer=2, n_positions=512)),
-    "gpt2, exact gelu": ("GPT2", dict(n_embd=64, n_head=2, n_layer=3, n_positions=512, n_inner=160, activation_function="gelu")),
+    "gpt2": ("GPT2", _ENDS | dict(n_embd=64, n_head=4, n_layer=2, n_positions=512)),
+    "gpt2, exact gelu": (
+        "GPT2",
+        _ENDS | dict(n_embd=64, n_head=2, n_layer=3, n_positions=512, n_inner=160, activation_function="gelu"),
+    ),
     "bloom": ("Bloom", dict(hidden_size=64, n_head=4, n_layer=2)),
     "bloom, 6 heads": ("Bloom", dict(hidden_size=96, n_head=6, n_layer=2)),
 }  # fmt: skip
