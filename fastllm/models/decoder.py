@@ -300,7 +300,8 @@ class Decoder(nn.Module):
         return self.rope if self.rope_local is None or self.config.window_of(layer) is None else self.rope_local
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """Residual stream after the last layer, before the final norm: ids int64 [B, S] -> [B, S, dim]."""
+        """Residual stream after the last layer, before the final norm: ids int64 [B, S] -> [B, S, dim]; with a scaled
+        embedding it is kept divided by that scale, which no norm sees."""
         if ids.dim() != 2:
             raise ValueError(f"Decoder: ids have shape {tuple(ids.shape)}; they must be [B, S]")
         if ids.shape[1] > self.config.max_position:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..hub import check_no_pickle
 from .decoder import DecoderConfig
 from .families import family_of, read_config
 from .gguf import GGUFFile, as_q8_0, check_supported
@@ -131,9 +132,8 @@ class FolderSource:
             return [self.folder / name for name in names]
         files = [whole] if whole.exists() else sorted(self.folder.glob("*.safetensors"))
         if not files:
-            raise ValueError(
-                f"{self.folder} has no .safetensors file; pickled checkpoints are refused, since loading one runs code"
-            )
+            check_no_pickle(self.folder)
+            raise ValueError(f"{self.folder} has no .safetensors file; fetch the model again")
         return files
 
     def extra_names(self, known: set[str]) -> list[str]:

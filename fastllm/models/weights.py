@@ -1,9 +1,10 @@
 """Weights from files and to files: GGUF as stored, folders of transformers; tensor by tensor, into panels or into Parameters."""
 
+import functools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -230,33 +231,37 @@ def _write_shards(
     """Final file name -> names of the tensors in it."""
     from safetensors.torch import save_file
 
-    plan: list[list[tuple[str, Tensor]]] = [[]]
+    plan: list[list[tuple[str, Callable[[], Tensor]]]] = [[]]
     size = 0
-    for name, tensor in _as_stored(model):
-        nbytes = tensor.numel() * dtype.itemsize
+    for name, part, as_stored in stored_parts(model):
+        nbytes = part.numel() * dtype.itemsize
         if plan[-1] and size + nbytes > limit:
             plan.append([])
             size = 0
-        plan[-1].append((name, tensor))
+        plan[-1].append((name, as_stored))
         size += nbytes
     shards = {}
     for i, shard in enumerate(plan, 1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{i:05}-of-{len(plan):05}.safetensors"
         parts[file] = folder / f".{file}.part"
-        whole = {name: t.to("cpu", dtype).clone(memory_format=torch.contiguous_format) for name, t in shard}
+        whole = {name: make().to("cpu", dtype).clone(memory_format=torch.contiguous_format) for name, make in shard}
         save_file(whole, parts[file], {"format": "pt"})
         shards[file] = list(whole)
     return shards
 
 
-def _as_stored(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """The parameters under their names in a folder, each as its rows lie there."""
+def stored_parts(model: Decoder) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
+    """Every tensor of a folder: its name, the rows of our parameter that it holds, and what makes it of them."""
     c = model.config
     names = next(f.names for f in FAMILIES.values() if f.name == c.family)
+
+    def as_stored(name: str, part: Tensor) -> Tensor:
+        order = names.order_of(name, c)
+        part = part if order is None else part[order.argsort().to(part.device)]
+        return part.t() if names.is_transposed(name) else part
+
     for ours, parameter in model.named_parameters():
         stored = names.of(ours)
         parts = parameter.detach().split(c.stacks[ours.split(".")[-2]]) if len(stored) > 1 else [parameter.detach()]
         for name, part in zip(stored, parts, strict=True):
-            order = names.order_of(name, c)
-            part = part if order is None else part[order.argsort().to(part.device)]
-            yield name, part.t() if names.is_transposed(name) else part
+            yield name, part, functools.partial(as_stored, name, part)

@@ -10,13 +10,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from fastllm import LLM
 from fastllm.decode.cache import SequenceCache
 from fastllm.decode.graph import capture
 from fastllm.models import load, save
 from fastllm.models.blocks import PagedBatch, Projection
 from fastllm.models.decoder import PRESETS, Decoder, DecoderConfig
 from fastllm.models.families import FAMILIES, read_config, write_config
-from fastllm.models.weights import _as_stored, load_packed
+from fastllm.models.weights import load_packed, stored_parts
 from fastllm.ops import PAGE, Panels, QWeight
 
 
@@ -52,7 +53,7 @@ def test_gradients_equal_transformers(pair):
     wanted = {name: p.grad for name, p in theirs.named_parameters()}
     for parameter in ours.parameters():
         parameter.data, parameter.grad = parameter.grad, None
-    found = dict(_as_stored(ours))
+    found = {name: make() for name, _, make in stored_parts(ours)}
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         # where queries and keys see one another only through a softmax, a bias of the keys has no gradient but rounding
@@ -260,6 +261,25 @@ def test_a_missing_bias_is_named(tmp_path, name):
     save_file({n: t for n, t in held.items() if n != gone}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"there is no tensor '{gone}'"):
         load(tmp_path)
+
+
+def test_a_truncated_shard_is_named(tmp_path):
+    _families.build("gemma3").save_pretrained(tmp_path, max_shard_size="60KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{shard.name} cannot be read: .*; fetch it again"):
+        load(tmp_path)
+
+
+def test_a_pickle_is_refused_with_the_reason(tmp_path):
+    theirs = _families.folder(tmp_path, "gpt2")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    for reader in (load, load_packed, LLM):
+        with pytest.raises(
+            ValueError, match=r"pytorch_model.bin is a pickle, and loading one runs code .* safetensors"
+        ):
+            reader(tmp_path)
 
 
 def test_every_architecture_is_tested():
