@@ -163,6 +163,8 @@ def _check_local(path: Path) -> Path:
         )
     if path.is_dir():
         missing = [what for what in ("config.json", "*.safetensors") if not any(path.glob(what))]
+        if "*.safetensors" in missing:
+            check_no_pickle(path)
         if missing:
             raise ValueError(
                 f"the folder {path} has no {' and no '.join(missing)}; "
@@ -171,6 +173,19 @@ def _check_local(path: Path) -> Path:
     elif path.suffix.lower() != ".gguf":
         raise ValueError(f"the file {path} is not a .gguf file; for safetensors give the folder that holds them")
     return path
+
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def check_no_pickle(folder: Path) -> None:
+    """ValueError with the reason for a folder whose weights are pickled; to be asked where it has no safetensors."""
+    pickle = next((file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))), None)
+    if pickle:
+        raise ValueError(
+            f"{folder}: {pickle} is a pickle, and loading one runs code of whoever made it; it is refused. Take the same "
+            "model as safetensors, or convert it where you trust it: save_pretrained of transformers writes safetensors"
+        )
 
 
 def _resolve_hub_id(name: str, revision: str | None) -> Path:

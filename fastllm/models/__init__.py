@@ -1,5 +1,5 @@
-"""Models: three classes built from blocks, and what reads their weights from files."""
+"""Models: three classes built from blocks, and what reads their weights from files and writes them."""
 
-from .weights import load
+from .weights import load, save
 
-__all__ = ["load"]
+__all__ = ["load", "save"]

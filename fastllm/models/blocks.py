@@ -1,6 +1,7 @@
-"""The pieces that models are built from: a projection and an embedding whose weights may be packed, and the batch of a paged
-forward. They call the ops and hold no arithmetic of their own."""
+"""The pieces that models are built from: a projection and an embedding whose weights may be packed, norms, activations, and the
+batch of a paged forward. They call the ops and hold no arithmetic of their own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,24 +15,27 @@ Weight = Tensor | Panels | QWeight
 
 
 class Projection(nn.Module):
-    """y = norm(x) W^T, then + residual or swiglu.
+    """y = norm(x) W^T + bias, then + residual or swiglu.
 
     The weight [N, K] is a Parameter until `pack` replaces it by panels or quantised panels for decoding on a CPU. A swiglu
-    projection stacks gate over up: [2F, K].
+    projection stacks gate over up, [2F, K], and has no bias.
     """
 
-    def __init__(self, inputs: int, outputs: int, swiglu: bool = False):
+    def __init__(self, inputs: int, outputs: int, swiglu: bool = False, bias: bool = False):
         super().__init__()
         self.swiglu = swiglu
         self.weight: Weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
-    def forward(self, x: Tensor, norm: "RMSNorm | None" = None, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, norm: "RMSNorm | LayerNorm | None" = None, residual: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]; norm is applied to x first, residual [..., N] is added last."""
         fused: dict[str, Any] = {"residual": residual, "swiglu": self.swiglu}
-        if norm is not None:
-            fused |= {"norm": norm.weight, "eps": norm.eps}
+        if isinstance(norm, RMSNorm):
+            fused |= {"norm": norm.gain, "eps": norm.eps}
+        elif norm is not None:
+            x = norm(x)
         linear = ops.quant_linear if isinstance(self.weight, QWeight) else ops.linear
-        return linear(x, self.weight, **fused)
+        return linear(x, self.weight, self.bias, **fused)
 
     def pack(self, weight: Panels | QWeight) -> None:
         replace_weight(self, weight)
@@ -55,15 +59,63 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Weight [K] and eps; where a projection follows, it takes the norm in as a prologue."""
+    """x / sqrt(mean(x^2) + eps) * gain, where gain = (offset + weight) * scale; a projection that follows takes it in as a
+    prologue."""
+
+    def __init__(self, dim: int, eps: float, offset: float = 0.0, scale: float = 1.0):
+        super().__init__()
+        self.eps, self.offset, self.scale = eps, offset, scale
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset))
+        self._made: tuple[Any, Tensor] | None = None
+
+    @property
+    def gain(self) -> Tensor:
+        """[K]. Without a gradient it is made once for each state of the weight, so that a captured step finds it made."""
+        w = self.weight
+        if self.offset == 0 and self.scale == 1:
+            return w
+        if (torch.is_grad_enabled() and w.requires_grad) or torch.compiler.is_compiling():
+            return self._gain()
+        state = (w.data_ptr(), w.dtype, w.device, 0 if w.is_inference() else w._version)
+        if self._made is None or self._made[0] != state:
+            self._made = state, self._gain().detach()
+        return self._made[1]
+
+    def _gain(self) -> Tensor:
+        return ((self.weight.float() + self.offset) * self.scale).to(self.weight.dtype)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None):
+        """The norm of x [..., K]; with a residual (the norm of the sum, the sum)."""
+        return ops.rms_norm(x, self.gain, self.eps, residual)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None):
+        """The norm of x [..., K]; with a residual (the norm of the sum, the sum)."""
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, residual)
+
+
+def _gated(op: Callable[..., Tensor], *options: str) -> Callable[[Tensor], Tensor]:
+    return lambda h: op(*h.chunk(2, -1), *options)
+
+
+# What stands between the two projections of an MLP. The gated ones take [..., 2F], gate before up, and give [..., F].
+GATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": _gated(ops.swiglu),
+    "geglu": _gated(ops.geglu),
+    "geglu_tanh": _gated(ops.geglu, "tanh"),
+}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = GATED | {
+    "gelu": ops.gelu,
+    "gelu_tanh": lambda h: ops.gelu(h, "tanh"),
+}
 
 
 def replace_weight(module: nn.Module, weight: Panels | QWeight) -> None:

@@ -71,6 +71,19 @@ def llama_unpermute_rows(n_rows: int, n_heads: int) -> torch.Tensor:
     return torch.arange(n_rows).view(n_heads, n_rows // n_heads // 2, 2).transpose(1, 2).reshape(n_rows)
 
 
+def as_q8_0(blocks: np.ndarray) -> np.ndarray:
+    """Rows of Q5_0 blocks, uint8 [n, 22 a block], as Q8_0, [n, 34 a block], with the same values: scale * (q - 16).
+
+    Of the other types beyond Q4_0, Q4_1 and Q8_0 none fits into groups of 32 with a float16 scale: the scales of Q4_K are
+    products of a float16 and 6 bits, those of Q6_K are of groups of 16.
+    """
+    parts = blocks.reshape(-1, 22)
+    scale, high, low = parts[:, :2], np.unpackbits(parts[:, 2:6], axis=1, bitorder="little"), parts[:, 6:]
+    quants = np.concatenate((low & 15, low >> 4), 1) | high << 4
+    signed = quants.astype(np.int8) - np.int8(16)
+    return np.concatenate((scale, signed.view(np.uint8)), 1).reshape(len(blocks), -1)
+
+
 class Metadata(Mapping[str, Any]):
     """The key-value pairs of the header. A value is decoded each time it is read: int, float, bool, str or a list."""
 
