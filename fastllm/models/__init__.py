@@ -17,14 +17,15 @@ def load(name: str | os.PathLike) -> "nn.Module":
     FileNotFoundError: a path that does not exist. ValueError: a file that cannot be used. HubError: fetching failed.
     """
     from .. import hub
-    from . import hf_encoder, weights
+    from . import hf_encoder, hf_seq2seq, weights
     from .folder import Folder
 
     path = Path(name) if Path(name).exists() else hub.resolve(name)
     if path.is_dir():
         folder = Folder(path)
-        if folder.architecture in hf_encoder.ARCHITECTURES:
-            return hf_encoder.load(folder)
+        for family in (hf_encoder, hf_seq2seq):
+            if folder.architecture in family.ARCHITECTURES:
+                return family.load(folder)
     return weights.load(path)
 
 
@@ -33,9 +34,16 @@ def save(model: "nn.Module", path: str | os.PathLike) -> None:
 
     TypeError for a model of another class, or with packed weights.
     """
-    from . import hf_encoder
+    from . import hf_encoder, hf_seq2seq
     from .encoder import Encoder
+    from .layers import packed
+    from .seq2seq import Seq2Seq
 
-    if not isinstance(model, Encoder):
-        raise TypeError(f"save: {type(model).__name__} cannot be saved; an Encoder can")
-    hf_encoder.save(model, path)
+    for kind, family in ((Encoder, hf_encoder), (Seq2Seq, hf_seq2seq)):
+        if isinstance(model, kind):
+            if packed(model):
+                raise TypeError(
+                    "save: the weights are packed for decoding; save the model as it was before pack_weights"
+                )
+            return family.save(model, path)
+    raise TypeError(f"save: {type(model).__name__} cannot be saved; an Encoder or a Seq2Seq can")

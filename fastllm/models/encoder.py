@@ -1,7 +1,8 @@
 """The encoder (BERT: Devlin et al. 2018, arXiv 1810.04805; RoBERTa: Liu et al. 2019, arXiv 1907.11692), built from `layers`.
 
 Every token sees every other one of its sequence. A batch is packed: sequences lie one after another, attention keeps them
-apart, and nothing is computed for padding. So a sequence has the same bits alone, in a batch and in a padded batch.
+apart, and nothing is computed for padding. So a sequence has the same bits alone, in a batch and in a padded batch (all but
+what comes from the pooler, whose tanh is torch's and may round its last elements differently).
 """
 
 from collections.abc import Sequence

@@ -11,12 +11,12 @@ from .. import ops
 from ..ops import Panels, QWeight
 from .blocks import Embedding, RMSNorm, Weight, replace_weight
 
-# silu and relu are torch's: they are one pass over memory, and no model that is run here waits for them
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": ops.gelu,
     "gelu_tanh": lambda x: ops.gelu(x, "tanh"),
     "relu": torch.relu,
-    "silu": nn.functional.silu,
+    # not torch's: its last few elements differ in their bits from the others, and so would a row from the same row in a batch
+    "silu": lambda x: ops.swiglu(x, torch.ones_like(x)),
 }
 GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": ops.geglu,
@@ -234,12 +234,17 @@ class Packed:
 def pack_weights(model: nn.Module) -> nn.Module:
     """Puts float32 panels in place of every projection's weight, which then is no Parameter: for running on a CPU, where a
     row-major weight would be packed anew on every call. An embedding that is tied to a projection shares its panels."""
-    packed: dict[int, Panels] = {}
+    panels: dict[int, Panels] = {}
     for module in model.modules():
         if isinstance(module, Linear) and isinstance(module.weight, Tensor):
             key, weight = id(module.weight), module.weight
-            packed[key] = packed.get(key) or Panels.pack(weight)
+            panels[key] = panels.get(key) or Panels.pack(weight)
             tied = [m for m in model.modules() if isinstance(m, Embedding) and m.weight is weight]
             for other in (module, *tied):
-                replace_weight(other, packed[key])
+                replace_weight(other, panels[key])
     return model.requires_grad_(False).eval()
+
+
+def packed(model: nn.Module) -> bool:
+    """Whether `pack_weights` was here."""
+    return any(isinstance(m, Linear) and not isinstance(m.weight, Tensor) for m in model.modules())
