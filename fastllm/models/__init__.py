@@ -17,10 +17,12 @@ def load(name: str | os.PathLike) -> "nn.Module":
     FileNotFoundError: a path that does not exist. ValueError: a file that cannot be used. HubError: fetching failed.
     """
     from .. import hub
-    from . import hf_encoder, hf_seq2seq, weights
+    from . import ctranslate2, hf_encoder, hf_seq2seq, weights
     from .folder import Folder
 
     path = Path(name) if Path(name).exists() else hub.resolve(name)
+    if path.is_dir() and (path / "model.bin").is_file() and not any(path.glob("*.safetensors")):
+        return ctranslate2.load(path / "model.bin")
     if path.is_dir():
         folder = Folder(path)
         for family in (hf_encoder, hf_seq2seq):
