@@ -174,6 +174,6 @@ def load(path: str | os.PathLike) -> Seq2Seq:
     """The model in a model.bin, its weights float32 Parameters."""
     file = File(path)
     config = read_config(file)
-    model = fill(skeleton(lambda: Seq2Seq(config)), names(config), file)
+    model = fill(skeleton(lambda: Seq2Seq(config), file.path), names(config), file)
     model.tie()
     return model

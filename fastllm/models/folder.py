@@ -73,7 +73,8 @@ class Folder:
     @property
     def architecture(self) -> str:
         """The first that config.json names."""
-        return (self.config.get("architectures") or ["(none named)"])[0]
+        names = self.config.get("architectures")
+        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "(none named)"
 
     def get(self, key: str, kind: type = int, default: Any = None) -> Any:
         """A field of config.json. ValueError where it is missing and has no default, or is of another type."""
@@ -87,6 +88,11 @@ class Folder:
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ValueError(f"{self.path}/config.json: {key} is {value!r}, wanted {kind.__name__}")
         return value
+
+    def check_layers(self, count: int) -> None:
+        """ValueError for more layers than the file can hold, before anything is built."""
+        if count > len(self.where):
+            raise ValueError(f"{self.path}: config.json wants {count} layers, the files hold {len(self.where)} tensors")
 
     def find(self, names: str) -> str | None:
         """The first of "new|old" that is there."""
@@ -144,10 +150,13 @@ def fill(model: nn.Module, names: Names, folder: Any) -> nn.Module:
     return model.eval()
 
 
-def skeleton(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model without memory for its weights."""
-    with torch.device("meta"):
-        return make()
+def skeleton(make: Callable[[], nn.Module], path: Path) -> nn.Module:
+    """A model without memory for its weights. ValueError for sizes that no memory could hold."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: a model of these sizes cannot be: {error}") from error
 
 
 def write(folder: str | os.PathLike, model: nn.Module, names: Names, config: dict[str, Any]) -> None:

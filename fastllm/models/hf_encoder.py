@@ -139,7 +139,8 @@ def _prefix(folder: Folder) -> str:
 def load(folder: Folder) -> Encoder:
     """The model in a folder, its weights float32 Parameters."""
     config = read_config(folder)
-    model = fill(skeleton(lambda: Encoder(config)), names(config, _prefix(folder)), folder)
+    folder.check_layers(config.layers)
+    model = fill(skeleton(lambda: Encoder(config), folder.path), names(config, _prefix(folder)), folder)
     if config.head == "mlm" and config.tied:
         model.head.words.weight = model.embedding.weight
     return model

@@ -118,7 +118,7 @@ def _read_t5(folder: Folder) -> Seq2SeqConfig:
         position="relative", norm="rms", norm_first=True, bias=False, scale=1.0,
         eps=get("layer_norm_epsilon", float, 1e-6),
         activation=activation(folder, act), gated=bool(gated),
-        head_scale=dim**-0.5 if scaled else 1.0,
+        head_scale=max(dim, 1) ** -0.5 if scaled else 1.0,
         tied=_is_tied(folder),
         buckets=get("relative_attention_num_buckets", int, 32),
         max_distance=get("relative_attention_max_distance", int, 128),
@@ -150,7 +150,7 @@ def _read_bart(folder: Folder) -> Seq2SeqConfig:
         max_position=get("max_target_positions" if whisper else "max_position_embeddings"),
         position="learned" if whisper else "halves", norm_first=whisper,
         activation=activation(folder, get("activation_function", str, "gelu")),
-        embed_scale=dim**0.5 if get("scale_embedding", bool, False) else 1.0,
+        embed_scale=max(dim, 0) ** 0.5 if get("scale_embedding", bool, False) else 1.0,
         head_bias=not whisper,
         bins=get("num_mel_bins") if whisper else 0,
         source_position=get("max_source_positions") if whisper else None,
@@ -176,7 +176,8 @@ def read_config(folder: Folder) -> Seq2SeqConfig:
 def load(folder: Folder) -> Seq2Seq:
     """The model in a folder, its weights float32 Parameters."""
     config = read_config(folder)
-    model = skeleton(lambda: Seq2Seq(config))
+    folder.check_layers(max(config.encoder_layers, config.decoder_layers))
+    model = skeleton(lambda: Seq2Seq(config), folder.path)
     fill(model, _names(config, model, folder.architecture), folder)
     model.tie()
     return model

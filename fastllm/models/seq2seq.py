@@ -16,6 +16,7 @@ from .blocks import Embedding
 from .layers import Cross, Layer, LayerConfig, Linear, Packed, norm_of
 from .positions import RelativeBias, Sinusoids
 
+LONGEST = 1 << 20  # what a table of sinusoids or distances may hold
 POSITIONS = ("sinusoidal", "halves", "learned", "relative")
 
 
@@ -70,6 +71,13 @@ class Seq2SeqConfig:
             raise ValueError(f"Seq2SeqConfig: every size must be at least 1, got {self}")
         if self.position not in POSITIONS:
             raise ValueError(f"Seq2SeqConfig: position={self.position!r}; allowed: {', '.join(map(repr, POSITIONS))}")
+        if self.position in ("sinusoidal", "halves") and max(self.max_position, self.source_limit) > LONGEST:
+            raise ValueError(f"Seq2SeqConfig: max_position={self.max_position}; allowed: up to {LONGEST}")
+        if self.position == "relative" and not 4 <= self.buckets < 2 * self.max_distance <= 2 * LONGEST:
+            raise ValueError(
+                f"Seq2SeqConfig: {self.buckets} buckets up to a distance of {self.max_distance}; "
+                f"allowed: at least 4, fewer than twice the distance, which is at most {LONGEST}"
+            )
         _ = self.layer  # checks the rest
 
     @property
@@ -239,7 +247,7 @@ class Seq2Seq(nn.Module):
 
     def encode_lists(self, sources: list[list[int]]) -> Memory:
         """Sources of any lengths."""
-        batch = Packed.of_lists(sources, self.head.weight.device if isinstance(self.head.weight, Tensor) else None)
+        batch = Packed.of_lists(sources, self.decoder.layers[0].mlp_norm.weight.device)
         self._check_length(batch.longest, self.config.source_limit)
         return self._encode(self.encoder.place(self._embed(batch.ids), batch.position), batch.cu, batch.longest)
 

@@ -1,5 +1,6 @@
 """Encoder: parity with transformers on random weights, padded and packed, with gradients; folders both ways; MiniLM."""
 
+import contextlib
 import json
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from fastllm import models
-from fastllm.models.encoder import Encoder, EncoderConfig
+from fastllm import hub, models
+from fastllm.models.encoder import PRESETS, Encoder, EncoderConfig
 from fastllm.models.layers import pack_weights
 
 SIZES = dict(
@@ -183,6 +184,14 @@ def test_spellings_of_2018(tmp_path):
         assert ours.head.words.weight is ours.embedding.weight
 
 
+def test_an_alias():
+    try:
+        model = models.load("minilm-l6")
+    except hub.HubError as error:
+        pytest.skip(f"minilm-l6 cannot be had: {error}")
+    assert model.config == PRESETS["minilm-l6"] and sum(p.numel() for p in model.parameters()) == 22_713_216
+
+
 # ---------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -217,6 +226,16 @@ def test_configs_that_are_refused(folder, changes, message):
     edit(folder, **changes)
     with pytest.raises(ValueError, match=message):
         models.load(folder)
+
+
+def test_a_damaged_config_never_does_more_than_raise(folder):
+    path = folder / "config.json"
+    whole = json.loads(path.read_text())
+    for key in whole.keys() - {"architectures"}:
+        for value in (0, -1, 10**9, 0.5, "x", [], [3], True):
+            path.write_text(json.dumps(whole | {key: value}))
+            with contextlib.suppress(ValueError):
+                models.load(folder)
 
 
 def test_pickles_are_refused(folder):

@@ -1,6 +1,7 @@
 """Seq2Seq: parity with transformers and torch.nn.Transformer on random weights, padded and packed, with gradients; steps over a
 cache give the bits of the whole forward; folders both ways."""
 
+import contextlib
 import json
 import math
 
@@ -10,6 +11,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from fastllm import models
+from fastllm.models import hf_seq2seq
 from fastllm.models.layers import pack_weights
 from fastllm.models.seq2seq import Seq2Seq, Seq2SeqConfig
 
@@ -110,7 +112,7 @@ def test_gradients_equal_transformers(pair):
     (logits * weight).mean().backward()
     theirs.zero_grad()
     (wanted(theirs, source, mask, targets) * weight).mean().backward()
-    names = models.hf_seq2seq._names(ours.config, ours, models.hf_seq2seq._architecture(ours.config))
+    names = hf_seq2seq._names(ours.config, ours, hf_seq2seq._architecture(ours.config))
     named, seen = dict(theirs.named_parameters(remove_duplicate=False)), 0
     for name, parameter in ours.named_parameters():
         for theirs_name, part in zip(names.ours[name], parameter.grad.chunk(len(names.ours[name])), strict=True):
@@ -301,6 +303,18 @@ def test_configs_that_are_refused(tmp_path, kind, changes, message):
         models.load(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["t5", "marian", "whisper"])
+def test_a_damaged_config_never_does_more_than_raise(tmp_path, kind):
+    build(kind).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    whole = json.loads(path.read_text())
+    for key in whole.keys() - {"architectures"}:
+        for value in (0, -1, 10**9, 0.5, "x", [], [3], True):
+            path.write_text(json.dumps(whole | {key: value}))
+            with contextlib.suppress(ValueError):
+                models.load(tmp_path)
+
+
 def test_errors_of_a_forward():
     model = Seq2Seq(ORIGINAL)
     ids, targets = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)
@@ -340,6 +354,9 @@ def test_errors_of_a_forward():
         ({"activation": "elu"}, "activation 'elu' is not supported; allowed: gelu"),
         ({"norm": "batch"}, "norm 'batch' is not supported"),
         ({"norm": "rms"}, "give norm_first=True"),
+        ({"max_position": 1 << 30}, "max_position=1073741824; allowed: up to 1048576"),
+        ({"position": "relative", "buckets": 2}, "2 buckets up to a distance of 128; allowed: at least 4"),
+        ({"position": "relative", "max_distance": 16}, "32 buckets up to a distance of 16"),
     ],
 )
 def test_errors_of_a_config(change, message):
