@@ -35,16 +35,25 @@ class TextEncoder:
 
     @classmethod
     def load(
-        cls, name: str | os.PathLike, how: str | None = None, normalize: bool | None = None, revision: str | None = None
+        cls,
+        name: str | os.PathLike,
+        how: str | None = None,
+        normalize: bool | None = None,
+        *,
+        quantize: str | None = None,
+        revision: str | None = None,
     ) -> "TextEncoder":
-        """An alias ("minilm-l6"), a folder, or a Hub id; weights are packed for a CPU. Errors as of models.load."""
+        """An alias ("minilm-l6"), a folder, or a Hub id; weights are packed for a CPU, quantised with "int8" or "int4".
+        Errors as of models.load."""
         path = hub.resolve(name, revision=revision)
         model = models.load(path)
         if not isinstance(model, Encoder):
             raise ValueError(f"{path} holds a {type(model).__name__}, no encoder; LLM runs decoders")
         stored = _pooling(path)
         tokenizer = Tokenizer.from_folder(path)
-        return cls(pack_weights(model), tokenizer, how or stored[0], stored[1] if normalize is None else normalize)
+        return cls(
+            pack_weights(model, quantize), tokenizer, how or stored[0], stored[1] if normalize is None else normalize
+        )
 
     def embed(self, texts: str | Sequence[str | Sequence[int]], truncate: bool = False) -> Tensor:
         """The vectors of texts (or of token ids, special ones included): float32 [number of texts, dim].

@@ -231,14 +231,20 @@ class Packed:
 # --------------------------------------------------------------------------------------------------- weights for decoding
 
 
-def pack_weights(model: nn.Module) -> nn.Module:
-    """Puts float32 panels in place of every projection's weight, which then is no Parameter: for running on a CPU, where a
-    row-major weight would be packed anew on every call. An embedding that is tied to a projection shares its panels."""
-    panels: dict[int, Panels] = {}
+def pack_weights(model: nn.Module, quantize: str | None = None) -> nn.Module:
+    """Puts panels in place of every projection's weight, which then is no Parameter: for running on a CPU, where a row-major
+    weight would be packed anew on every call. An embedding that is tied to a projection shares its panels.
+
+    quantize: None (float32 panels: the same bits), "int8" or "int4" in groups of 32, the rows of a weight a multiple of 32.
+    """
+    if quantize not in (None, "int8", "int4"):
+        raise ValueError(f"pack_weights: quantize={quantize!r}; allowed: None, 'int8', 'int4'")
+    panels: dict[int, Panels | QWeight] = {}
     for module in model.modules():
         if isinstance(module, Linear) and isinstance(module.weight, Tensor):
             key, weight = id(module.weight), module.weight
-            panels[key] = panels.get(key) or Panels.pack(weight)
+            if key not in panels:
+                panels[key] = QWeight.quantize(weight, int(quantize[3:])) if quantize else Panels.pack(weight)
             tied = [m for m in model.modules() if isinstance(m, Embedding) and m.weight is weight]
             for other in (module, *tied):
                 replace_weight(other, panels[key])

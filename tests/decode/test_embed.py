@@ -50,6 +50,17 @@ def test_vectors_equal_those_of_transformers(real, folder):
     assert (real.embed(TEXTS) - wanted).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize(("quantize", "least"), [("int8", 0.998), ("int4", 0.9)])
+def test_quantised_vectors(real, quantize, least):
+    rounded = TextEncoder.load("minilm-l6", quantize=quantize)
+    vectors = rounded.embed(TEXTS)
+    assert (vectors * real.embed(TEXTS)).sum(-1).min() >= least
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        assert torch.equal(rounded.embed(text)[0], vector)
+    with pytest.raises(ValueError, match="quantize='int5'; allowed: None, 'int8', 'int4'"):
+        TextEncoder.load("minilm-l6", quantize="int5")
+
+
 def test_a_vector_does_not_depend_on_its_neighbours(real, monkeypatch):
     together = real.embed(TEXTS)
     for rows in (1, 40):

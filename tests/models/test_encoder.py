@@ -1,6 +1,7 @@
 """Encoder: parity with transformers on random weights, padded and packed, with gradients; folders both ways; MiniLM."""
 
 import contextlib
+import copy
 import json
 
 import pytest
@@ -158,6 +159,21 @@ def test_half_precision_and_shards(tmp_path, dtype):
     stored = load_file(tmp_path / "b" / "model.safetensors")
     assert all(torch.equal(stored[n], t) for n, t in theirs.state_dict().items() if n in stored)
     assert stored["bert.embeddings.word_embeddings.weight"].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_training_in_half_precision(pair, dtype):
+    """The error is not above that of transformers in the same dtype; both against float32."""
+    theirs, folder = pair
+    inputs, ours, half = batch(theirs), models.load(folder), copy.deepcopy(theirs).to(dtype)
+    with torch.no_grad():
+        exact, rounded = kept(ours_of(ours, inputs), inputs), kept(wanted(half, inputs), inputs)
+    out = kept(ours_of(ours.to(dtype), inputs), inputs)
+    assert out.dtype == dtype
+    assert (out - exact).square().mean() <= 2 * (rounded - exact).square().mean()
+    out.float().square().mean().backward()
+    used = [p for name, p in ours.named_parameters() if not name.startswith("pooler") or ours.config.head]
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in used)
 
 
 def test_spellings_of_2018(tmp_path):

@@ -2,6 +2,8 @@
 cache give the bits of the whole forward; folders both ways."""
 
 import contextlib
+import copy
+import dataclasses
 import json
 import math
 
@@ -123,6 +125,37 @@ def test_gradients_equal_transformers(pair):
             elif theirs_name is None:  # a bias of keys, of which no output knows
                 assert part.abs().max() < 1e-6
     assert seen > 30
+
+
+def test_training_in_bfloat16(pair):
+    """The error is not above that of transformers in the same dtype; both against float32."""
+    theirs, folder = pair
+    ours, (source, mask, targets) = models.load(folder), inputs_of(theirs)
+    half = copy.deepcopy(theirs).bfloat16()
+    source = source.bfloat16().float() if source.is_floating_point() else source
+
+    def narrow(x):
+        return x.bfloat16() if x.is_floating_point() else x
+
+    with torch.no_grad():
+        exact, rounded = ours(source, targets, mask), wanted(half, narrow(source), mask, targets)
+    out = ours.bfloat16()(narrow(source), targets, mask)
+    assert (out - exact).square().mean() <= 2 * (rounded - exact).square().mean()
+    out.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@torch.no_grad()
+def test_quantised_steps_give_the_bits_of_the_forward(quantize):
+    model = Seq2Seq(dataclasses.replace(ORIGINAL, dim=64, head_dim=16, ffn=96))
+    source, targets = torch.randint(60, (3, 9)), torch.randint(60, (3, 7))
+    exact = model(source, targets)
+    memory = pack_weights(model, quantize).encode(source)
+    whole, cache = model.logits(model.decode(targets, memory)), model.start(memory, 1, 7)
+    assert (whole - exact).square().mean() < (0.001 if quantize == "int8" else 0.2) * exact.square().mean()
+    for i in range(7):
+        assert torch.equal(model.step(targets[:, i : i + 1], cache), whole[:, i])
 
 
 @torch.no_grad()
