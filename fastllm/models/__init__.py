@@ -1,5 +1,55 @@
 """Models: three classes built from blocks, and what reads their weights from files and writes them."""
 
-from .weights import load, save
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["load", "save"]
+
+
+def load(name: str | os.PathLike) -> "nn.Module":
+    """The model of a name, its weights float32 Parameters: an alias, an HF folder with safetensors, a .gguf file (which is
+    dequantised) or a Hub id. A `Decoder`, `Encoder` or `Seq2Seq`, as the file says.
+
+    FileNotFoundError: a path that does not exist. ValueError: a file that cannot be used. HubError: fetching failed.
+    """
+    from .. import hub
+    from . import ctranslate2, hf_encoder, hf_seq2seq, weights
+    from .folder import Folder
+
+    path = Path(name) if Path(name).exists() else hub.resolve(name)
+    if path.is_dir() and (path / "model.bin").is_file() and not any(path.glob("*.safetensors")):
+        return ctranslate2.load(path / "model.bin")
+    if path.is_dir():
+        folder = Folder(path)
+        for family in (hf_encoder, hf_seq2seq):
+            if folder.architecture in family.ARCHITECTURES:
+                return family.load(folder)
+    return weights.load(path)
+
+
+def save(model: "nn.Module", path: str | os.PathLike) -> None:
+    """Writes a `Decoder`, an `Encoder` or a `Seq2Seq` as a folder that `load` and transformers read, in the dtype of its
+    parameters.
+
+    TypeError for a model of another class, or with packed weights.
+    """
+    from . import hf_encoder, hf_seq2seq, weights
+    from .decoder import Decoder
+    from .encoder import Encoder
+    from .layers import packed
+    from .seq2seq import Seq2Seq
+
+    if isinstance(model, Decoder):
+        return weights.save(model, path)
+    for kind, family in ((Encoder, hf_encoder), (Seq2Seq, hf_seq2seq)):
+        if isinstance(model, kind):
+            if packed(model):
+                raise TypeError(
+                    "save: the weights are packed for decoding; save the model as it was before pack_weights"
+                )
+            return family.save(model, path)
+    raise TypeError(f"save: {type(model).__name__} cannot be saved; a Decoder, an Encoder or a Seq2Seq can")

@@ -378,7 +378,7 @@ def test_rows_that_cannot_be_quantised_are_refused(tmp_path):
     ("changes", "message"),
     [
         ({"architectures": ["LlamaForCausalLm"]}, "'LlamaForCausalLm' is not supported; .* nearest: LlamaForCausalLM"),
-        ({"architectures": ["T5ForConditionalGeneration"]}, "'T5ForConditionalGeneration' is not supported"),
+        ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported"),
         ({"architectures": None}, r"architecture '\(none named\)' is not supported"),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 9.0}},

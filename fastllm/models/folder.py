@@ -1,0 +1,180 @@
+"""Folders as transformers writes them, config.json and safetensors, in one file or in shards: read tensor by tensor, written
+whole. A model family is a table of names: for each of our parameters, the tensors of the file that it is stacked from."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Names:
+    """ours: parameter -> names in the file, stacked by rows. A name may be "new|old": the first that is there is read, the
+    first is written. None stands for zeros, which are not stored. shapes: parameter -> how the file shapes it, where not as
+    we do. unused: regular expressions of what else a file of this family may hold."""
+
+    ours: Mapping[str, tuple[str | None, ...]]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+
+class Folder:
+    """config: the content of config.json. ValueError, naming the file, for what cannot be read; pickles are refused."""
+
+    def __init__(self, path: str | os.PathLike):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = Path(path)
+        file = self.path / "config.json"
+        try:
+            self.config = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(self.config, dict):
+                raise ValueError("it is no object")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+        self.where: dict[str, tuple[Path, str, tuple[int, ...]]] = {}  # name -> file, dtype, shape
+        for file in self._files():
+            try:
+                with safe_open(str(file), framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118, it is no mapping
+                        part = opened.get_slice(name)
+                        self.where[name] = (file, part.get_dtype(), tuple(part.get_shape()))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} cannot be read: {error}; fetch it again") from error
+
+    def _files(self) -> list[Path]:
+        index, whole = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
+        if index.exists():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"{index} cannot be read: {error!r}; fetch it again") from error
+            missing = [name for name in names if not (self.path / name).is_file()]
+            if missing:
+                raise ValueError(
+                    f"{self.path}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}"
+                )
+            return [self.path / name for name in names]
+        files = [whole] if whole.exists() else sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise ValueError(
+                f"{self.path} has no .safetensors file; pickled checkpoints are refused, since loading one runs code"
+            )
+        return files
+
+    @property
+    def architecture(self) -> str:
+        """The first that config.json names."""
+        names = self.config.get("architectures")
+        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "(none named)"
+
+    def get(self, key: str, kind: type = int, default: Any = None) -> Any:
+        """A field of config.json. ValueError where it is missing and has no default, or is of another type."""
+        value = self.config.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise ValueError(f"{self.path}/config.json lacks {key!r}; the file is incomplete")
+        if kind is float and isinstance(value, int):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ValueError(f"{self.path}/config.json: {key} is {value!r}, wanted {kind.__name__}")
+        return value
+
+    def check_layers(self, count: int) -> None:
+        """ValueError for more layers than the file can hold, before anything is built."""
+        if count > len(self.where):
+            raise ValueError(f"{self.path}: config.json wants {count} layers, the files hold {len(self.where)} tensors")
+
+    def find(self, names: str) -> str | None:
+        """The first of "new|old" that is there."""
+        return next((name for name in names.split("|") if name in self.where), None)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that is there."""
+        return self.where[name][2]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as float32, in memory of its own."""
+        from safetensors import safe_open
+
+        file, kind, _ = self.where[name]
+        if kind not in KINDS:
+            raise ValueError(f"{self.path}: tensor {name!r} is stored as {kind}; supported: {', '.join(KINDS)}")
+        with safe_open(str(file), framework="pt") as opened:
+            return opened.get_tensor(name).to(torch.float32, copy=True)
+
+
+def fill(model: nn.Module, names: Names, folder: Any) -> nn.Module:
+    """Reads every parameter of `model`, which may lie on the meta device; `folder` has path, where, find, shape and read.
+
+    ValueError for a tensor that is missing, of another shape, or left over: a bias that is not read, say, would change the
+    model silently.
+    """
+    known: set[str] = set()
+    for ours, parameter in list(model.named_parameters()):
+        stored = []
+        for part in names.ours[ours]:
+            found = part and folder.find(part)
+            if part and not found:
+                raise ValueError(
+                    f"{folder.path}: there is no tensor {part.split('|')[0]!r}; a shard is missing or it is another model"
+                )
+            stored.append(found)
+        known.update(name for name in stored if name)
+        rows = parameter.shape[0] // len(stored)
+        wanted = names.shapes.get(ours, (rows, *parameter.shape[1:]))
+        pieces = []
+        for name in stored:
+            if name and folder.shape(name) != wanted:
+                raise ValueError(f"tensor {name!r} has shape {folder.shape(name)}, the config wants {wanted}")
+            piece = folder.read(name) if name else torch.zeros(wanted)
+            pieces.append(piece.reshape(rows, *parameter.shape[1:]))
+        *parents, leaf = ours.split(".")
+        owner = model.get_submodule(".".join(parents))
+        setattr(owner, leaf, nn.Parameter(pieces[0] if len(pieces) == 1 else torch.cat(pieces)))
+    left = [name for name in folder.where if name not in known and not any(re.fullmatch(u, name) for u in names.unused)]
+    if left:
+        raise ValueError(
+            f"{folder.path}: the file holds {len(left)} tensors that this model does not have, {left[0]!r} first; "
+            "it is another model"
+        )
+    return model.eval()
+
+
+def skeleton(make: Callable[[], nn.Module], path: Path) -> nn.Module:
+    """A model without memory for its weights. ValueError for sizes that no memory could hold."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: a model of these sizes cannot be: {error}") from error
+
+
+def write(folder: str | os.PathLike, model: nn.Module, names: Names, config: dict[str, Any]) -> None:
+    """config.json and model.safetensors, in the dtype of the parameters; each appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for ours, parameter in model.named_parameters():
+        parts = names.ours[ours]
+        for name, rows in zip(parts, parameter.detach().cpu().chunk(len(parts)), strict=True):
+            if name:
+                shaped = rows.reshape(names.shapes.get(ours, rows.shape))
+                tensors[name.split("|")[0]] = shaped.clone(memory_format=torch.contiguous_format)
+    part = folder / ".model.safetensors.part"
+    save_file(tensors, part, {"format": "pt"})
+    os.replace(part, folder / "model.safetensors")
+    part = folder / ".config.json.part"
+    part.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    os.replace(part, folder / "config.json")
