@@ -1,6 +1,6 @@
 """The command line: thin doors to Python functions.
 
-fastllm info | bench | pull | generate
+fastllm info | bench | pull | generate | chat
 """
 
 import dataclasses
@@ -214,6 +214,41 @@ def generate(
         print(_statistics_line(report), file=sys.stderr)
     if interrupted:
         raise typer.Exit(130)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Option(help="Alias, .gguf file, folder of safetensors, or Hub id.")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="auto keeps what the file stores; float32 dequantises it.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4.  [default: as stored]")] = None,
+    system: Annotated[str | None, typer.Option(help="The system's message: how the model is to answer.")] = None,
+    load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens of this probability.")] = 0.9,
+    min_p: Annotated[float, typer.Option(help="Draw from tokens this likely against the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: against tokens that occurred.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes the answers repeatable.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of the history that the model sees.")] = None,
+    threads: Annotated[int | None, typer.Option(help="[default: as torch has it]")] = None,
+) -> None:
+    """Talk to a chat model: a line is a message; /help says more. Messages come from standard input, too."""
+    from .sampling_params import SamplingParams
+
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed,
+    )  # fmt: skip
+    from .conversation import Conversation
+    from .llm import LLM
+    from .terminal import chat as talk_on_terminal
+
+    llm = LLM(model, dtype=dtype, quantize=quantize, max_model_len=max_model_len, max_num_seqs=1, num_threads=threads)
+    talk = Conversation(llm, params, system)
+    if load is not None:
+        talk.load(load)
+    talk_on_terminal(talk)
 
 
 def _prompt_text(prompt: str | None, file: Path | None) -> str:

@@ -25,7 +25,7 @@ FLOORS = (
     {"models", "data", "hub", "sampling_params"},
     {"peft"},
     {"decode"},
-    {"llm", "evaluate"},
+    {"llm", "conversation", "terminal", "evaluate"},
     {"train"},
     {"rlhf"},
     {"integrations", "serve", "web"},
