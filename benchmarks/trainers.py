@@ -13,6 +13,7 @@ at its highest, over all steps so far, beyond what the imports take; on a GPU to
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 
@@ -125,7 +126,8 @@ class Transformers(Trainer):
 
 
 class Ours(Trainer):
-    """The model written on `fastllm.ops`, with `ops.adamw` over all its tensors at once."""
+    """The model written on `fastllm.ops`. Each parameter is updated by `ops.adamw` as soon as the backward has its gradient,
+    which is freed at once: no more than a few gradients are ever held."""
 
     def build(self):
         from fastllm.ops import AdamWSpec, AdamWState
@@ -133,8 +135,9 @@ class Ours(Trainer):
         torch, self.done, self.spec = self.torch, 0, AdamWSpec(lr=LR, weight_decay=0.01)
         build, self.forward = {"gpt2": (_gpt2, _gpt2_hidden), "llama": (_llama, _llama_hidden)}[self.shape.kind]
         self.weights = build(theirs(self.shape).to(self.device), self.shape)
-        self.params = list(_flat(self.weights))
-        self.states = [AdamWState(torch.zeros_like(p), torch.zeros_like(p)) for p in self.params]
+        for p in _flat(self.weights):
+            state = AdamWState(torch.zeros_like(p), torch.zeros_like(p))
+            p.register_post_accumulate_grad_hook(functools.partial(self.update_one, state))
 
     def loss(self, ids):
         from fastllm import ops
@@ -144,13 +147,14 @@ class Ours(Trainer):
         target[:, :-1] = ids[:, 1:]  # the last token has no successor
         return ops.linear_cross_entropy(hidden.flatten(0, 1), self.weights["head"], target.flatten())
 
-    def update(self):
+    def update_one(self, state, parameter):
         from fastllm import ops
 
+        ops.adamw([parameter], [parameter.grad], [state], self.done + 1, self.spec)
+        parameter.grad = None
+
+    def update(self):
         self.done += 1
-        ops.adamw(self.params, [p.grad for p in self.params], self.states, self.done, self.spec)
-        for p in self.params:
-            p.grad = None
 
 
 def _flat(weights):
