@@ -59,15 +59,8 @@ class Seq2SeqConfig:
     eos_id: int = 1
 
     def __post_init__(self) -> None:
-        sizes = (
-            self.vocab,
-            self.encoder_layers,
-            self.decoder_layers,
-            self.max_position,
-            self.buckets,
-            self.max_distance,
-        )
-        if min(sizes) < 1 or self.bins < 0:
+        layers = (self.encoder_layers, self.decoder_layers)
+        if min(self.vocab, *layers, self.max_position, self.buckets, self.max_distance) < 1 or self.bins < 0:
             raise ValueError(f"Seq2SeqConfig: every size must be at least 1, got {self}")
         if self.position not in POSITIONS:
             raise ValueError(f"Seq2SeqConfig: position={self.position!r}; allowed: {', '.join(map(repr, POSITIONS))}")
@@ -242,14 +235,17 @@ class Seq2Seq(nn.Module):
         self._check_length(source.shape[1], self.config.source_limit)
         if self.encoder.relative is not None:
             _check_no_gaps(batch)
-        x = self.encoder.place(self._embed(batch.ids), batch.position)
-        return self._encode(x, batch.cu, batch.longest)
+        return self._encode_ids(batch)
 
     def encode_lists(self, sources: list[list[int]]) -> Memory:
         """Sources of any lengths."""
         batch = Packed.of_lists(sources, self.decoder.layers[0].mlp_norm.weight.device)
         self._check_length(batch.longest, self.config.source_limit)
-        return self._encode(self.encoder.place(self._embed(batch.ids), batch.position), batch.cu, batch.longest)
+        return self._encode_ids(batch)
+
+    def _encode_ids(self, batch: Packed) -> Memory:
+        x = self.encoder.place(self._embed(batch.ids), batch.position)
+        return self._encode(x, batch.cu, batch.longest)
 
     def _encode_audio(self, features: Tensor, mask: Tensor | None) -> Memory:
         bins = self.config.bins
@@ -285,12 +281,15 @@ class Seq2Seq(nn.Module):
             x = layer(x, lambda q, k, v: ops.attention(q, k, v, spec), cross)
         return self.decoder.last(x)
 
+    @torch.no_grad()
     def start(self, memory: Memory, beams: int = 1, capacity: int | None = None) -> DecoderCache:
         """An empty cache for `beams` targets a source, each of up to `capacity` tokens."""
         return DecoderCache(self, memory, beams, capacity or self.config.max_position)
 
+    @torch.no_grad()
     def step(self, ids: Tensor, cache: DecoderCache) -> Tensor:
-        """Takes in the next tokens ids [R, n] of each row, usually one; logits [R, V] of the token after the last."""
+        """Takes in the next tokens ids [R, n] of each row, usually one; logits [R, V] of the token after the last. It has no
+        gradient."""
         self._check_targets(ids, cache.rows)
         count, first = ids.shape[1], cache.length
         stop = first + count

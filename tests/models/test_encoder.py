@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from fastllm import hub, models
+from fastllm import hub, models, ops
 from fastllm.models.encoder import PRESETS, Encoder, EncoderConfig
 from fastllm.models.layers import pack_weights
 
@@ -176,6 +176,41 @@ def test_training_in_half_precision(pair, dtype):
     assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in used)
 
 
+@pytest.mark.parametrize("how", ["mean", "cls", "pooler"])
+def test_pooling_has_a_gradient(how):
+    model = Encoder(EncoderConfig(22, 1, 32, 64, 2, 12, pooler=True))
+    batch, lengths = model.pack_lists([[1] * 3, [2], [3] * 7]), [3, 1, 7]
+    x = torch.randn(11, 32, requires_grad=True)
+    rows = [part.mean(0) if how == "mean" else part[0] for part in x.split(lengths)]
+    wanted = torch.stack(rows)
+    if how == "pooler":
+        wanted = torch.tanh(wanted @ model.pooler.weight.t() + model.pooler.bias)
+    pooled, weight = model.pool(x, batch, how), torch.randn(3, 32)
+    torch.testing.assert_close(pooled, wanted)
+    (expected,) = torch.autograd.grad((wanted * weight).sum(), x)
+    (found,) = torch.autograd.grad((pooled * weight).sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_masked_words_are_learnt():
+    """Sequences count upwards, modulo 20, from anywhere; of 12 tokens three are masked. Lengths differ."""
+    model, mask_id = Encoder(EncoderConfig(22, 1, 32, 64, 2, 12, head="mlm", pad_id=21)), 20
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=150)
+    for _ in range(150):
+        words = (torch.randint(20, (32, 1)) + torch.arange(12)) % 20
+        seen = torch.arange(12) < torch.randint(6, 13, (32, 1))
+        hidden = torch.rand(32, 12).argsort(1) < 3
+        logits = model(torch.where(hidden, mask_id, words), seen)
+        chosen = hidden & seen
+        loss = ops.cross_entropy(logits[chosen], words[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    assert (logits[chosen].argmax(-1) == words[chosen]).float().mean() > 0.75  # by chance: 1 in 20
+
+
 def test_spellings_of_2018(tmp_path):
     theirs = build("BertForMaskedLM")
     theirs.save_pretrained(tmp_path)
@@ -297,7 +332,7 @@ def test_errors_of_a_forward():
         model.pool(hidden[:2], model.pack_lists([[1, 2]]), "pooler")
     with pytest.raises(ValueError, match="came as lists"):
         packed.unpack(hidden)
-    assert model.packed_hidden(model.pack_lists([])).shape == (0, 16)
+    assert model.packed_hidden(model.pack_lists([])).shape == model.embed(model.pack_lists([])).shape == (0, 16)
     assert model(ids[:, :0]).shape == (2, 0, 16)
 
 
