@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import AttentionSpec
 from .blocks import Embedding
-from .layers import Cross, Layer, LayerConfig, Linear, Packed, norm_of
+from .layers import NORMS, Cross, Layer, LayerConfig, Packed, linear
 from .positions import RelativeBias, Sinusoids
 
 LONGEST = 1 << 20  # what a table of sinusoids or distances may hold
@@ -42,7 +42,6 @@ class Seq2SeqConfig:
     norm: str = "layer"
     norm_first: bool = False
     activation: str = "relu"
-    gated: bool = False
     bias: bool = True
     eps: float = 1e-5
     scale: float | None = None
@@ -78,7 +77,7 @@ class Seq2SeqConfig:
         """Of each layer."""
         return LayerConfig(
             self.dim, self.ffn, self.heads, self.head_dim, self.eps,
-            self.norm, self.norm_first, self.activation, self.gated, self.bias,
+            self.norm, self.norm_first, self.activation, self.bias,
         )  # fmt: skip
 
     @property
@@ -97,7 +96,7 @@ PRESETS = {
     "transformer-big": Seq2SeqConfig(37000, 6, 6, 1024, 4096, 16, 64, embed_scale=1024**0.5),
     "t5-small": Seq2SeqConfig(32128, 6, 6, 512, 2048, 8, 64, head_scale=512**-0.5, **_T5),
     "flan-t5-small": Seq2SeqConfig(
-        32128, 8, 8, 512, 1024, 6, 64, activation="gelu_tanh", gated=True, tied=False, **_T5
+        32128, 8, 8, 512, 1024, 6, 64, activation="geglu_tanh", tied=False, **_T5
     ),
     "whisper-base": Seq2SeqConfig(
         51865, 6, 6, 512, 2048, 8, 64, 448, "learned", norm_first=True, activation="gelu", bins=80, source_position=1500,
@@ -162,7 +161,7 @@ class Stack(nn.Module):
         c = config
         self.spec = {"causal": decoder, "scale": c.scale}
         self.layers = nn.ModuleList(Layer(c.layer, cross=decoder) for _ in range(layers))
-        self.norm = norm_of(c.norm, c.dim, c.eps) if c.norm_first else None
+        self.norm = NORMS[c.norm](c.dim, c.eps) if c.norm_first else None
         self.positions = self.relative = None
         if c.position == "relative":
             self.relative = RelativeBias(c.heads, c.buckets, c.max_distance, both=not decoder)
@@ -190,7 +189,7 @@ class AudioFront(nn.Module):
 
     def __init__(self, bins: int, dim: int):
         super().__init__()
-        self.first, self.second = Linear(3 * bins, dim), Linear(3 * dim, dim)
+        self.first, self.second = linear(3 * bins, dim), linear(3 * dim, dim)
 
     def forward(self, features: Tensor) -> Tensor:
         x = ops.gelu(self.first(_windows(features.transpose(1, 2), 1)))
@@ -217,7 +216,7 @@ class Seq2Seq(nn.Module):
         self.front = AudioFront(c.bins, c.dim) if c.bins else None
         self.encoder = Stack(c, c.encoder_layers, c.source_limit, decoder=False)
         self.decoder = Stack(c, c.decoder_layers, c.max_position, decoder=True)
-        self.head = Linear(c.dim, c.vocab, c.head_bias)
+        self.head = linear(c.dim, c.vocab, c.head_bias)
         self.tie()
 
     def tie(self) -> None:
