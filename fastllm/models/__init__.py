@@ -1,10 +1,12 @@
 """Models: three classes built from blocks, and what reads their weights from files and writes them."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 __all__ = ["load", "save"]
@@ -18,6 +20,7 @@ def load(name: str | os.PathLike) -> "nn.Module":
     """
     from .. import hub
     from . import ctranslate2, hf_encoder, hf_seq2seq, weights
+    from .families import FAMILIES, unknown
     from .folder import Folder
 
     path = Path(name) if Path(name).exists() else hub.resolve(name)
@@ -28,28 +31,40 @@ def load(name: str | os.PathLike) -> "nn.Module":
         for family in (hf_encoder, hf_seq2seq):
             if folder.architecture in family.ARCHITECTURES:
                 return family.load(folder)
+        if folder.architecture not in FAMILIES:
+            known = [*FAMILIES, *hf_encoder.ARCHITECTURES, *hf_seq2seq.ARCHITECTURES]
+            raise unknown(folder.architecture, known, path)
     return weights.load(path)
 
 
-def save(model: "nn.Module", path: str | os.PathLike) -> None:
-    """Writes a `Decoder`, an `Encoder` or a `Seq2Seq` as a folder that `load` and transformers read, in the dtype of its
-    parameters.
+def save(
+    model: "nn.Module",
+    path: str | os.PathLike,
+    dtype: "torch.dtype | None" = None,
+    shard_bytes: int = 5 * 10**9,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a `Decoder`, an `Encoder` or a `Seq2Seq` as a folder that `load` and transformers read: config.json and
+    safetensors, in shards of at most shard_bytes.
 
-    TypeError for a model of another class, or with packed weights.
+    dtype: of the tensors, None keeps the parameters' own; what was loaded and not changed is written bit for bit in the dtype
+    that it had. more: further keys for config.json. Nothing in the folder is replaced before all is written. TypeError for a
+    model of another class, or with packed weights.
     """
     from . import hf_encoder, hf_seq2seq, weights
     from .decoder import Decoder
     from .encoder import Encoder
+    from .folder import Writing
     from .layers import packed
     from .seq2seq import Seq2Seq
 
     if isinstance(model, Decoder):
-        return weights.save(model, path)
+        return weights.save(model, path, dtype, shard_bytes, more)
     for kind, family in ((Encoder, hf_encoder), (Seq2Seq, hf_seq2seq)):
         if isinstance(model, kind):
             if packed(model):
                 raise TypeError(
                     "save: the weights are packed for decoding; save the model as it was before pack_weights"
                 )
-            return family.save(model, path)
+            return family.save(model, path, Writing(dtype, shard_bytes, more))
     raise TypeError(f"save: {type(model).__name__} cannot be saved; a Decoder, an Encoder or a Seq2Seq can")

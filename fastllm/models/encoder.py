@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import AttentionSpec
-from .blocks import Embedding
-from .layers import ACTIVATIONS, Layer, LayerConfig, LayerNorm, Linear, Packed
+from .blocks import Embedding, LayerNorm
+from .layers import ACTIVATIONS, Layer, LayerConfig, Packed, linear
 
 HEADS = (None, "mlm", "classify", "tokens")
 POOLS = ("mean", "cls", "pooler")
@@ -89,9 +89,9 @@ class MaskedHead(nn.Module):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.dense, self.norm = Linear(config.dim, config.dim), LayerNorm(config.dim, config.eps)
+        self.dense, self.norm = linear(config.dim, config.dim), LayerNorm(config.dim, config.eps)
         self.activation = config.activation
-        self.words = Linear(config.dim, config.vocab)
+        self.words = linear(config.dim, config.vocab)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.words(self.norm(ACTIVATIONS[self.activation](self.dense(x))))
@@ -113,14 +113,14 @@ class Encoder(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
         self.norm = LayerNorm(c.dim, c.eps)
         self.layers = nn.ModuleList(Layer(c.layer) for _ in range(c.layers))
-        self.pooler = Linear(c.dim, c.dim) if c.pooler else None
+        self.pooler = linear(c.dim, c.dim) if c.pooler else None
         self.head = None
         if c.head == "mlm":
             self.head = MaskedHead(c)
             if c.tied:
                 self.head.words.weight = self.embedding.weight
         elif c.head:
-            self.head = Linear(c.dim, c.labels)
+            self.head = linear(c.dim, c.labels)
 
     # ------------------------------------------------------------------------------------------------------ packed batches
 
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
             self.positions(batch.position),
             self.types(torch.zeros_like(batch.ids) if types is None else types),
         )
-        x = self.norm(self.embedding(batch.ids) + kind, residual=place)
+        x, _ = self.norm(self.embedding(batch.ids) + kind, residual=place)
         for layer in self.layers:
             x = layer(x, lambda q, k, v: ops.attention_varlen(q, k, v, batch.cu, batch.cu, EVERYTHING))
         return x

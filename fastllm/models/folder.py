@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hub import check_no_pickle
+
 KINDS = ("F32", "F16", "BF16")
+OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,8 @@ class Folder:
             return [self.path / name for name in names]
         files = [whole] if whole.exists() else sorted(self.path.glob("*.safetensors"))
         if not files:
-            raise ValueError(
-                f"{self.path} has no .safetensors file; pickled checkpoints are refused, since loading one runs code"
-            )
+            check_no_pickle(self.path)
+            raise ValueError(f"{self.path} has no .safetensors file; fetch the model again")
         return files
 
     @property
@@ -159,22 +161,76 @@ def skeleton(make: Callable[[], nn.Module], path: Path) -> nn.Module:
         raise ValueError(f"{path}: a model of these sizes cannot be: {error}") from error
 
 
-def write(folder: str | os.PathLike, model: nn.Module, names: Names, config: dict[str, Any]) -> None:
-    """config.json and model.safetensors, in the dtype of the parameters; each appears whole or not at all."""
-    from safetensors.torch import save_file
+@dataclass(frozen=True)
+class Writing:
+    """How a folder is written: dtype of the tensors, None keeps the parameters' own; shards of at most shard_bytes; `more`:
+    further keys for config.json."""
 
+    dtype: torch.dtype | None = None
+    shard_bytes: int = 5 * 10**9
+    more: Mapping[str, Any] | None = None
+
+
+def write(folder: str | os.PathLike, model: nn.Module, names: Names, config: dict[str, Any], how: Writing) -> None:
+    """config.json and safetensors. Nothing in the folder is replaced before all is written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
+    dtype = how.dtype or next(model.parameters()).dtype
+    config = config | {"dtype": str(dtype).removeprefix("torch.")} | dict(how.more or {})
+    parts: dict[str, Path] = {}  # final name -> where it is written first
+    try:
+        shards = _write_shards(folder, _shards(model, names, dtype, how.shard_bytes), dtype, parts)
+        _write_json(folder, "config.json", config, parts)
+        if len(shards) > 1:
+            total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+            where = {name: file for file, held in shards.items() for name in held}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            _write_json(folder, "model.safetensors.index.json", index, parts)
+        for final, part in parts.items():
+            os.replace(part, folder / final)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+    for old in folder.iterdir():  # shards and index of what stood here before
+        if OWN_FILES.fullmatch(old.name) and old.name not in parts:
+            old.unlink()
+
+
+def _write_json(folder: Path, name: str, content: dict, parts: dict[str, Path]) -> None:
+    parts[name] = folder / f".{name}.part"
+    parts[name].write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def _shards(model: nn.Module, names: Names, dtype: torch.dtype, limit: int) -> list[dict[str, Tensor]]:
+    """Views of the parameters under the file's names, in groups of at most `limit` bytes."""
+    plan: list[dict[str, Tensor]] = [{}]
+    size = 0
     for ours, parameter in model.named_parameters():
-        parts = names.ours[ours]
-        for name, rows in zip(parts, parameter.detach().cpu().chunk(len(parts)), strict=True):
+        stored = names.ours[ours]
+        for name, rows in zip(stored, parameter.detach().chunk(len(stored)), strict=True):
             if name:
-                shaped = rows.reshape(names.shapes.get(ours, rows.shape))
-                tensors[name.split("|")[0]] = shaped.clone(memory_format=torch.contiguous_format)
-    part = folder / ".model.safetensors.part"
-    save_file(tensors, part, {"format": "pt"})
-    os.replace(part, folder / "model.safetensors")
-    part = folder / ".config.json.part"
-    part.write_text(json.dumps(config, indent=2), encoding="utf-8")
-    os.replace(part, folder / "config.json")
+                nbytes = rows.numel() * dtype.itemsize
+                if plan[-1] and size + nbytes > limit:
+                    plan.append({})
+                    size = 0
+                plan[-1][name.split("|")[0]] = rows.reshape(names.shapes.get(ours, rows.shape))
+                size += nbytes
+    return plan
+
+
+def _write_shards(
+    folder: Path, plan: list[dict[str, Tensor]], dtype: torch.dtype, parts: dict[str, Path]
+) -> dict[str, list[str]]:
+    """Final file name -> names of the tensors in it."""
+    from safetensors.torch import save_file
+
+    shards = {}
+    for i, shard in enumerate(plan, 1):
+        file = "model.safetensors" if len(plan) == 1 else f"model-{i:05}-of-{len(plan):05}.safetensors"
+        parts[file] = folder / f".{file}.part"
+        whole = {
+            name: rows.to("cpu", dtype).clone(memory_format=torch.contiguous_format) for name, rows in shard.items()
+        }
+        save_file(whole, parts[file], {"format": "pt"})
+        shards[file] = list(whole)
+    return shards

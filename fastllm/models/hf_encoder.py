@@ -3,7 +3,7 @@
 from typing import Any
 
 from .encoder import Encoder, EncoderConfig
-from .folder import Folder, Names, fill, skeleton, write
+from .folder import Folder, Names, Writing, fill, skeleton, write
 
 # architecture -> head
 ARCHITECTURES = {
@@ -146,7 +146,7 @@ def load(folder: Folder) -> Encoder:
     return model
 
 
-def save(model: Encoder, path) -> None:
+def save(model: Encoder, path, how: Writing) -> None:
     """Writes a folder that `load` and transformers read."""
     c = model.config
     family = "roberta" if c.skip_padding else "bert"
@@ -167,9 +167,8 @@ def save(model: Encoder, path) -> None:
         "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.activation),
         "pad_token_id": c.pad_id,
         "tie_word_embeddings": c.tied,
-        "dtype": str(model.norm.weight.dtype).removeprefix("torch."),
     }
     if c.labels:
         hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(c.labels)}
         hf["label2id"] = {f"LABEL_{i}": i for i in range(c.labels)}
-    write(path, model, names(c, "" if c.head is None else f"{family}."), hf)
+    write(path, model, names(c, "" if c.head is None else f"{family}."), hf, how)

@@ -7,13 +7,15 @@ query, so that no output and no gradient knows of it.
 import dataclasses
 from typing import Any
 
-from .folder import Folder, Names, fill, skeleton, write
+from .blocks import GATED
+from .folder import Folder, Names, Writing, fill, skeleton, write
 from .hf_encoder import ACTIVATIONS, activation
 from .seq2seq import Seq2Seq, Seq2SeqConfig
 
 OWN = "FastllmSeq2Seq"
 ARCHITECTURES = ("T5ForConditionalGeneration", "MarianMTModel", "WhisperForConditionalGeneration", OWN)
 
+GATE = {"gelu": "geglu", "gelu_tanh": "geglu_tanh", "silu": "swiglu"}  # an activation -> the gated one
 # ours -> theirs, without .weight and .bias
 T5_SELF = {
     "attn_norm": ("layer.0.layer_norm",),
@@ -53,7 +55,7 @@ def t5_names(c: Seq2SeqConfig) -> Names:
         inner = f"layer.{last}.DenseReluDense"
         parts = T5_SELF | (T5_CROSS if side == "decoder" else {}) | {
             "mlp_norm": (f"layer.{last}.layer_norm",),
-            "up": (f"{inner}.wi_0", f"{inner}.wi_1") if c.gated else (f"{inner}.wi",),
+            "up": (f"{inner}.wi_0", f"{inner}.wi_1") if c.activation in GATED else (f"{inner}.wi",),
             "down": (f"{inner}.wo",),
         }  # fmt: skip
         for i in range(count):
@@ -110,14 +112,16 @@ def _read_t5(folder: Folder) -> Seq2SeqConfig:
     gated, _, act = get("feed_forward_proj", str, "relu").rpartition("-")
     if gated not in ("", "gated"):
         raise ValueError(f"{folder.path}: feed_forward_proj {folder.config['feed_forward_proj']!r} is not supported")
-    act = "gelu_new" if (gated, act) == ("gated", "gelu") else act
+    act = activation(folder, "gelu_new" if (gated, act) == ("gated", "gelu") else act)
+    if gated and act not in GATE:
+        raise ValueError(f"{folder.path}: feed_forward_proj {folder.config['feed_forward_proj']!r} is not supported")
     scaled = get("scale_decoder_outputs", bool, get("tie_word_embeddings", bool, True))
     return Seq2SeqConfig(
         vocab=get("vocab_size"), dim=dim, ffn=get("d_ff"), heads=get("num_heads"), head_dim=get("d_kv"),
         encoder_layers=get("num_layers"), decoder_layers=get("num_decoder_layers", int, get("num_layers")),
         position="relative", norm="rms", norm_first=True, bias=False, scale=1.0,
         eps=get("layer_norm_epsilon", float, 1e-6),
-        activation=activation(folder, act), gated=bool(gated),
+        activation=GATE[act] if gated else act,
         head_scale=max(dim, 1) ** -0.5 if scaled else 1.0,
         tied=_is_tied(folder),
         buckets=get("relative_attention_num_buckets", int, 32),
@@ -192,9 +196,19 @@ def _architecture(c: Seq2SeqConfig) -> str:
     inner = c.heads * c.head_dim == c.dim
     if shape[:6] == ("relative", "rms", True, False, 1.0, False) and not c.head_bias and c.embed_scale == 1.0:
         return "T5ForConditionalGeneration"
-    if shape == ("halves", "layer", False, True, None, False, True, True) and not c.gated and inner and c.eps == 1e-5:
+    if (
+        shape == ("halves", "layer", False, True, None, False, True, True)
+        and c.activation not in GATED
+        and inner
+        and c.eps == 1e-5
+    ):
         return "MarianMTModel"
-    if shape == ("learned", "layer", True, True, None, True, True, False) and not c.gated and inner and c.eps == 1e-5:
+    if (
+        shape == ("learned", "layer", True, True, None, True, True, False)
+        and c.activation not in GATED
+        and inner
+        and c.eps == 1e-5
+    ):
         return "WhisperForConditionalGeneration"
     return OWN
 
@@ -202,17 +216,18 @@ def _architecture(c: Seq2SeqConfig) -> str:
 def _write_config(c: Seq2SeqConfig, name: str) -> dict[str, Any]:
     if name == OWN:
         return {"config": dataclasses.asdict(c)}
-    act = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.activation)
+    plain = next((act for act, gated in GATE.items() if gated == c.activation), c.activation)
+    act = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == plain)
     common = {
         "vocab_size": c.vocab, "d_model": c.dim, "is_encoder_decoder": True,
         "pad_token_id": c.pad_id, "eos_token_id": c.eos_id, "decoder_start_token_id": c.start_id,
     }  # fmt: skip
     if name.startswith("T5"):
-        gelu = "gated-gelu" if c.activation == "gelu_tanh" else f"gated-{act}"
+        gated = "gated-gelu" if c.activation == "geglu_tanh" else f"gated-{act}"
         return common | {
             "model_type": "t5", "d_ff": c.ffn, "d_kv": c.head_dim, "num_heads": c.heads,
             "num_layers": c.encoder_layers, "num_decoder_layers": c.decoder_layers,
-            "feed_forward_proj": gelu if c.gated else act, "layer_norm_epsilon": c.eps,
+            "feed_forward_proj": gated if c.activation in GATED else act, "layer_norm_epsilon": c.eps,
             "relative_attention_num_buckets": c.buckets, "relative_attention_max_distance": c.max_distance,
             "tie_word_embeddings": c.head_scale != 1.0, "scale_decoder_outputs": c.head_scale != 1.0,
         }  # fmt: skip
@@ -230,8 +245,8 @@ def _write_config(c: Seq2SeqConfig, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def save(model: Seq2Seq, path) -> None:
+def save(model: Seq2Seq, path, how: Writing) -> None:
     """Writes a folder that `load` reads, and transformers where it has such a model."""
     name = _architecture(model.config)
-    config = {"architectures": [name], "dtype": str(model.head.weight.dtype).removeprefix("torch.")}
-    write(path, model, _names(model.config, model, name), config | _write_config(model.config, name))
+    config = {"architectures": [name]} | _write_config(model.config, name)
+    write(path, model, _names(model.config, model, name), config, how)

@@ -9,58 +9,25 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import Panels, QWeight
-from .blocks import Embedding, RMSNorm, Weight, replace_weight
+from . import blocks
+from .blocks import GATED, Embedding, LayerNorm, Projection, RMSNorm, replace_weight
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": ops.gelu,
-    "gelu_tanh": lambda x: ops.gelu(x, "tanh"),
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = blocks.ACTIVATIONS | {
     "relu": torch.relu,
     # not torch's: its last few elements differ in their bits from the others, and so would a row from the same row in a batch
     "silu": lambda x: ops.swiglu(x, torch.ones_like(x)),
 }
-GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "gelu": ops.geglu,
-    "gelu_tanh": lambda gate, up: ops.geglu(gate, up, "tanh"),
-    "silu": ops.swiglu,
-}
-NORMS = ("layer", "rms")
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
+Norm = LayerNorm | RMSNorm
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Cross = Callable[[Tensor], Tensor]
 
 
-class Linear(nn.Module):
-    """y = x W^T + b + residual. The weight [N, K] is a Parameter until `pack_weights` puts panels in its place."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = True):
-        super().__init__()
-        self.weight: Weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        nn.init.normal_(self.weight, std=inputs**-0.5)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [..., K] -> [..., N]; residual [..., N] is added last."""
-        linear = ops.quant_linear if isinstance(self.weight, QWeight) else ops.linear
-        return linear(x, self.weight, self.bias, residual=residual)
-
-
-class LayerNorm(nn.Module):
-    """Weight and bias [K], and eps."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The norm of x, or of x + residual."""
-        if residual is None:
-            return ops.layer_norm(x, self.weight, self.bias, self.eps)
-        return ops.layer_norm(x, self.weight, self.bias, self.eps, residual)[0]
-
-
-def norm_of(kind: str, dim: int, eps: float) -> nn.Module:
-    """A layer norm or an RMS norm."""
-    return LayerNorm(dim, eps) if kind == "layer" else RMSNorm(dim, eps)
+def linear(inputs: int, outputs: int, bias: bool = True) -> Projection:
+    """A projection to train from scratch."""
+    made = Projection(inputs, outputs, bias=bias)
+    nn.init.normal_(made.weight, std=inputs**-0.5)
+    return made
 
 
 @dataclass(frozen=True)
@@ -68,7 +35,7 @@ class LayerConfig:
     """One transformer layer. `dim` the width, `ffn` F, `heads` H, `head_dim` D.
 
     norm: "layer" or "rms"; norm_first: in front of each part (GPT-2, T5), or behind its sum (the original Transformer, BERT).
-    activation: "gelu", "gelu_tanh", "relu" or "silu"; gated: the feed-forward part is act(x W_gate) * (x W_up).
+    activation: of `ACTIVATIONS`; those of `GATED` take twice F, act(x W_gate) * (x W_up).
     """
 
     dim: int
@@ -79,16 +46,13 @@ class LayerConfig:
     norm: str = "layer"
     norm_first: bool = False
     activation: str = "gelu"
-    gated: bool = False
     bias: bool = True
 
     def __post_init__(self) -> None:
         if min(self.dim, self.ffn, self.heads, self.head_dim) < 1:
             raise ValueError(f"every size must be at least 1, got {self}")
-        allowed = GATED if self.gated else ACTIVATIONS
-        if self.activation not in allowed:
-            kind = "gated activation" if self.gated else "activation"
-            raise ValueError(f"{kind} {self.activation!r} is not supported; allowed: {', '.join(allowed)}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is not supported; allowed: {', '.join(ACTIVATIONS)}")
         if self.norm not in NORMS:
             raise ValueError(f"norm {self.norm!r} is not supported; allowed: {', '.join(NORMS)}")
         if self.norm == "rms" and not self.norm_first:
@@ -103,15 +67,15 @@ class Layer(nn.Module):
         c, inner = config, config.heads * config.head_dim
         self.heads = (c.heads, c.head_dim)
         self.norm_first, self.activation = c.norm_first, c.activation
-        self.attn_norm = norm_of(c.norm, c.dim, c.eps)
-        self.qkv, self.out = Linear(c.dim, 3 * inner, c.bias), Linear(inner, c.dim, c.bias)
+        self.attn_norm = NORMS[c.norm](c.dim, c.eps)
+        self.qkv, self.out = linear(c.dim, 3 * inner, c.bias), linear(inner, c.dim, c.bias)
         if cross:
-            self.cross_norm = norm_of(c.norm, c.dim, c.eps)
-            self.cross_q, self.cross_out = Linear(c.dim, inner, c.bias), Linear(inner, c.dim, c.bias)
-            self.cross_kv = Linear(c.dim, 2 * inner, c.bias)
-        self.mlp_norm = norm_of(c.norm, c.dim, c.eps)
-        self.gated = c.gated
-        self.up, self.down = Linear(c.dim, c.ffn * (1 + c.gated), c.bias), Linear(c.ffn, c.dim, c.bias)
+            self.cross_norm = NORMS[c.norm](c.dim, c.eps)
+            self.cross_q, self.cross_out = linear(c.dim, inner, c.bias), linear(inner, c.dim, c.bias)
+            self.cross_kv = linear(c.dim, 2 * inner, c.bias)
+        self.mlp_norm = NORMS[c.norm](c.dim, c.eps)
+        width = c.ffn * (2 if c.activation in GATED else 1)
+        self.up, self.down = linear(c.dim, width, c.bias), linear(c.ffn, c.dim, c.bias)
 
     def memory(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a memory [..., dim] for this layer's cross-attention: [..., H, D] each."""
@@ -120,29 +84,26 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend, cross: Cross | None = None) -> Tensor:
         """x [..., dim]; attend(q, k, v) and cross(q) of [..., H, D] -> [..., H, D]."""
-        x = self._add(self.attn_norm, x, self.out, lambda h: attend(*self._qkv(h)).flatten(-2))
+        x = self._add(self.attn_norm, x, self.out, lambda h, norm: attend(*self._qkv(h, norm)).flatten(-2))
         if cross is not None:
-            x = self._add(
-                self.cross_norm,
-                x,
-                self.cross_out,
-                lambda h: cross(self.cross_q(h).unflatten(-1, self.heads)).flatten(-2),
-            )
+            x = self._add(self.cross_norm, x, self.cross_out, lambda h, norm: cross(self._query(h, norm)).flatten(-2))
         return self._add(self.mlp_norm, x, self.down, self._inner)
 
-    def _add(self, norm: nn.Module, x: Tensor, last: Linear, part: Callable[[Tensor], Tensor]) -> Tensor:
+    def _add(self, norm: Norm, x: Tensor, last: Projection, part: Callable[[Tensor, Norm | None], Tensor]) -> Tensor:
+        """x + last(part(norm(x))), or norm(x + last(part(x))); a part's first projection takes the norm in."""
         if self.norm_first:
-            return last(part(norm(x)), residual=x)
-        return norm(last(part(x)), residual=x)
+            return last(part(x, norm), residual=x)
+        return norm(last(part(x, None)), residual=x)[0]
 
-    def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _qkv(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, ...]:
         heads, dim = self.heads
-        return self.qkv(x).unflatten(-1, (3 * heads, dim)).chunk(3, -2)
+        return self.qkv(x, norm=norm).unflatten(-1, (3 * heads, dim)).chunk(3, -2)
 
-    def _inner(self, x: Tensor) -> Tensor:
-        if self.gated:
-            return GATED[self.activation](*self.up(x).chunk(2, -1))
-        return ACTIVATIONS[self.activation](self.up(x))
+    def _query(self, x: Tensor, norm: Norm | None) -> Tensor:
+        return self.cross_q(x, norm=norm).unflatten(-1, self.heads)
+
+    def _inner(self, x: Tensor, norm: Norm | None) -> Tensor:
+        return ACTIVATIONS[self.activation](self.up(x, norm=norm))
 
 
 # ------------------------------------------------------------------------------------------------------- packed sequences
@@ -217,10 +178,8 @@ class Packed:
     def mean(self, x: Tensor) -> Tensor:
         """The mean over the tokens of each sequence: [T, N] -> [B, N]. ValueError for a sequence without one."""
         self._check_filled()
-        lengths = self.cu.diff()
-        owner = torch.repeat_interleave(torch.arange(self.count, device=x.device), lengths.long())
-        total = x.new_zeros(self.count, x.shape[1]).index_add(0, owner, x)  # in order: a row sums the same in any batch
-        return total / lengths[:, None]
+        # first to last, in float32, whatever stands beside it: the same bits in any batch
+        return torch.segment_reduce(x.float(), "mean", lengths=self.cu.diff().long(), unsafe=True).to(x.dtype)
 
     def _check_filled(self) -> None:
         empty = (self.cu.diff() == 0).nonzero()
@@ -241,7 +200,7 @@ def pack_weights(model: nn.Module, quantize: str | None = None) -> nn.Module:
         raise ValueError(f"pack_weights: quantize={quantize!r}; allowed: None, 'int8', 'int4'")
     panels: dict[int, Panels | QWeight] = {}
     for module in model.modules():
-        if isinstance(module, Linear) and isinstance(module.weight, Tensor):
+        if isinstance(module, Projection) and isinstance(module.weight, Tensor):
             key, weight = id(module.weight), module.weight
             if key not in panels:
                 panels[key] = QWeight.quantize(weight, int(quantize[3:])) if quantize else Panels.pack(weight)
@@ -253,4 +212,4 @@ def pack_weights(model: nn.Module, quantize: str | None = None) -> nn.Module:
 
 def packed(model: nn.Module) -> bool:
     """Whether `pack_weights` was here."""
-    return any(isinstance(m, Linear) and not isinstance(m.weight, Tensor) for m in model.modules())
+    return any(isinstance(m, Projection) and not isinstance(m.weight, Tensor) for m in model.modules())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import AttentionSpec
 from .blocks import Embedding
-from .layers import Cross, Layer, LayerConfig, Linear, Packed, norm_of
+from .layers import NORMS, Cross, Layer, LayerConfig, Packed, linear
 from .positions import RelativeBias, Sinusoids
 
 LONGEST = 1 << 20  # what a table of sinusoids or distances may hold
@@ -42,7 +42,6 @@ class Seq2SeqConfig:
     norm: str = "layer"
     norm_first: bool = False
     activation: str = "relu"
-    gated: bool = False
     bias: bool = True
     eps: float = 1e-5
     scale: float | None = None
@@ -59,15 +58,8 @@ class Seq2SeqConfig:
     eos_id: int = 1
 
     def __post_init__(self) -> None:
-        sizes = (
-            self.vocab,
-            self.encoder_layers,
-            self.decoder_layers,
-            self.max_position,
-            self.buckets,
-            self.max_distance,
-        )
-        if min(sizes) < 1 or self.bins < 0:
+        layers = (self.encoder_layers, self.decoder_layers)
+        if min(self.vocab, *layers, self.max_position, self.buckets, self.max_distance) < 1 or self.bins < 0:
             raise ValueError(f"Seq2SeqConfig: every size must be at least 1, got {self}")
         if self.position not in POSITIONS:
             raise ValueError(f"Seq2SeqConfig: position={self.position!r}; allowed: {', '.join(map(repr, POSITIONS))}")
@@ -85,7 +77,7 @@ class Seq2SeqConfig:
         """Of each layer."""
         return LayerConfig(
             self.dim, self.ffn, self.heads, self.head_dim, self.eps,
-            self.norm, self.norm_first, self.activation, self.gated, self.bias,
+            self.norm, self.norm_first, self.activation, self.bias,
         )  # fmt: skip
 
     @property
@@ -104,7 +96,7 @@ PRESETS = {
     "transformer-big": Seq2SeqConfig(37000, 6, 6, 1024, 4096, 16, 64, embed_scale=1024**0.5),
     "t5-small": Seq2SeqConfig(32128, 6, 6, 512, 2048, 8, 64, head_scale=512**-0.5, **_T5),
     "flan-t5-small": Seq2SeqConfig(
-        32128, 8, 8, 512, 1024, 6, 64, activation="gelu_tanh", gated=True, tied=False, **_T5
+        32128, 8, 8, 512, 1024, 6, 64, activation="geglu_tanh", tied=False, **_T5
     ),
     "whisper-base": Seq2SeqConfig(
         51865, 6, 6, 512, 2048, 8, 64, 448, "learned", norm_first=True, activation="gelu", bins=80, source_position=1500,
@@ -169,7 +161,7 @@ class Stack(nn.Module):
         c = config
         self.spec = {"causal": decoder, "scale": c.scale}
         self.layers = nn.ModuleList(Layer(c.layer, cross=decoder) for _ in range(layers))
-        self.norm = norm_of(c.norm, c.dim, c.eps) if c.norm_first else None
+        self.norm = NORMS[c.norm](c.dim, c.eps) if c.norm_first else None
         self.positions = self.relative = None
         if c.position == "relative":
             self.relative = RelativeBias(c.heads, c.buckets, c.max_distance, both=not decoder)
@@ -197,7 +189,7 @@ class AudioFront(nn.Module):
 
     def __init__(self, bins: int, dim: int):
         super().__init__()
-        self.first, self.second = Linear(3 * bins, dim), Linear(3 * dim, dim)
+        self.first, self.second = linear(3 * bins, dim), linear(3 * dim, dim)
 
     def forward(self, features: Tensor) -> Tensor:
         x = ops.gelu(self.first(_windows(features.transpose(1, 2), 1)))
@@ -224,7 +216,7 @@ class Seq2Seq(nn.Module):
         self.front = AudioFront(c.bins, c.dim) if c.bins else None
         self.encoder = Stack(c, c.encoder_layers, c.source_limit, decoder=False)
         self.decoder = Stack(c, c.decoder_layers, c.max_position, decoder=True)
-        self.head = Linear(c.dim, c.vocab, c.head_bias)
+        self.head = linear(c.dim, c.vocab, c.head_bias)
         self.tie()
 
     def tie(self) -> None:
@@ -242,14 +234,17 @@ class Seq2Seq(nn.Module):
         self._check_length(source.shape[1], self.config.source_limit)
         if self.encoder.relative is not None:
             _check_no_gaps(batch)
-        x = self.encoder.place(self._embed(batch.ids), batch.position)
-        return self._encode(x, batch.cu, batch.longest)
+        return self._encode_ids(batch)
 
     def encode_lists(self, sources: list[list[int]]) -> Memory:
         """Sources of any lengths."""
         batch = Packed.of_lists(sources, self.decoder.layers[0].mlp_norm.weight.device)
         self._check_length(batch.longest, self.config.source_limit)
-        return self._encode(self.encoder.place(self._embed(batch.ids), batch.position), batch.cu, batch.longest)
+        return self._encode_ids(batch)
+
+    def _encode_ids(self, batch: Packed) -> Memory:
+        x = self.encoder.place(self._embed(batch.ids), batch.position)
+        return self._encode(x, batch.cu, batch.longest)
 
     def _encode_audio(self, features: Tensor, mask: Tensor | None) -> Memory:
         bins = self.config.bins
@@ -285,12 +280,15 @@ class Seq2Seq(nn.Module):
             x = layer(x, lambda q, k, v: ops.attention(q, k, v, spec), cross)
         return self.decoder.last(x)
 
+    @torch.no_grad()
     def start(self, memory: Memory, beams: int = 1, capacity: int | None = None) -> DecoderCache:
         """An empty cache for `beams` targets a source, each of up to `capacity` tokens."""
         return DecoderCache(self, memory, beams, capacity or self.config.max_position)
 
+    @torch.no_grad()
     def step(self, ids: Tensor, cache: DecoderCache) -> Tensor:
-        """Takes in the next tokens ids [R, n] of each row, usually one; logits [R, V] of the token after the last."""
+        """Takes in the next tokens ids [R, n] of each row, usually one; logits [R, V] of the token after the last. It has no
+        gradient."""
         self._check_targets(ids, cache.rows)
         count, first = ids.shape[1], cache.length
         stop = first + count

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
-from fastllm import models
+from fastllm import models, ops
 from fastllm.decode.beam import BeamParams, generate
 from fastllm.models.layers import pack_weights
 from fastllm.models.seq2seq import Seq2Seq, Seq2SeqConfig
@@ -110,6 +110,39 @@ def test_prompt_and_suppressed_tokens(pair):
     for beams in (1, 3):
         found = generate(ours, ids, mask, BeamParams(max_new_tokens=12, beams=beams, suppress=banned))
         assert all(len(h.token_ids) == 12 and not set(banned) & set(h.token_ids) for (h,) in found)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        dict(position="relative", norm="rms", norm_first=True, bias=False, scale=1.0, buckets=8, max_distance=8),
+        dict(position="sinusoidal", embed_scale=32**0.5),
+    ],
+    ids=["t5", "original"],
+)
+def test_a_small_one_learns_to_sort(kind):
+    """Trained by our kernels, it puts five numbers of 2 to 15 in order, greedy and by beams."""
+
+    def task(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers = torch.rand(count, 14).argsort(1)[:, :5] + 2
+        return numbers, torch.nn.functional.pad(numbers.sort(1).values, (1, 1), value=1)
+
+    model, steps = Seq2Seq(Seq2SeqConfig(16, 1, 1, 32, 64, 2, 16, max_position=16, start_id=1, **kind)), 200
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
+    for _ in range(steps):
+        numbers, target = task(64)
+        loss = ops.cross_entropy(model(numbers, target[:, :-1]).flatten(0, 1), target[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    numbers, target = task(40)
+    for beams in (1, 3):
+        found = generate(model, numbers, params=BeamParams(max_new_tokens=8, beams=beams))
+        right = sum(h.token_ids == wanted for (h,), wanted in zip(found, target[:, 1:].tolist(), strict=True))
+        assert right >= 36
 
 
 def test_a_vocabulary_smaller_than_the_candidates():

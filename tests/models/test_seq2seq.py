@@ -303,7 +303,7 @@ def test_the_original_comes_back_from_a_folder(tmp_path):
         assert torch.equal(again(source, targets), ours(source, targets))
     with pytest.raises(TypeError, match="save the model as it was before pack_weights"):
         models.save(pack_weights(again), tmp_path)
-    with pytest.raises(TypeError, match="Linear cannot be saved; an Encoder or a Seq2Seq can"):
+    with pytest.raises(TypeError, match="Linear cannot be saved; a Decoder, an Encoder or a Seq2Seq can"):
         models.save(torch.nn.Linear(2, 2), tmp_path)
 
 
@@ -318,7 +318,7 @@ def edit(folder, **changes) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("t5", {"feed_forward_proj": "gated-relu"}, "gated activation 'relu' is not supported; allowed: gelu"),
+        ("t5", {"feed_forward_proj": "gated-relu"}, "feed_forward_proj 'gated-relu' is not supported"),
         ("t5", {"feed_forward_proj": "double-gelu"}, "feed_forward_proj 'double-gelu' is not supported"),
         ("t5", {"d_model": None}, "config.json lacks 'd_model'"),
         ("t5", {"num_layers": 4}, "there is no tensor 'encoder.block.3.layer.0.layer_norm.weight'"),
@@ -341,7 +341,7 @@ def test_a_damaged_config_never_does_more_than_raise(tmp_path, kind):
     build(kind).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     whole = json.loads(path.read_text())
-    for key in whole.keys() - {"architectures"}:
+    for key in whole:
         for value in (0, -1, 10**9, 0.5, "x", [], [3], True):
             path.write_text(json.dumps(whole | {key: value}))
             with contextlib.suppress(ValueError):
@@ -384,7 +384,7 @@ def test_errors_of_a_forward():
         ({"encoder_layers": 0}, "every size must be at least 1"),
         ({"heads": 0}, "every size must be at least 1"),
         ({"position": "rope"}, "position='rope'; allowed: 'sinusoidal'"),
-        ({"activation": "elu"}, "activation 'elu' is not supported; allowed: gelu"),
+        ({"activation": "elu"}, "activation 'elu' is not supported; allowed: swiglu, geglu"),
         ({"norm": "batch"}, "norm 'batch' is not supported"),
         ({"norm": "rms"}, "give norm_first=True"),
         ({"max_position": 1 << 30}, "max_position=1073741824; allowed: up to 1048576"),
