@@ -62,3 +62,15 @@ def alone(s: Made, longest: int = 64) -> list[tuple[int, float]]:
     """The tokens that `s` would be given if it were alone in an engine without a prefix cache."""
     count = min(max(longest, s.room), _lone().capacity - len(s.prompt))
     return _alone(tuple(s.prompt), s.params, s.index, s.seed, count)[: min(s.room, s.stop or s.room)]
+
+
+def mixed(count: int = 16) -> list[Made]:
+    """Requests of all kinds: lengths around the borders of pages and tiles, some that begin alike, several completions."""
+    lengths = (1, 2, 16, 17, 31, 33, 5, 48, 100, 255, 256, 257, 258, 90, 12, 64)
+    kinds, twin = list(KINDS.values()), PROMPT[:47]
+    made = []
+    for i in range(count):
+        n = lengths[i % 16]
+        prompt = twin if i % 5 == 4 else PROMPT[:n] if i % 2 else PROMPT[i : i + n]
+        made.append(Made(prompt, kinds[i % 3], 8 + 3 * (i % 7), index=i if prompt is twin else 0, seed=i % 4))
+    return made

@@ -22,6 +22,7 @@ _Link = tuple[int, tuple[int, ...]]  # (number of the page before, 0: none; the 
 
 
 def pages_for(tokens: int) -> int:
+    """How many pages hold so many tokens."""
     return -(-tokens // PAGE)
 
 
