@@ -52,6 +52,19 @@ def test_many_prompts_run_together(llm):
     check(llm.engine.cache)
 
 
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("kind", ["F32", "Q4_1", "Q8_0"])
+def test_every_form_of_weights(tmp_path, kind, quantize):
+    if quantize and kind != "F32":
+        pytest.skip("stored in few bits already")
+    llm = LLM(_tiny.gguf(tmp_path / "tiny.gguf", kind), quantize=quantize, max_num_seqs=7)
+    prompts = [TEXT[i : 5 * i + 9] for i in range(9)]
+    alone = [outputs(llm.generate(p, SAMPLED)[0]) for p in prompts]
+    for llm.engine.chunk in (512, 7):
+        llm.engine.cache.forget()
+        assert [outputs(r) for r in llm.generate(prompts, SAMPLED)] == alone
+
+
 def test_a_request_that_fails_among_others(tmp_path):
     values = _tiny.weights()["token_embd"]
     values[5] = np.nan

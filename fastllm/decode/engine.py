@@ -77,8 +77,7 @@ class Engine:
         """Ends sequences that are not wanted any more; never waits."""
         self._cancelled.extend(s for s in sequences if not s.ended)
         with self._turn:
-            if not self._busy:  # else that step does it
-                self._sweep()
+            self._sweep_between_steps()
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Returns when ready(). Until then it runs steps, or lets another thread's steps pass."""
@@ -95,8 +94,7 @@ class Engine:
                 if drives:
                     drives = self._busy = False
                     with self._turn:
-                        if not self._busy:
-                            self._sweep()
+                        self._sweep_between_steps()
                         self._turn.notify_all()
 
     def run(self, sequences: Iterable[Sequence]) -> None:
@@ -111,6 +109,14 @@ class Engine:
         for s in sequences:
             if s.error:
                 raise s.error
+
+    def _sweep_between_steps(self) -> None:
+        if not self._busy:  # else that step does it
+            self._busy = True  # a cancel within this one, by the garbage collector, only adds to the list
+            try:
+                self._sweep()
+            finally:
+                self._busy = False
 
     def _sweep(self) -> None:
         while self._cancelled:

@@ -195,6 +195,21 @@ def test_a_cancel_within_a_step():
     check(e.cache)
 
 
+def test_a_cancel_within_a_cancel(monkeypatch):
+    """The same, while nobody drives."""
+    e, sequences = engine(), [Made(PROMPT[i : i + 30], SAMPLED, 100) for i in range(4)]
+    e.submit(sequences)
+    while not sequences[3].tokens:
+        e.step()
+    leave = e.scheduler.leave
+    monkeypatch.setattr(e.scheduler, "leave", lambda s: (e.cancel(sequences[2:]), leave(s)))
+    e.cancel(sequences[:1])
+    assert e.scheduler.running == sequences[1:2] and [s.ended for s in sequences] == [True, False, True, True]
+    e.wait(lambda: sequences[1].ended)
+    assert sequences[1].made == alone(sequences[1])
+    check(e.cache)
+
+
 def test_an_engine_goes_when_it_is_dropped():
     e = engine()
     e.run([Made(PROMPT[:20])])
