@@ -108,7 +108,8 @@ class LLM:
             raise ValueError(f"LLM: dtype={dtype!r}; allowed: 'auto', 'float32'")
         if quantize not in (None, "int8", "int4"):
             raise ValueError(f"LLM: quantize={quantize!r}; allowed: None, 'int8', 'int4'")
-        counts = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "num_threads": num_threads}
+        counts = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "kv_bytes": kv_bytes}
+        counts |= {"num_threads": num_threads}
         for key, value in counts.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"LLM: {key}={value!r}; allowed: an integer of at least 1")

@@ -43,7 +43,13 @@ class KVCache:
         c = config
         # A page holds all layers, so that the first tokens of a sequence lie together on few huge pages of memory.
         size = pages * page_bytes(c)
-        block = Arena(size).take(size).view(torch.float32).view(pages, c.layers, 2, c.kv_heads, c.head_dim, PAGE)
+        try:
+            memory = Arena(size)
+        except MemoryError as error:
+            raise MemoryError(
+                f"a KV cache of {pages * PAGE} tokens: {error}; lower kv_bytes or max_model_len"
+            ) from error
+        block = memory.take(size).view(torch.float32).view(pages, c.layers, 2, c.kv_heads, c.head_dim, PAGE)
         self.layers = [
             ops.KVPages(block[:, i, 0], block[:, i, 1].view(pages, c.kv_heads, PAGE, c.head_dim))
             for i in range(c.layers)

@@ -24,6 +24,13 @@ def test_sizes():
     assert {(tuple(k.shape), tuple(v.shape)) for k, v in cache.layers} == {((5, 2, 16, 16), (5, 2, 16, 16))}
 
 
+def test_what_the_system_refuses():
+    with pytest.raises(
+        MemoryError, match="a KV cache of .* tokens: no .* GB of memory: .*; lower kv_bytes or max_model_len"
+    ):
+        pool(1 << 40)
+
+
 def test_pages_are_taken_and_given_back():
     cache = pool()
     first, second = cache.take(3), cache.take(5)
