@@ -288,7 +288,7 @@ def _statistics(llm: "LLM", request: "RequestOutput", measure: bool) -> dict:
 
         read = read_bandwidth(llm.engine.threads or None)
     rate = timing.decoded / timing.decode_s if timing.decoded else None
-    bandwidth = rate and rate * llm.bytes_per_token / 1e9
+    bandwidth = rate and timing.steps / timing.decode_s * llm.bytes_per_token / 1e9
     return {
         "timing": dataclasses.asdict(timing),
         "prompt_tokens_per_second": timing.prompt_tokens / timing.prefill_s if timing.prefill_s else None,

@@ -6,7 +6,7 @@ out[0].text, out[0].token_ids, out[0].logprobs, out[0].finish_reason
 """
 
 import secrets
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -17,14 +17,17 @@ import torch
 from . import hub
 from .data.chat import ChatTemplate
 from .data.tokenizer import Tokenizer
-from .decode.cache import SequenceCache
-from .decode.engine import Engine, Timing
+from .decode.cache import PAGE, page_bytes, pages_for
+from .decode.engine import Engine
+from .decode.scheduler import Sequence as Decoding
+from .decode.scheduler import Step, Timing
 from .models.gguf import GGUFFile
 from .models.weights import load_packed
 from .ops import Panels, QWeight
 from .sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
+KV_BYTES = 1 << 30  # of the cache, where nobody says: 23,000 tokens of the 135M model
 
 
 @dataclass
@@ -77,10 +80,13 @@ class LLM:
     name: an alias ("smollm2-135m"), a .gguf file, an HF folder with safetensors, or a Hub id.
     device: "auto" or "cpu". dtype: "auto" keeps what a file stores; "float32" dequantises it.
     quantize: None, "int8" or "int4" (groups of 32). max_model_len: tokens of prompt and completion together, at most
-    the model's own. kv_bytes: refuses a cache larger than this. num_threads: None takes torch's number.
+    the model's own. max_num_seqs: completions that run together; more wait in line. kv_bytes: size of the KV cache that
+    they share, and in which known beginnings of prompts are kept; None: enough for all, but not above 1 GiB, unless one
+    sequence of max_model_len needs it. It takes memory as it fills. num_threads: None takes torch's number.
 
     ValueError for a file or an argument that cannot be used, HubError when a model cannot be fetched, MemoryError when
-    it does not fit. Calls from several threads take turns; a stream may be left, or go on after other calls.
+    it does not fit. Calls from several threads run together, each with the bits that it would have alone. A stream may
+    be left, or go on after other calls.
     """
 
     def __init__(
@@ -102,7 +108,8 @@ class LLM:
             raise ValueError(f"LLM: dtype={dtype!r}; allowed: 'auto', 'float32'")
         if quantize not in (None, "int8", "int4"):
             raise ValueError(f"LLM: quantize={quantize!r}; allowed: None, 'int8', 'int4'")
-        counts = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "num_threads": num_threads}
+        counts = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "kv_bytes": kv_bytes}
+        counts |= {"num_threads": num_threads}
         for key, value in counts.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"LLM: {key}={value!r}; allowed: an integer of at least 1")
@@ -115,14 +122,20 @@ class LLM:
         if max_model_len and max_model_len > config.max_position:
             raise ValueError(f"LLM: max_model_len={max_model_len}, but the model has {config.max_position} positions")
         self.max_model_len = max_model_len or config.max_position
-        need = SequenceCache.nbytes_for(config, self.max_model_len)
-        if kv_bytes is not None and need > kv_bytes:
+        pages = self._plan_pages(max_num_seqs, kv_bytes)
+        eos_ids = self.tokenizer.eos_ids
+        self.engine = Engine(self.model, self.max_model_len, eos_ids, max_num_seqs, pages, num_threads or 0)
+
+    def _plan_pages(self, max_num_seqs: int, kv_bytes: int | None) -> int:
+        size, longest = page_bytes(self.model.config), pages_for(self.max_model_len)
+        if kv_bytes is None:
+            return max(longest, min(max_num_seqs * longest, KV_BYTES // size))
+        if kv_bytes < longest * size:
             raise ValueError(
-                f"LLM: {self.max_model_len} tokens need {need} bytes of KV cache, kv_bytes={kv_bytes} allows "
-                f"{self.max_model_len * kv_bytes // need} tokens; lower max_model_len or raise kv_bytes"
+                f"LLM: {self.max_model_len} tokens need {longest * size} bytes of KV cache, kv_bytes={kv_bytes} allows "
+                f"{kv_bytes // size * PAGE} tokens; lower max_model_len or raise kv_bytes"
             )
-        self.engine = Engine(self.model, self.max_model_len, self.tokenizer.eos_ids, num_threads or 0)
-        self._lock = threading.RLock()
+        return kv_bytes // size
 
     @property
     def bytes_per_token(self) -> int:
@@ -141,23 +154,32 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """Completes each prompt: a string, a list of token ids, or a list of either; one SamplingParams or one each.
+        All run together, as many as there is room for.
 
         ValueError for an empty prompt, one that does not fit max_model_len, or an id outside the vocabulary: then
-        nothing is run.
+        nothing is run. Where a request fails, as with LogitsError, the others are run to their end; then the first
+        error is raised, with the list as its `outputs`.
         """
         prompts = _as_list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"generate: {len(prompts)} prompts, but {len(each)} SamplingParams; give one, or one each")
         requests = [self.request(p, s) for p, s in zip(prompts, each, strict=True)]
-        for request in requests:
-            with self._lock:  # held throughout: a call of another thread would make it read its tokens in again
-                for _ in self.run(request):
-                    pass
+        writers = [writer for request in requests for writer in self._writers(request)]
+        for writer in writers:
+            writer.request.outputs.append(writer.out)
+        try:
+            self.engine.run(writer.sequence for writer in writers)
+        except Exception as error:
+            error.outputs = requests
+            raise
         return requests
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
-        """The text of one completion, piece by piece; together exactly what `generate` returns."""
+        """The text of one completion, piece by piece; together exactly what `generate` returns.
+
+        Streams of several threads run together. One that is closed ends; one that is not read goes on while others do.
+        """
         request = self.request(prompt, params)
         if request.params.n != 1:
             raise ValueError(f"stream: n={request.params.n}; a stream is one completion, use generate")
@@ -184,45 +206,28 @@ class LLM:
         return RequestOutput(ids, params, secrets.randbits(63) if params.seed is None else params.seed)
 
     def run(self, request: RequestOutput) -> Iterator[str]:
-        """Runs a request, one token at each step, and yields the text that it completes, often none. The completions
-        come one after the other: `request.outputs[-1]` is the one at work. Text that may yet begin a stop string is
+        """Runs a request and yields the text that each token completes, often none. The completions run together and
+        are told one after the other: `request.outputs[-1]` is the one at hand. Text that may yet begin a stop string is
         held back."""
-        for index in range(request.params.n):
-            request.outputs.append(Completion(index, finish_reason="abort"))  # what stands if the consumer goes away
-            yield from self._complete(request, request.outputs[-1])
+        writers = self._writers(request)
+        sequences = [writer.sequence for writer in writers]
+        self.engine.submit(sequences)
+        try:
+            for writer in writers:
+                request.outputs.append(writer.out)
+                yield from writer.told()
+        finally:
+            self.engine.cancel(sequences)
 
-    def _complete(self, request: RequestOutput, out: Completion) -> Iterator[str]:
-        ids, params = request.prompt_token_ids, request.params
-        room = min(params.max_new_tokens, self.max_model_len - len(ids))
-        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.tokenizer.eos_ids)
-        out.top_logprobs = None if params.logprobs is None else []
-        steps = self.engine.generate(ids, params, out.index, request.seed, request.timing)
-        text, held = self.tokenizer.stream(), ""
-        while out.finish_reason == "abort":
-            with self._lock:
-                step = next(steps)
-            out.token_ids.append(step.token)
-            out.logprobs.append(step.logprob)
-            if step.top is not None:
-                out.top_logprobs.append(step.top)
-            ended = step.token in ends and len(out.token_ids) > params.min_new_tokens
-            last = ended or len(out.token_ids) == room
-            held += "" if ended else text.push(step.token)
-            if last:
-                held += text.flush()
-            piece, held, stopped = _release(held, params.stop, last)
-            out.text += piece
-            if stopped or last:
-                out.finish_reason = "stop" if stopped or ended else "length"
-            yield piece
+    def _writers(self, request: RequestOutput) -> list["_Writer"]:
+        return [_Writer(self, request, index) for index in range(request.params.n)]
 
     # ------------------------------------------------------------------------------------------------------- scoring
 
     def logprobs(self, prompts: Prompt | Sequence[Prompt]) -> list[list[float]]:
         """For each text or list of ids, log p of every token after the first given those before it."""
         requests = self._to_score(prompts)
-        with self._lock:
-            return [self.engine.score(ids).tolist() for ids in requests]
+        return [scores.tolist() for scores in self.engine.score(requests)]
 
     def perplexity(self, prompts: Prompt | Sequence[Prompt]) -> list[float]:
         """exp(-mean log p) of the tokens after the first, for each text or list of ids (of at least two tokens)."""
@@ -235,9 +240,7 @@ class LLM:
 
     def embed(self, prompts: Prompt | Sequence[Prompt]) -> torch.Tensor:
         """Mean-pooled final hidden states of length 1: float32 [number of prompts, dim]."""
-        requests = self._to_score(prompts)
-        with self._lock:
-            return torch.stack([self.engine.embed(ids) for ids in requests])
+        return self.engine.embed(self._to_score(prompts))
 
     # --------------------------------------------------------------------------------------------------- validation
 
@@ -286,6 +289,48 @@ class LLM:
             if token >= vocab:
                 raise ValueError(f"stop_token_ids holds {token}, outside the vocabulary [0, {vocab})")
         return params
+
+
+class _Writer:
+    """Makes text of the tokens of one completion, as the engine gives them out, and says when it ends."""
+
+    def __init__(self, llm: LLM, request: RequestOutput, index: int):
+        ids, params = request.prompt_token_ids, request.params
+        self.request, self.params, self._engine = request, params, llm.engine
+        # "abort" is what stands if the consumer goes away
+        self.out = Completion(index, top_logprobs=None if params.logprobs is None else [], finish_reason="abort")
+        self.room = min(params.max_new_tokens, llm.max_model_len - len(ids))
+        self.sequence = Decoding(ids, self.room, params, index, request.seed, self.take, timing=request.timing)
+        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else llm.tokenizer.eos_ids)
+        self._text, self._held, self._pieces = llm.tokenizer.stream(), "", deque()
+
+    def take(self, step: Step) -> bool:
+        out = self.out
+        out.token_ids.append(step.token)
+        out.logprobs.append(step.logprob)
+        if step.top is not None:
+            out.top_logprobs.append(step.top)
+        ended = step.token in self._ends and len(out.token_ids) > self.params.min_new_tokens
+        last = ended or len(out.token_ids) == self.room
+        self._held += "" if ended else self._text.push(step.token)
+        if last:
+            self._held += self._text.flush()
+        piece, self._held, stopped = _release(self._held, self.params.stop, last)
+        out.text += piece
+        if stopped or last:
+            out.finish_reason = "stop" if stopped or ended else "length"
+        self._pieces.append(piece)
+        return stopped or last
+
+    def told(self) -> Iterator[str]:
+        """The pieces of text as they come. Raises what the sequence failed with."""
+        while True:
+            self._engine.wait(lambda: self._pieces or self.sequence.ended)
+            if not self._pieces:
+                break
+            yield self._pieces.popleft()
+        if self.sequence.error:
+            raise self.sequence.error
 
 
 def _plain(prompts):

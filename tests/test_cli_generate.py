@@ -87,8 +87,8 @@ def test_json(generate, llm):
     )
     assert found["top_logprobs"] == [[list(pair) for pair in top] for top in expected.top_logprobs]
     assert (found["finish_reason"], found["seed"], found["dtype"], found["quantize"]) == ("length", 3, "auto", None)
-    assert found["bytes_per_token"] == llm.bytes_per_token and found["timing"]["decoded"] == 10
-    assert found["tokens_per_second"] == pytest.approx(10 / found["timing"]["decode_s"])
+    assert found["bytes_per_token"] == llm.bytes_per_token and found["timing"]["decoded"] == 11
+    assert found["tokens_per_second"] == pytest.approx(11 / found["timing"]["decode_s"])
     assert found["gb_per_s"] == pytest.approx(found["tokens_per_second"] * llm.bytes_per_token / 1e9)
     assert found["roofline"] == pytest.approx(found["gb_per_s"] / 123) and found["model"].endswith("tiny.gguf")
     assert "outputs" not in found

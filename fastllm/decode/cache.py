@@ -1,4 +1,14 @@
-"""The KV cache of one sequence: pages of 16 tokens for every layer, and the tensors that say where a token goes."""
+"""The KV cache: one pool of pages of 16 tokens, for all layers and all sequences, planned up front.
+
+A page is free, or held by one or more sequences, or idle: nobody holds it, but it is known to hold a beginning of some
+text and a later sequence may take it up. Pages are known by a chain: the page before, by a number that is never used
+again, and the 16 tokens. So a match is exact, whatever the hashes do. Of idle pages the one unused for longest is given
+up first, and of one text the end before the beginning.
+"""
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 
@@ -8,56 +18,137 @@ from ..models.blocks import PagedBatch
 from ..models.decoder import DecoderConfig
 
 PAGE = ops.PAGE
+_Link = tuple[int, tuple[int, ...]]  # (number of the page before, 0: none; the tokens)
 
 
-class SequenceCache:
-    """Room for `capacity` tokens of one sequence.
+def pages_for(tokens: int) -> int:
+    """How many pages hold so many tokens."""
+    return -(-tokens // PAGE)
 
-    The pages are mapped at once and touched as they fill, so resident memory follows the longest sequence so far. The
-    decode tensors (`ids`, `position`, `slot`, `context_len`) stay where they are: a replayed step reads and advances
-    them. MemoryError when the system refuses the mapping.
+
+def page_bytes(config: DecoderConfig) -> int:
+    """Bytes of keys and values of 16 tokens, all layers, in float32."""
+    return PAGE * config.layers * config.kv_heads * config.head_dim * 2 * 4
+
+
+class KVCache:
+    """`pages` pages; `layers` are their tensors, one record a layer.
+
+    The memory is mapped at once and touched as it fills: the process grows to the most that was ever in use, and a page
+    that was used before is preferred to one that never was. remember=False: no text is known, so none is shared.
+    MemoryError when the system refuses the mapping.
     """
 
-    def __init__(self, config: DecoderConfig, capacity: int):
-        pages, c = -(-capacity // PAGE), config
-        self.capacity = capacity
+    def __init__(self, config: DecoderConfig, pages: int, remember: bool = True):
+        c = config
         # A page holds all layers, so that the first tokens of a sequence lie together on few huge pages of memory.
-        size = self.nbytes_for(c, capacity)
-        block = Arena(size).take(size).view(torch.float32).view(pages, c.layers, 2, c.kv_heads, c.head_dim, PAGE)
-        self.pages = [
+        size = pages * page_bytes(c)
+        try:
+            memory = Arena(size)
+        except MemoryError as error:
+            raise MemoryError(
+                f"a KV cache of {pages * PAGE} tokens: {error}; lower kv_bytes or max_model_len"
+            ) from error
+        block = memory.take(size).view(torch.float32).view(pages, c.layers, 2, c.kv_heads, c.head_dim, PAGE)
+        self.layers = [
             ops.KVPages(block[:, i, 0], block[:, i, 1].view(pages, c.kv_heads, PAGE, c.head_dim))
             for i in range(c.layers)
         ]
-        self.block_table = torch.arange(pages, dtype=torch.int32).unsqueeze(0)
-        self.ids = torch.zeros(1, dtype=torch.int64)
-        self.position = torch.zeros(1, dtype=torch.int64)
-        self.slot = torch.zeros(1, dtype=torch.int64)
-        self.context_len = torch.zeros(1, dtype=torch.int32)
-        self._one = torch.tensor([0, 1], dtype=torch.int32)
+        self.pages, self.remember, self._block = pages, remember, block
+        self._free = list(range(pages))[::-1]  # a stack
+        self._holders = [0] * pages
+        self._page_of: dict[_Link, int] = {}
+        self._link_of: dict[int, tuple[_Link, int]] = {}  # of a known page: its link and its number
+        self._idle: OrderedDict[int, None] = OrderedDict()  # the one unused for longest is the first
+        self._numbers = itertools.count(1)
 
-    @staticmethod
-    def nbytes_for(config: DecoderConfig, capacity: int) -> int:
-        return -(-capacity // PAGE) * PAGE * config.layers * config.kv_heads * config.head_dim * 2 * 4
+    @property
+    def available(self) -> int:
+        """Pages that `take` can give."""
+        return len(self._free) + len(self._idle)
 
-    def chunk(self, start: int, stop: int) -> PagedBatch:
-        """The batch that appends tokens [start, stop)."""
-        position = torch.arange(start, stop)
-        return PagedBatch(
-            position=position,
-            slot=self.block_table[0, position // PAGE].long() * PAGE + position % PAGE,
-            block_table=self.block_table,
-            context_len=torch.tensor([stop], dtype=torch.int32),
-            cu_q=torch.tensor([0, stop - start], dtype=torch.int32),
-            pages=self.pages,
-        )
+    def take(self, count: int) -> list[int]:
+        """`count` pages, held once."""
+        if count > self.available:
+            raise MemoryError(f"{count} pages of KV cache are asked for, {self.available} of {self.pages} are free")
+        taken = []
+        for _ in range(count):
+            if not self._free:
+                self._forget(next(iter(self._idle)))
+            page = self._free.pop()
+            self._holders[page] = 1
+            taken.append(page)
+        return taken
 
-    def next_token(self) -> PagedBatch:
-        """The batch of one decode step; the same tensors every time."""
-        return PagedBatch(self.position, self.slot, self.block_table, self.context_len, self._one, self.pages)
+    def release(self, pages: Sequence[int], forget: bool = False) -> None:
+        """One holder less. forget: what the pages hold is not to be taken up again."""
+        for page in reversed(pages):
+            self._holders[page] -= 1
+            if forget:
+                self._forget(page)
+            elif not self._holders[page]:
+                if page in self._link_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
 
-    def seek(self, length: int) -> None:
-        """The next token to be advanced past is token `length - 1`: the state after a prefill of `length` tokens."""
-        self.position.fill_(length - 1)
-        self.context_len.fill_(length)
-        page, offset = divmod(length - 1, PAGE)
-        self.slot.fill_(int(self.block_table[0, page]) * PAGE + offset)
+    def match(self, ids: Sequence[int]) -> list[int]:
+        """The pages of the longest known beginning of `ids`, which are held once more."""
+        pages, number = [], 0
+        for start in range(0, len(ids) - PAGE + 1, PAGE):
+            page = self._page_of.get((number, tuple(ids[start : start + PAGE])))
+            if page is None:
+                break
+            pages.append(page)
+            number = self._link_of[page][1]
+        return self.share(pages)
+
+    def share(self, pages: list[int]) -> list[int]:
+        """One holder more."""
+        for page in pages:
+            self._holders[page] += 1
+            self._idle.pop(page, None)
+        return pages
+
+    def copy(self, source: int, target: int) -> None:
+        self._block[target] = self._block[source]
+
+    def learn(self, ids: Sequence[int], pages: Sequence[int]) -> None:
+        """`pages` hold the keys and values of `ids`: from now on the full ones are known."""
+        number = 0
+        for page, start in zip(pages, range(0, len(ids) - PAGE + 1 if self.remember else 0, PAGE), strict=False):
+            link = (number, tuple(ids[start : start + PAGE]))
+            known = self._page_of.get(link)  # another page with the same text stays what is known
+            if known is None:
+                self._unlink(page)
+                known = self._page_of[link] = page
+                self._link_of[page] = link, next(self._numbers)
+            number = self._link_of[known][1]
+
+    def forget(self) -> None:
+        """No text is known any more: the weights have changed."""
+        for page in list(self._link_of):
+            self._forget(page)
+
+    def _forget(self, page: int) -> None:
+        self._unlink(page)
+        self._idle.pop(page, None)
+        if not self._holders[page]:
+            self._free.append(page)
+
+    def _unlink(self, page: int) -> None:
+        if page in self._link_of:
+            del self._page_of[self._link_of.pop(page)[0]]
+
+
+def chunk(cache: KVCache, pages: Sequence[int], start: int, stop: int) -> PagedBatch:
+    """The batch that reads tokens [start, stop) of one sequence."""
+    table, position = torch.tensor([pages], dtype=torch.int32), torch.arange(start, stop)
+    return PagedBatch(
+        position=position,
+        slot=table[0, position // PAGE].long() * PAGE + position % PAGE,
+        block_table=table,
+        context_len=torch.tensor([stop], dtype=torch.int32),
+        cu_q=torch.tensor([0, stop - start], dtype=torch.int32),
+        pages=cache.layers,
+    )

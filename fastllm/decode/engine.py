@@ -1,15 +1,19 @@
-"""The engine: a prompt goes in by chunks, tokens come out one replayed step at a time. One sequence at once.
+"""The engine: many requests at once, each with the bits that it would have alone.
 
-Prefill runs the model eagerly over chunks of the prompt. The first decode step is captured while it runs and replayed
-for every token after that, of every request: what differs between requests lies in tensors. The arithmetic contract
-makes tokens and log-probabilities independent of the chunking, of the thread count and of what the cache held before.
-So a generation that another one interrupted reads its tokens in again and goes on as if nothing had happened.
+A step is one decode step for all that run, replayed from a plan, and then a piece of the prompts that wait. Plans are
+captured for 1, 2, 4, 8, ... rows; rows beyond those that run are padding. What differs between requests lies in
+tensors. A prompt's last token is the input of its first decode step: what is drawn, is drawn in one place.
+
+Nobody drives the engine but those who wait for it: of the threads in `wait` one runs a step, which serves all of them,
+and the next one may be run by another. So there is no thread in the background, and none that asks in a loop.
+
+By the arithmetic contract tokens and log-probabilities depend on no neighbour, on no piece, and not on what the cache
+held. So a sequence can also be made anew from its tokens, at any time: after a step that was interrupted, all are.
 """
 
-import contextlib
+import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,162 +21,263 @@ from torch import Tensor
 
 from .. import _C, ops
 from ..models.decoder import Decoder
-from ..sampling_params import SamplingParams
-from .cache import SequenceCache
+from .cache import KVCache, chunk, pages_for
 from .graph import Captured, capture
+from .rows import Rows
+from .scheduler import Scheduler, Sequence
 
 SCORE_ROWS = 64  # rows of logits at once when scoring: 64 x 49,152 floats are 12.6 MB
-
-
-@dataclass
-class Timing:
-    """prefill_s: seconds to a first token, over `prompt_tokens` read in; capture_s: of the step that an engine
-    captures; decode_s: of the `decoded` tokens that were replayed."""
-
-    prefill_s: float = 0.0
-    capture_s: float = 0.0
-    decode_s: float = 0.0
-    prompt_tokens: int = 0
-    decoded: int = 0
-
-
-@dataclass
-class Step:
-    """One generated token: its log-probability under the untruncated distribution at temperature 1, and, when asked
-    for, the most likely tokens with theirs."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]] | None = None
+LEAST = 16  # tokens; fewer take the time of so many
+PIECE_S, PIECE_ALONE_S = 0.1, 0.25  # what a piece of a prompt may take while others run, and while none does
 
 
 @dataclass
 class Engine:
-    """model: packed. capacity: tokens of the longest sequence. threads: 0 takes torch's number. chunk: prompt tokens
-    that are read in at once."""
+    """model: packed. capacity: tokens of the longest sequence. max_num_seqs: how many run together. pages: of the cache;
+    None takes enough for all of them. threads: 0 takes torch's number. chunk: prompt tokens that are read at once, at
+    most. prefix_cache: texts that begin alike share the beginning."""
 
     model: Decoder
     capacity: int
     eos_ids: frozenset[int]
+    max_num_seqs: int = 16
+    pages: int | None = None
     threads: int = 0
     chunk: int = 512
-    _captured: Captured | None = field(default=None, init=False)
-    _prompt: tuple[Sequence[int], Tensor] | None = field(default=None, init=False)  # in the cache, and its logits
-    _current: list[int] | None = field(default=None, init=False)  # the generation whose next step can be replayed
+    prefix_cache: bool = True
+    _plans: dict[int, Captured] = field(default_factory=dict, init=False)  # by number of rows
+    _rate: float = field(default=LEAST / PIECE_S, init=False)  # prompt tokens a second, as the last piece had them
+    _unsure: bool = field(default=False, init=False)  # the rows may be a token ahead of the sequences
+    _busy: bool = field(default=False, init=False)  # a thread runs a step
 
     def __post_init__(self) -> None:
-        self.cache = SequenceCache(self.model.config, self.capacity)
-        self.state = ops.SampleState.create(1, history=self.capacity + 1, suppress=max(1, len(self.eos_ids)))
+        pages = self.max_num_seqs * pages_for(self.capacity) if self.pages is None else self.pages
+        self.cache = KVCache(self.model.config, pages, self.prefix_cache)
+        self.rows = Rows(self.cache, self.max_num_seqs, self.capacity, self.eos_ids)
+        self.scheduler = Scheduler(self.cache, self.max_num_seqs)
+        self._turn = threading.Condition()
+        self._cancelled: list[Sequence] = []
+        self.sizes = (*(1 << i for i in range((self.max_num_seqs - 1).bit_length())), self.max_num_seqs)
 
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
+    # ------------------------------------------------------------------------------------------------- from any thread
+
+    def submit(self, sequences: Iterable[Sequence]) -> None:
+        """Puts sequences in line. They are served while somebody waits for anything. ValueError for one that never fits."""
+        sequences = list(sequences)
+        for s in sequences:
+            tokens, need = len(s.prompt) + s.room, pages_for(len(s.prompt) + s.room)
+            if not s.prompt or tokens > self.capacity or need > self.cache.pages:
+                raise ValueError(
+                    f"a sequence of {tokens} tokens ({need} pages) with {len(s.prompt)} to read; allowed: 1 to "
+                    f"{self.capacity} tokens, in a cache of {self.cache.pages} pages"
+                )
+        self.scheduler.waiting.extend(sequences)
+
+    def cancel(self, sequences: Iterable[Sequence]) -> None:
+        """Ends sequences that are not wanted any more; never waits."""
+        self._cancelled.extend(s for s in sequences if not s.ended)
+        with self._turn:
+            self._sweep_between_steps()
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """Returns when ready(). Until then it runs steps, or lets another thread's steps pass."""
+        drives = False
+        while not ready():
+            try:
+                with self._turn:
+                    self._turn.wait_for(lambda: ready() or not self._busy)
+                    if ready():
+                        return
+                    drives = self._busy = True
+                self.step()
+            finally:
+                if drives:
+                    drives = self._busy = False
+                    with self._turn:
+                        self._sweep_between_steps()
+                        self._turn.notify_all()
+
+    def run(self, sequences: Iterable[Sequence]) -> None:
+        """Submits sequences and returns when all have ended; then raises the first one's error that has one."""
+        sequences = list(sequences)
+        self.submit(sequences)
+        try:
+            for s in sequences:
+                self.wait(lambda s=s: s.ended)
+        finally:
+            self.cancel(sequences)
+        for s in sequences:
+            if s.error:
+                raise s.error
+
+    def _sweep_between_steps(self) -> None:
+        if not self._busy:  # else that step does it
+            self._busy = True  # a cancel within this one, by the garbage collector, only adds to the list
+            try:
+                self._sweep()
+            finally:
+                self._busy = False
+
+    def _sweep(self) -> None:
+        while self._cancelled:
+            s = self._cancelled.pop()
+            if not s.ended:
+                self._end(s)
+
+    # ------------------------------------------------------------------------------------------------------- the step
+
+    def step(self) -> None:
+        """A decode step of all that run, then a piece of the prompts that wait. By one thread at a time: see `wait`."""
+        self._sweep()
         previous = _C.set_thread_limit(self.threads)
         try:
             with torch.inference_mode():
-                yield
+                if self._unsure:  # the last step did not come to its end
+                    self._end_done()
+                    for s in self.scheduler.running:
+                        self.rows.seat(s)
+                if self.scheduler.running:
+                    self._decode()
+                self._read()
         finally:
             _C.set_thread_limit(previous)
 
+    def _decode(self) -> None:
+        running, began = list(self.scheduler.running), time.perf_counter()
+        size = next(n for n in self.sizes if n >= len(running))
+        captures = size not in self._plans
+        self._unsure = True  # an exception from here on may leave rows a token ahead of their sequences
+        try:
+            token, logprob, logits = self._capture(size) if captures else self._replay(self._plans[size])
+        except Exception as error:  # LogitsError: of those rows, and none has moved on
+            for row in error.rows if isinstance(error, ops.LogitsError) else range(len(running)):
+                running[row].error = error
+            return self._end_done()
+        tokens, logprobs = token.tolist(), logprob.tolist()
+        self._clock(running, time.perf_counter() - began, captures)
+        for row, s in enumerate(running):
+            try:
+                s.take(tokens[row], logprobs[row], _top(logits, row, s.params.logprobs))
+            except Exception as error:
+                s.error = error
+        self._unsure = False
+        self._end_done()
+
+    def _forward(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        rows = slice(0, size)
+        return self.rows.draw(self.model.logits(self.model.step(self.rows.ids[rows], self.rows.batch(rows))), rows)
+
+    def _capture(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        self._plans[size] = capture(lambda: self._forward(size))
+        return self._plans[size].outputs
+
+    def _replay(self, plan: Captured) -> tuple[Tensor, Tensor, Tensor]:
+        if plan.replay(self.threads) and not plan.outputs[1].isnan().any():
+            raise IndexError("a decode step found a row, a page or a position out of range")
+        return plan.outputs
+
+    def _clock(self, running: list[Sequence], seconds: float, captures: bool) -> None:
+        for s in running:
+            s.timing.prompt_tokens += not s.tokens
+            s.timing.decoded += bool(s.tokens) and not captures
+        for (_, later), timing in {(id(s.timing), bool(s.tokens)): s.timing for s in running}.items():
+            spent = "capture_s" if captures else "decode_s" if later else "prefill_s"
+            setattr(timing, spent, getattr(timing, spent) + seconds)
+            timing.steps += spent == "decode_s"
+
+    def _read(self) -> None:
+        """Reads prompts for about as long as a piece may take."""
+        most = int(self._rate * (PIECE_S if self.scheduler.running else PIECE_ALONE_S))
+        most = min(max(most, LEAST), self.chunk)
+        while most > 0 and (s := self.scheduler.first()):
+            try:
+                most -= max(self._read_piece(s, most), LEAST)
+            except Exception as error:
+                s.error = error
+                self._end(s)
+
+    def _read_piece(self, s: Sequence, most: int) -> int:
+        start, stop = s.read, min(s.read + most, s.to_read)
+        if stop > start:
+            began = time.perf_counter()
+            hidden = self.model.step(torch.tensor(s.prompt[start:stop]), chunk(self.cache, s.pages, start, stop))
+            if s.hidden:
+                s.hidden(hidden)
+            seconds = time.perf_counter() - began
+            s.timing.prompt_tokens += stop - start
+            s.timing.prefill_s += seconds
+            if stop - start >= LEAST:
+                self._rate = (stop - start) / seconds
+        s.read = stop
+        if stop == s.to_read:
+            if s.room:
+                self.scheduler.run(s)
+                self.rows.seat(s)
+            else:
+                self._end(s)
+        return stop - start
+
+    def _end_done(self) -> None:
+        for s in reversed(self.scheduler.running):  # from the last row: what moves into an empty one goes on
+            if s.done or s.error:
+                self._end(s)
+
+    def _end(self, s: Sequence) -> None:
+        row, running = s.row, self.scheduler.running
+        self.scheduler.leave(s)
+        if row >= 0:
+            if row < len(running):
+                self.rows.seat(running[row])
+            self.rows.clear(len(running))
+        s.ended = True
+
     # ------------------------------------------------------------------------------------------------------- prompts
 
-    def _hidden(self, ids: Tensor) -> Iterator[Tensor]:
-        """Final hidden states of a sequence from its start, chunk by chunk [T, dim]; fills the cache."""
-        self._prompt = self._current = None
-        for start in range(0, len(ids), self.chunk):
-            stop = min(start + self.chunk, len(ids))
-            yield self.model.step(ids[start:stop], self.cache.chunk(start, stop))
+    def score(self, texts: Iterable[list[int]]) -> list[Tensor]:
+        """log p(ids[i] | ids[:i]) for i from 1, float32 [n - 1], of each text: the bits that decoding would report."""
+        scores = [_Scores(self.model, ids) for ids in texts]
+        self.run([Sequence(s.ids, hidden=s.add) for s in scores])
+        return [torch.cat(s.found) if s.found else torch.empty(0) for s in scores]
 
-    def prefill(self, ids: Sequence[int]) -> Tensor:
-        """Logits [1, V] of the token after the prompt."""
-        with self._running():
-            last = deque(self._hidden(torch.as_tensor(ids)), maxlen=1).pop()
-            return self.model.logits(last[-1:])
-
-    def score(self, ids: Sequence[int]) -> Tensor:
-        """log p(ids[i] | ids[:i]) for i from 1: float32 [n - 1]; the bits that decoding those tokens reports."""
-        targets, out = torch.as_tensor(ids), []
-        with self._running():
-            done = 0
-            for hidden in self._hidden(targets):
-                for rows in hidden.split(SCORE_ROWS):
-                    wanted = targets[done + 1 : done + 1 + len(rows)]
-                    if len(wanted):
-                        out.append(ops.target_logprobs(self.model.logits(rows[: len(wanted)]), wanted))
-                    done += len(rows)
-        return torch.cat(out) if out else torch.empty(0)
-
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        """Mean over the tokens of the normed final hidden states, float32 [dim], of length 1."""
-        with self._running():
-            total = sum(self.model.norm(h).sum(0) for h in self._hidden(torch.as_tensor(ids)))
-            return torch.nn.functional.normalize(total, dim=0)
-
-    # ------------------------------------------------------------------------------------------------------ decoding
-
-    def _decode(self) -> tuple[Tensor, Tensor, Tensor]:
-        """One step on the cache's tensors: the token in `cache.ids` goes in, its successor is drawn and put there."""
-        return self._draw(self.model.logits(self.model.step(self.cache.ids, self.cache.next_token())))
-
-    def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(token, logprob, logits) of the next token, which is put where the step after this one reads it."""
-        c = self.cache
-        token, logprob, *_ = ops.sample(logits, self.state, entropy=False)
-        ops.advance(token, self.state, c.position, c.context_len, c.block_table, c.slot, next_ids=c.ids)
-        return token, logprob, logits
-
-    def generate(
-        self, prompt: Sequence[int], params: SamplingParams, index: int, seed: int, timing: Timing
-    ) -> Iterator[Step]:
-        """Tokens of completion `index` until the cache is full. Between two of them others may use the engine.
-
-        The completions of one prompt (the same object) read it in once. LogitsError when the model gives NaNs.
-        """
-        done: list[int] = []
-        while len(prompt) + len(done) < self.capacity:
-            started = time.perf_counter()
-            with self._running():
-                if self._current is not done:
-                    spent, drawn = "prefill_s", self._begin(prompt, done, params, index, seed, timing)
-                elif self._captured is None:
-                    self._captured = capture(self._decode)
-                    spent, drawn = "capture_s", self._captured.outputs
-                else:
-                    spent, drawn = "decode_s", self._replay(self._captured)
-                token, logprob, logits = drawn
-                step = Step(int(token), float(logprob), _top(logits, params.logprobs))
-            done.append(step.token)
-            self._current = done
-            setattr(timing, spent, getattr(timing, spent) + time.perf_counter() - started)
-            timing.decoded += spent == "decode_s"
-            yield step
-
-    def _replay(self, captured: Captured) -> tuple[Tensor, Tensor, Tensor]:
-        if captured.replay(self.threads):
-            # ids, slots and positions were checked before the step, so what is left is logits without a distribution
-            raise ops.LogitsError([0])
-        return captured.outputs
-
-    def _begin(
-        self, prompt: Sequence[int], done: list[int], params: SamplingParams, index: int, seed: int, timing: Timing
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Reads in the prompt and what followed it so far, unless the cache has it, and draws the token after that."""
-        if done or self._prompt is None or self._prompt[0] is not prompt:
-            ids = [*prompt, *done]
-            logits = self.prefill(ids)
-            timing.prompt_tokens += len(ids)
-            if not done:
-                self._prompt = prompt, logits
-        else:
-            ids, logits = prompt, self._prompt[1]
-        self.cache.seek(len(ids))
-        self.state.set(0, params, index=index, seed=seed, prompt=ids, eos=sorted(self.eos_ids))
-        self.state.prompt_len[0] = len(prompt)
-        return self._draw(logits)
+    def embed(self, texts: Iterable[list[int]]) -> Tensor:
+        """Mean over the tokens of the normed final hidden states, of length 1: float32 [number of texts, dim]."""
+        means = [_Mean(self.model, ids) for ids in texts]
+        self.run([Sequence(m.ids, hidden=m.add) for m in means])
+        return torch.stack([m.found for m in means])
 
 
-def _top(logits: Tensor, count: int | None) -> list[tuple[int, float]] | None:
+class _Scores:
+    """Takes hidden states of a text as they come, and keeps the log-probabilities of its tokens."""
+
+    def __init__(self, model: Decoder, ids: list[int]):
+        self.model, self.ids, self.found = model, ids, []
+        self._targets, self._done = torch.tensor(ids), 0
+
+    def add(self, hidden: Tensor) -> None:
+        for rows in hidden.split(SCORE_ROWS):
+            targets = self._targets[self._done + 1 : self._done + 1 + len(rows)]
+            if len(targets):
+                self.found.append(ops.target_logprobs(self.model.logits(rows[: len(targets)]), targets))
+            self._done += len(rows)
+
+
+class _Mean:
+    """Takes hidden states of a text as they come, and keeps their mean."""
+
+    def __init__(self, model: Decoder, ids: list[int]):
+        self.model, self.ids, self.found = model, ids, None
+        self._pieces: list[Tensor] = []
+
+    def add(self, hidden: Tensor) -> None:
+        self._pieces.append(hidden)
+        if sum(map(len, self._pieces)) == len(self.ids):  # at once: a sum of sums would depend on the pieces
+            mean = self.model.norm(torch.cat(self._pieces)).mean(0)
+            self.found, self._pieces = torch.nn.functional.normalize(mean, dim=0), []
+
+
+def _top(logits: Tensor, row: int, count: int | None) -> list[tuple[int, float]] | None:
     if count is None:
         return None
-    ids, values = ops.top_logprobs(logits, count)
+    ids, values = ops.top_logprobs(logits[row : row + 1], count)
     pairs = zip(ids[0].tolist(), values[0].tolist(), strict=True)
     return [pair for pair in pairs if pair[0] >= 0]  # -1: nothing is left above -inf

@@ -338,8 +338,8 @@ def cpu(
         )  # fmt: skip
         if status == _INDEX_OUT_OF_RANGE:
             raise _no_record(settings)
-        if status == _NOT_A_NUMBER:
-            raise_for(outputs[1], outputs[3])
+        if status == _NOT_A_NUMBER:  # without torch's ops: a step that is captured may end here
+            raise LogitsError([row for row, value in enumerate(logprob.tolist()) if value != value])
     return outputs
 
 

@@ -1,4 +1,4 @@
-"""The engine: the contract over chunks, threads and cache contents; interrupted generations; what a step costs."""
+"""The engine: the contract over neighbours, pieces, threads and cache contents; failures; threads; what a step costs."""
 
 import time
 from dataclasses import replace
@@ -6,49 +6,47 @@ from dataclasses import replace
 import _tiny
 import pytest
 import torch
+from _engine import GREEDY, KINDS, PROMPT, SAMPLED, Made, alone, engine, mixed, steps
+from _paged import check
 
-from fastllm import SamplingParams, ops
-from fastllm.decode.cache import SequenceCache
-from fastllm.decode.engine import Engine, Timing
+from fastllm.decode import engine as engine_module
+from fastllm.decode.engine import Engine
 
-GREEDY = SamplingParams(temperature=0.0)
-SAMPLED = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, seed=5)
-PENALISED = replace(SAMPLED, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, min_new_tokens=8)
-PROMPT = torch.randint(3, len(_tiny.TOKENS), (600,), generator=torch.Generator().manual_seed(1)).tolist()
+# ------------------------------------------------------------------------------------------------------------ alone
 
 
-def engine(**fields) -> Engine:
-    torch.manual_seed(0)
-    return Engine(_tiny.decoder(), **{"capacity": 700, "eos_ids": frozenset({0, 2})} | fields)
-
-
-def steps(engine: Engine, prompt, params=GREEDY, count=24, index=0, timing=None) -> list[tuple[int, float]]:
-    generation = engine.generate(prompt, params, index, 5, timing or Timing())
-    return [(s.token, s.logprob) for _, s in zip(range(count), generation, strict=False)]
-
-
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"])
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 257, 600])
-def test_chunks_and_threads_change_no_bit(params, length):
+@pytest.mark.parametrize("params", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 257, 600])
+def test_pieces_and_threads_change_no_bit(params, length):
     prompt = PROMPT[:length]
-    expected = steps(engine(), prompt, params)
+    expected = steps(engine(prefix_cache=False), prompt, params)
+    assert len(expected) == 24
     for chunk in (1, 7, 64, 512):
         if length <= 64 or chunk >= 7:
             assert steps(engine(chunk=chunk), prompt, params) == expected, chunk
     for threads in (1, 2):
-        assert steps(engine(threads=threads), prompt, params) == expected, threads
+        e = engine(threads=threads)
+        assert steps(e, prompt, params) == expected, threads
+        assert steps(e, prompt, params) == expected, "from the prefix cache"
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 512])
 def test_scores_are_what_decoding_reports(chunk):
     e = engine(chunk=chunk)
     made = steps(e, PROMPT[:100], SAMPLED, 60)
-    scores = e.score(PROMPT[:100] + [token for token, _ in made])
+    (scores,) = e.score([PROMPT[:100] + [token for token, _ in made]])
     assert len(scores) == 159 and scores[99:].tolist() == [logprob for _, logprob in made]
 
 
-def test_one_token_has_no_score():
-    assert engine().score([4]).shape == (0,)
+def test_scores_of_short_and_of_no_texts():
+    e = engine()
+    assert [len(s) for s in e.score([[4], [4, 5], PROMPT[:40]])] == [0, 1, 39] and e.score([]) == []
+
+
+def test_a_mean_does_not_depend_on_the_pieces():
+    texts = [PROMPT[:1], PROMPT[:100], PROMPT]
+    expected = engine().embed(texts)
+    assert all(torch.equal(engine(chunk=chunk).embed(texts), expected) for chunk in (16, 33))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
@@ -56,40 +54,11 @@ def test_what_the_cache_held_before_does_not_matter(value):
     e = engine()
     expected = [steps(e, PROMPT[:n], SAMPLED) for n in (3, 20, 260)]
     for n, made in zip((3, 20, 260), expected, strict=True):
-        for k, v in e.cache.pages:
+        e.cache.forget()
+        for k, v in e.cache.layers:
             k.fill_(value)
             v.fill_(value)
         assert steps(e, PROMPT[:n], SAMPLED) == made
-
-
-@pytest.mark.parametrize("params", [GREEDY, PENALISED], ids=["greedy", "penalised"])
-def test_generations_that_take_turns(params):
-    """Each finds the engine as another one left it, reads its tokens in again, and goes on with the same bits."""
-    e, prompts = engine(), [PROMPT[:5], PROMPT[5:40], PROMPT[:5]]
-    expected = [steps(e, p, params, 12, index=i) for i, p in enumerate(prompts)]
-    timings = [Timing() for _ in prompts]
-    generations = [e.generate(p, params, i, 5, t) for i, (p, t) in enumerate(zip(prompts, timings, strict=True))]
-    made = [[], [], []]
-    for turn in (0, 1, 0, 0, 2, 1, 1, 1, 0, 2, 2, 1, 0, 0, 0, 1, 2):
-        step = next(generations[turn])
-        made[turn].append((step.token, step.logprob))
-        if turn == 1:
-            e.score(PROMPT[:3])
-    assert made == [m[: len(n)] for m, n in zip(expected, made, strict=True)]
-    assert timings[2].prompt_tokens == 5 + 6 + 8  # read in at the start, and when it came back with 1 and with 3 tokens
-
-
-def test_a_prompt_is_read_once_for_all_its_completions(monkeypatch):
-    e, read, prompt = engine(), [], PROMPT[:40]
-    prefill = Engine.prefill
-    monkeypatch.setattr(Engine, "prefill", lambda self, ids: read.append(len(ids)) or prefill(self, ids))
-    timing = Timing()
-    together = [steps(e, prompt, SAMPLED, 10, index, timing) for index in range(3)]
-    assert read == [40] and timing.prompt_tokens == 40
-    assert together == [steps(engine(), list(prompt), SAMPLED, 10, index) for index in range(3)]
-    assert len({tuple(t for t, _ in made) for made in together}) == 3
-    steps(e, list(prompt), SAMPLED, 1)  # the same ids of another request: nothing is kept between requests
-    assert read.count(40) == 5
 
 
 def test_min_new_tokens_keeps_the_end_out():
@@ -100,60 +69,204 @@ def test_min_new_tokens_keeps_the_end_out():
 
 
 def test_top_logprobs_are_those_of_the_tokens():
-    generation = engine().generate(PROMPT[:9], replace(GREEDY, logprobs=5), 0, 0, Timing())
-    for _, step in zip(range(5), generation, strict=False):
+    e = engine()
+    many = [Made(PROMPT[:9], replace(GREEDY, logprobs=n), 5) for n in (5, None, 20)]
+    e.run([many[0]])
+    for step in many[0].steps:
         assert len(step.top) == 5 and step.top[0] == (step.token, step.logprob)
         assert [v for _, v in step.top] == sorted((v for _, v in step.top), reverse=True)
-    top = next(engine().generate([3], replace(GREEDY, logprobs=20), 0, 0, Timing())).top
-    assert len({t for t, _ in top}) == 20 and all(0 <= t < len(_tiny.TOKENS) for t, _ in top)
-
-
-def test_not_a_number_ends_one_generation_only():
-    e = engine()
-    clean = steps(e, PROMPT[:6], count=30)
-    token = clean[10][0]  # poisoned as an input: the replay that reads it finds no distribution
-    first = next(i for i, (t, _) in enumerate(clean) if t == token)
-    panels = e.model.embedding.weight.data
-    good = panels[token // 16, :, token % 16].clone()
-    panels[token // 16, :, token % 16] = torch.nan
-    generation, made = e.generate(PROMPT[:6], GREEDY, 0, 0, Timing()), []
-    with pytest.raises(ops.LogitsError, match="hold a NaN"):
-        for step in generation:
-            made.append((step.token, step.logprob))
-    assert made == clean[: first + 1]
-    panels[token // 16, :, token % 16] = good
-    assert steps(e, PROMPT[:6], count=30) == clean
+    e.run([Made(PROMPT[9:30]), *many[1:]])
+    assert [s.top for s in many[1].steps] == [None] * 5
+    assert [s.top[:5] for s in many[2].steps] == [s.top for s in many[0].steps]
+    assert all(len({t for t, _ in s.top}) == 20 for s in many[2].steps)
 
 
 def test_a_full_context():
-    e = engine(capacity=32)
-    made = steps(e, PROMPT[:20], count=100)  # to the last place of the last page
+    e = engine(capacity=32, pages=2)
+    made = steps(e, PROMPT[:20], count=12)  # to the last place of the last page
     assert made == steps(engine(), PROMPT[:20], count=12)
+    check(e.cache)
 
 
-def test_the_cache_takes_memory_as_it_fills():
-    resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096  # noqa: E731, SIM115
-    try:
-        before = resident()
-    except OSError:
-        pytest.skip("needs /proc")
-    config = replace(_tiny.CONFIG, max_position=1 << 16, layers=16)
-    nbytes = SequenceCache.nbytes_for(config, 1 << 16)
-    cache = SequenceCache(config, 1 << 16)
-    assert nbytes > 200e6 and resident() - before < 20e6
-    assert sum(k.nbytes + v.nbytes for k, v in cache.pages) == nbytes
-    assert all(not k[0].any() and not v[-1].any() for k, v in cache.pages)
+# --------------------------------------------------------------------------------------------------------- together
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 512])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_sixteen_together(threads, chunk, prefix_cache):
+    e, sequences = engine(threads=threads, chunk=chunk, prefix_cache=prefix_cache, max_num_seqs=16), mixed()
+    e.run(sequences)
+    assert [s.made for s in sequences] == [alone(s) for s in sequences]
+    check(e.cache)
+
+
+def test_those_who_join_late_and_those_who_leave():
+    e, sequences = engine(max_num_seqs=8), mixed(12)
+    for turn, s in enumerate(sequences):
+        s.room += 10
+        e.submit([s])
+        for _ in range(turn % 3):
+            e.step()
+        if turn in (3, 6, 7, 10):
+            e.cancel([sequences[turn - 2]])
+    for s in sequences:
+        e.wait(lambda s=s: s.ended)
+    for turn, s in enumerate(sequences):
+        cancelled = turn in (1, 4, 5, 8)
+        assert s.made == alone(s)[: len(s.made)] and (cancelled or len(s.made) == s.room)
+    check(e.cache)
+
+
+def test_every_number_of_rows():
+    """Through all plans, with every number of padding rows, up and down."""
+    e = engine(max_num_seqs=6)
+    assert e.sizes == (1, 2, 4, 6)
+    sequences = [Made(PROMPT[i : i + 9], SAMPLED, 4 + 2 * i) for i in range(6)]
+    for s in sequences:
+        e.submit([s])
+        e.step()
+    e.run([])
+    for s in sequences:
+        e.wait(lambda s=s: s.ended)
+        assert s.made == alone(s)
+    assert sorted(e._plans) == [1, 2, 4, 6] and engine(max_num_seqs=1).sizes == (1,)
+
+
+def test_padding_touches_nothing():
+    e = engine(max_num_seqs=4)
+    sequences = [Made(PROMPT[i : i + 20], count=30) for i in range(3)]
+    e.submit(sequences)
+    for _ in range(5):
+        e.step()
+    free = list(e.cache._free)
+    for k, v in e.cache.layers:
+        k[free], v[free] = 7.0, 7.0
+    e.run([])
+    for s in sequences:
+        e.wait(lambda s=s: s.ended)
+    assert all((t[free] == 7).all() for pages in e.cache.layers for t in pages)
+    assert e.rows.who.tolist() == [-1] * 4 and e.rows.slot.tolist() == [-1] * 4
+
+
+def test_completions_share_their_prompt():
+    for length in (40, 48, 49, 1):
+        e, prompt = engine(prefix_cache=False), PROMPT[:length]
+        sequences = [Made(prompt, SAMPLED, 10, index) for index in range(3)]
+        e.submit(sequences)
+        while not all(s.tokens for s in sequences):
+            e.step()
+        shared = (length - 1) // 16
+        assert all(s.pages[:shared] == sequences[0].pages[:shared] for s in sequences)
+        own = [page for s in sequences for page in s.pages[shared:]]
+        assert len(set(own)) == len(own) == 3 * (-(-(length + 10) // 16) - shared)
+        assert [s.timing.prompt_tokens for s in sequences] == [length, 1, 1]
+        assert [s.timing.cached for s in sequences] == [0, length - 1, length - 1]
+        for s in sequences:
+            e.wait(lambda s=s: s.ended)
+            assert s.made == alone(s)
+        assert len({tuple(s.tokens) for s in sequences}) == 3
+        check(e.cache)
+
+
+def test_a_known_beginning_is_not_read_again():
+    e = engine()
+    first = Made(PROMPT[:200], SAMPLED, 30)
+    e.run([first])
+    answer = Made([*PROMPT[:200], *first.tokens, 5, 6, 7], SAMPLED, 12)  # a chat goes on
+    again = Made(PROMPT[:200], GREEDY, 12)
+    e.run([answer, again])
+    assert (first.timing.prompt_tokens, first.timing.cached) == (200, 0)
+    assert (answer.timing.cached, answer.timing.prompt_tokens) == (224, 233 - 224)
+    assert (again.timing.cached, again.timing.prompt_tokens) == (192, 8)
+    assert answer.made == alone(answer) and again.made == alone(again)
+    whole = Made(PROMPT[:192], GREEDY, 12)  # its last token lies in a page that is shared
+    e.run([whole])
+    assert (whole.timing.cached, whole.timing.prompt_tokens) == (191, 1) and whole.made == alone(whole)
+
+
+def test_a_prompt_that_is_read_now_is_shared_by_the_next():
+    e = engine()
+    sequences = [Made([*PROMPT[:320], i], SAMPLED, 6) for i in range(3, 7)]
+    e.run(sequences)
+    assert [s.timing.prompt_tokens for s in sequences] == [321, 1, 1, 1]
+    assert [s.made for s in sequences] == [alone(s) for s in sequences]
+
+
+def test_memory_admits_and_makes_wait():
+    """Room for two of the three; the third runs when one has left, and overtakes nobody."""
+    e = engine(pages=8, prefix_cache=False)
+    a, b, c, d = (Made(PROMPT[i : i + 40], SAMPLED, n) for i, n in enumerate((24, 10, 24, 4)))  # 4, 4, 4, 3 pages
+    e.submit([a, b, c, d])
+    while not b.tokens:
+        e.step()
+    assert e.scheduler.running == [a, b]
+    while not c.tokens:
+        assert not d.pages and bool(c.pages) == b.ended
+        e.step()
+    assert e.scheduler.running == [a, c] and not d.pages
+    for s in (a, b, c, d):
+        e.wait(lambda s=s: s.ended)
+        assert s.made == alone(s)
+    check(e.cache)
+
+
+def test_known_pages_give_way_to_those_who_need_room():
+    e = engine(pages=8, capacity=128)
+    for i in range(6):
+        s = Made(PROMPT[20 * i : 20 * i + 70], SAMPLED, 30)  # 7 of 8 pages each
+        e.run([s])
+        assert s.made == alone(s)
+        check(e.cache)
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers():
+    e = engine(pages=8, capacity=200)
+    for prompt, room, message in (
+        (PROMPT[:150], 51, r"201 tokens \(13 pages\) with 150 to read; allowed: 1 to 200 tokens, .* of 8 pages"),
+        (PROMPT[:100], 29, r"129 tokens \(9 pages\)"),
+        ([], 1, "with 0 to read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            e.submit([Made(PROMPT[:3]), Made(prompt, count=room)])
+    assert not e.scheduler.waiting
+
+
+def test_pieces_are_short(monkeypatch):
+    """While others run, a long prompt is read in pieces of about a tenth of a second, as measured."""
+    e, read, clock = engine(chunk=512), [], [0.0]
+
+    def step(ids, batch, step=e.model.step):
+        clock[0] += len(ids) / 1000  # a model of 1,000 tokens a second
+        if len(ids) > 2:
+            read.append(len(ids))
+        return step(ids, batch)
+
+    e.model.step = step
+    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: clock[0])
+    runs, long = Made(PROMPT[:2], SAMPLED, 60), Made(PROMPT, SAMPLED, 3)
+    e.submit([runs])
+    e.step(), e.step()
+    e.submit([long])
+    while not long.made:
+        told = len(runs.made)
+        e.step()
+        assert len(runs.made) == told + 1  # a token of the other after every piece
+    assert sum(read) == 599 and read[0] == 16 and all(99 <= n <= 100 for n in read[1:-1])
+
+
+# ------------------------------------------------------------------------------------------------------------ speed
 
 
 def step_seconds(e: Engine, enough: float, patience: float = 20.0) -> float:
-    """The fastest of many decode steps, as `generate` yields them; stops when one is fast enough."""
+    """The fastest of many decode steps of one sequence; stops when one is fast enough."""
     best, end = float("inf"), time.perf_counter() + patience
     while best > enough and time.perf_counter() < end:
-        generation = e.generate([3, 4, 5], SAMPLED, 0, 0, Timing())
-        next(generation), next(generation)
-        for _ in range(300):
-            begin = time.perf_counter()
-            next(generation)
+        s = Made([3, 4, 5], SAMPLED, 310)
+        e.submit([s])
+        while not s.ended:
+            begin, told = time.perf_counter(), len(s.made) + 1
+            e.wait(lambda s=s, told=told: len(s.made) == told)
             best = min(best, time.perf_counter() - begin)
     return best
 
@@ -161,5 +274,5 @@ def step_seconds(e: Engine, enough: float, patience: float = 20.0) -> float:
 def test_overhead_of_a_step():
     """30 layers with hardly any weights: what is left is the engine, 183 kernels and their barriers."""
     config = replace(_tiny.CONFIG, layers=30, dim=16, ffn=16, heads=1, kv_heads=1, head_dim=16)
-    e = Engine(_tiny.decoder(config), 400, frozenset({0}))
+    e = engine(config, capacity=400)
     assert step_seconds(e, enough=0.4e-3) <= 0.4e-3

@@ -8,9 +8,9 @@ from collections import Counter
 import _tiny
 import pytest
 import torch
+from _paged import SequenceCache
 
 from fastllm import _C, ops
-from fastllm.decode.cache import SequenceCache
 from fastllm.decode.graph import capture
 
 

@@ -6,12 +6,12 @@ import dataclasses
 import _llama
 import pytest
 import torch
+from _paged import SequenceCache
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastllm import hub, ops
 from fastllm.data.chat import ChatTemplate
 from fastllm.data.tokenizer import Tokenizer
-from fastllm.decode.cache import SequenceCache
 from fastllm.models import load
 from fastllm.models.decoder import Decoder, DecoderConfig
 from fastllm.models.gguf import GGUFFile

@@ -83,7 +83,7 @@ SUITE = Suite(
     reference=plain,
     gradients=("x", "weight", "bias", "norm", "residual"),
     rows=("x", "residual"),
-    error=8.0,  # K terms in one chain; torch adds partial sums, some 16 of them
+    error=12.0,  # K terms in one chain; torch adds partial sums, of 16 or more, as the processor suits
     gradient_error=8.0,  # swiglu's reads what the chain gave; a frozen weight's dx is a chain itself
     correct=(
         *(

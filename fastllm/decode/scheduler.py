@@ -1,0 +1,141 @@
+"""Who is served, and when: sequences wait in line, are read in, run together, and leave.
+
+First come, first served. The first in line is let in when its worst case fits: a row, and the pages of its prompt and of
+all that it may generate. So what runs never stops for want of memory, nothing is read twice, and a block table is
+complete before the first step: replaying needs nobody. The price is pages that a completion which ends early did not
+need; the other way, to let in more and throw out what no longer fits, would pay with time.
+
+One prompt is read at a time, so that one which begins like another finds that beginning in the cache.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..ops import LogitsError
+from ..sampling_params import SamplingParams
+from .cache import PAGE, KVCache, pages_for
+
+
+@dataclass
+class Timing:
+    """Of one request. prefill_s: seconds of work up to first tokens, in which `prompt_tokens` were read and `cached` more
+    were found in the cache; capture_s: of steps that an engine captures; decode_s: of the `steps` that were replayed for
+    `decoded` tokens, which is more where several completions run together. Others' shares in a step are not taken off."""
+
+    prefill_s: float = 0.0
+    capture_s: float = 0.0
+    decode_s: float = 0.0
+    prompt_tokens: int = 0
+    cached: int = 0
+    steps: int = 0
+    decoded: int = 0
+
+
+@dataclass
+class Step:
+    """One generated token: its log-probability under the untruncated distribution at temperature 1, and, when asked
+    for, the most likely tokens with theirs."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]] | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A completion of `prompt`, or (room 0) a text that is only read.
+
+    room: tokens to generate at most. index: the completion's number among those of its request, which share the prompt
+    object. receive: is given each token, and says whether the sequence ends with it. hidden: is given the final hidden
+    states [T, dim] of the prompt, piece by piece. Both are called by the thread that drives the engine.
+    """
+
+    prompt: list[int]
+    room: int = 0
+    params: SamplingParams = field(default_factory=SamplingParams)
+    index: int = 0
+    seed: int = 0
+    receive: Callable[[Step], bool] = lambda step: False
+    hidden: Callable[[Tensor], None] | None = None
+    timing: Timing = field(default_factory=Timing)
+
+    tokens: list[int] = field(default_factory=list, init=False)  # generated so far
+    pages: list[int] = field(default_factory=list, init=False)
+    known: int = field(default=0, init=False)  # tokens at the beginning of the prompt that the cache had
+    read: int = field(default=0, init=False)  # tokens of the prompt whose keys and values are in the pages
+    row: int = field(default=-1, init=False)
+    done: bool = field(default=False, init=False)  # has its last token
+    ended: bool = field(default=False, init=False)  # and has left, or was cancelled, or failed
+    error: Exception | None = field(default=None, init=False)
+
+    @property
+    def to_read(self) -> int:
+        """Prompt tokens to read in; the last one of a completion is the input of its first decode step."""
+        return len(self.prompt) - bool(self.room)
+
+    def take(self, token: int, logprob: float, top: list[tuple[int, float]] | None) -> None:
+        """The next token. LogitsError where there was no distribution to draw it from."""
+        if logprob != logprob:
+            raise LogitsError([0])
+        self.tokens.append(token)
+        self.done = self.receive(Step(token, logprob, top)) or len(self.tokens) >= self.room
+
+
+class Scheduler:
+    """The line, and what runs: running[i] has row i, of `rows`."""
+
+    def __init__(self, cache: KVCache, rows: int):
+        self.cache, self.rows = cache, rows
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def first(self) -> Sequence | None:
+        """The first in line, with its pages; None where nobody waits, or it has to."""
+        if not self.waiting:
+            return None
+        s = self.waiting[0]
+        return s if s.pages or self._admit(s) else None
+
+    def _admit(self, s: Sequence) -> bool:
+        if s.room and len(self.running) == self.rows:
+            return False
+        sibling = next((r for r in self.running if r.prompt is s.prompt), None) if s.room else None
+        if sibling:  # its full pages are shared; of the page that ends the prompt, each has its own copy
+            known, shared = s.to_read, self.cache.share(sibling.pages[: s.to_read // PAGE])
+        else:
+            shared = self.cache.match(s.prompt) if s.room else []
+            known = len(shared) * PAGE
+        need = pages_for(len(s.prompt) + s.room) - len(shared)
+        if need > self.cache.available:
+            self.cache.release(shared)
+            if not self.running:
+                raise RuntimeError(f"{need} pages are asked for, nobody runs, and {self.cache.available} are free")
+            return False
+        s.pages, s.known, s.read = shared + self.cache.take(need), known, min(known, s.to_read)
+        s.timing.cached += s.read
+        if sibling and known % PAGE:
+            self.cache.copy(sibling.pages[known // PAGE], s.pages[known // PAGE])
+        return True
+
+    def run(self, s: Sequence) -> None:
+        """The first in line has been read in: it takes the next row."""
+        self.cache.learn(s.prompt[: s.read], s.pages)
+        s.row = len(self.running)
+        self.running.append(s)
+        self.waiting.popleft()
+
+    def leave(self, s: Sequence) -> None:
+        """Gives back what `s` holds. The last row's sequence moves into the row that falls empty."""
+        if s.row >= 0:
+            last = self.running.pop()
+            if last is not s:
+                self.running[s.row], last.row = last, s.row
+            if not s.error:
+                self.cache.learn([*s.prompt, *s.tokens][:-1], s.pages)
+        else:
+            self.waiting.remove(s)
+        self.cache.release(s.pages, forget=s.error is not None)
+        s.pages = []

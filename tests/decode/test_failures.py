@@ -1,0 +1,219 @@
+"""What goes wrong, and who is there: failures that stay with their request, interrupts, cancels, and several threads."""
+
+import gc
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from _engine import GREEDY, PENALISED, PROMPT, SAMPLED, Made, alone, engine, mixed, steps
+from _paged import check
+
+from fastllm import ops
+from fastllm.decode.engine import Engine
+
+# --------------------------------------------------------------------------------------------------------- failures
+
+
+def poisoned(e: Engine, token: int):
+    """Makes the embedding of `token` NaN; returns what undoes it."""
+    panels = e.model.embedding.weight.data
+    good = panels[token // 16, :, token % 16].clone()
+    panels[token // 16, :, token % 16] = torch.nan
+    return lambda: panels[token // 16, :, token % 16].copy_(good)
+
+
+def test_one_that_fails_touches_no_other():
+    e = engine(max_num_seqs=8)
+    clean = Made(PROMPT[:6], GREEDY, 30)
+    token = alone(clean)[10][0]  # poisoned as an input: the step that reads it finds no distribution
+    last = next(i for i, (t, _) in enumerate(alone(clean)) if t == token)
+    others = [s for s in (Made(PROMPT[i : i + 25], GREEDY, 25) for i in range(40)) if token not in s.prompt]
+    others = [s for s in others[:10] if token not in [t for t, _ in alone(s)]][:5]
+    assert len(others) == 5
+    undo = poisoned(e, token)
+    with pytest.raises(ops.LogitsError, match="hold a NaN"):
+        e.run([*others[:2], clean, *others[2:]])
+    assert clean.made == alone(clean)[: last + 1]
+    assert [s.made for s in others] == [alone(s) for s in others]
+    check(e.cache)
+    undo()
+    assert steps(e, PROMPT[:6], count=30) == alone(clean)
+
+
+def test_a_prompt_that_fails_is_not_taken_up():
+    """It fails in its first step, which is also the one that is captured."""
+    e = engine()
+    undo = poisoned(e, PROMPT[3])
+    other = Made([t for t in PROMPT if t != PROMPT[3]][:50], SAMPLED, 10)
+    failing = [Made(PROMPT[:60], SAMPLED, 10, index) for index in range(2)]
+    with pytest.raises(ops.LogitsError):
+        e.run([failing[0], other, failing[1]])
+    assert other.made == alone(other) and PROMPT[3] not in other.tokens
+    undo()
+    check(e.cache)
+    assert steps(e, PROMPT[:60], SAMPLED, 10) == alone(failing[0])
+
+
+def test_a_receiver_that_fails_ends_its_own_sequence():
+    e = engine()
+    bad, good = Made(PROMPT[:20]), Made(PROMPT[5:30])
+    bad.receive = lambda step: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        e.run([bad, good])
+    assert good.made == alone(good) and bad.ended
+    check(e.cache)
+
+
+def test_memory_that_runs_out_while_a_prompt_is_read(monkeypatch):
+    e, step = engine(), Engine._read_piece
+    good, bad = Made(PROMPT[5:30]), Made(PROMPT[:20])
+
+    def read(self, s, most):
+        if s is bad:
+            raise MemoryError("no more")
+        return step(self, s, most)
+
+    monkeypatch.setattr(Engine, "_read_piece", read)
+    with pytest.raises(MemoryError, match="no more"):
+        e.run([bad, good])
+    assert good.made == alone(good)
+    check(e.cache)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_interrupt_loses_nothing(monkeypatch, times):
+    """Ctrl-C between a replay and its tokens, and within a prompt: the others' tokens are made again, bit for bit."""
+    e, sequences = engine(chunk=64), [Made(PROMPT[i : i + 150], PENALISED, 20) for i in range(4)]
+    left = [times] * 2
+
+    def interrupted(call, which):
+        def run(self, *arguments):
+            result = call(self, *arguments)
+            if len(sequences[1].made) in (0, 4) and left[which]:
+                left[which] -= 1
+                raise KeyboardInterrupt
+            return result
+
+        return run
+
+    monkeypatch.setattr(Engine, "_replay", interrupted(Engine._replay, 0))
+    monkeypatch.setattr(e.model, "step", interrupted(lambda self, *a, step=e.model.step: step(*a), 1).__get__(e.model))
+    e.submit(sequences)
+    seen = 0
+    for s in sequences:
+        while not s.ended:
+            try:
+                e.wait(lambda s=s: s.ended)
+            except KeyboardInterrupt:
+                seen += 1
+    assert seen >= times and [s.made for s in sequences] == [alone(s) for s in sequences]
+    check(e.cache)
+
+
+# ---------------------------------------------------------------------------------------------------------- threads
+
+
+def test_threads_drive_in_turns():
+    """Each waits for its own sequences; all are served, by whoever runs a step."""
+    e, sequences = engine(max_num_seqs=8), mixed(24)
+    drivers, step = set(), e.step
+
+    def counted():
+        drivers.add(threading.get_ident())
+        step()
+
+    e.step = counted
+    workers = [threading.Thread(target=e.run, args=(sequences[i::6],)) for i in range(6)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join(120)
+    assert [s.made for s in sequences] == [alone(s) for s in sequences]
+    assert drivers <= {w.ident for w in workers}
+    check(e.cache)
+
+
+def test_who_waits_does_not_look_again_and_again():
+    """A thread that another one serves asks once a step, not all the time."""
+    e, asked = engine(), [0]
+    slow, step = Made(PROMPT[:20], count=40), e.step
+
+    def slowly():
+        time.sleep(0.01)
+        step()
+
+    e.step = slowly
+    e.submit([slow])
+
+    def ready() -> bool:
+        asked[0] += 1
+        return slow.ended
+
+    workers = [threading.Thread(target=e.wait, args=(ready,)) for _ in range(2)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join(60)
+    assert slow.ended and asked[0] < 41 * 2 * 4
+
+
+def test_a_cancel_from_anywhere_never_waits():
+    e, sequences = engine(), [Made(PROMPT[i : i + 30], SAMPLED, 500) for i in range(4)]
+    inside, go = threading.Event(), threading.Event()
+    step = e.step
+
+    def held():
+        inside.set()
+        go.wait(30)
+        step()
+
+    e.step = held
+    driver = threading.Thread(target=e.run, args=(sequences,))
+    driver.start()
+    assert inside.wait(30)
+    e.cancel(sequences[1:])  # while a step runs
+    assert not sequences[1].ended
+    go.set()
+    e.wait(lambda: all(s.ended for s in sequences[1:]))
+    e.cancel(sequences)
+    driver.join(30)
+    assert not driver.is_alive() and all(s.ended for s in sequences)
+    check(e.cache)
+
+
+def test_a_cancel_within_a_step():
+    """The garbage collector may close a stream anywhere, also in the thread that drives."""
+    e, other = engine(), Made(PROMPT[:30], count=300)
+    good = Made(PROMPT[:9], count=12)
+    take = good.receive
+    good.receive = lambda step: (e.cancel([other]), take(step))[1]
+    e.run([other, good])
+    assert good.made == alone(good) and other.ended and len(other.made) < 20
+    e.cancel([other]), e.cancel([good])
+    check(e.cache)
+
+
+def test_a_cancel_within_a_cancel(monkeypatch):
+    """The same, while nobody drives."""
+    e, sequences = engine(), [Made(PROMPT[i : i + 30], SAMPLED, 100) for i in range(4)]
+    e.submit(sequences)
+    while not sequences[3].tokens:
+        e.step()
+    leave = e.scheduler.leave
+    monkeypatch.setattr(e.scheduler, "leave", lambda s: (e.cancel(sequences[2:]), leave(s)))
+    e.cancel(sequences[:1])
+    assert e.scheduler.running == sequences[1:2] and [s.ended for s in sequences] == [True, False, True, True]
+    e.wait(lambda: sequences[1].ended)
+    assert sequences[1].made == alone(sequences[1])
+    check(e.cache)
+
+
+def test_an_engine_goes_when_it_is_dropped():
+    e = engine()
+    e.run([Made(PROMPT[:20])])
+    gone = weakref.ref(e)
+    del e
+    gc.collect()
+    assert gone() is None
