@@ -277,12 +277,13 @@ def dequantise(weight, group: int, first, count, rows, depth, bits, has_min, hal
 
 def backward(dy: Tensor, weight, group: int, rows, depth, bits, has_min, halves) -> Tensor:
     """dy W, some 16 million weights at a time in float32; cuBLAS multiplies, as it does behind a plain linear."""
-    flat, dx = as_rows(dy), torch.zeros((*dy.shape[:-1], depth), dtype=dy.dtype, device=dy.device)
-    to, step = dx.view(flat.shape[0], depth), max(16, _PIECE // max(depth, 1))
+    flat, empty = as_rows(dy), torch.empty if rows else torch.zeros
+    dx = empty((flat.shape[0], depth), dtype=dy.dtype, device=dy.device)
+    step = max(16, _PIECE // max(depth, 1))
     for first in range(0, rows if dx.numel() else 0, step):
         some = dequantise(weight, group, first, min(step, rows - first), rows, depth, bits, has_min, halves)
-        to.addmm_(flat[:, first : first + step], some, beta=1 if first else 0)
-    return dx
+        dx.addmm_(flat[:, first : first + step], some, beta=1 if first else 0)
+    return dx.view(*dy.shape[:-1], depth)
 
 
 def embedding(y: Tensor, ids, weight, group: int, rows, depth, bits, has_min) -> Tensor:

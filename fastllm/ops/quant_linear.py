@@ -119,12 +119,19 @@ class QWeight:
         return q
 
     def fill_quantized(self, first: int, weight: Tensor, affine: bool = False) -> int:
-        """Quantises float rows into [first, first + n); returns first + n. In pieces: the float copies stay small."""
+        """Quantises float rows into [first, first + n); returns first + n. In pieces: the float copies stay small.
+
+        Raises ValueError for another K than this weight's, or affine where it has no minima.
+        """
+        if weight.shape[1] != self.depth or affine > self.has_min:
+            raise ValueError(
+                f"QWeight.fill_quantized: rows {tuple(weight.shape)}, affine={affine} do not fit weight {self.shape}, "
+                f"has_min={self.has_min}"
+            )
         for start in range(0, weight.shape[0], 1024):
             rows = weight[start : start + 1024].detach().float()
             blocks = quantize_rows(rows, self.bits, self.group, affine)
-            size = blocks.shape[1] // self.data.shape[1] if self.depth else 0
-            first = self._pack(first, blocks, self.bits, affine, size)
+            first = self._pack(first, blocks, self.bits, affine, self.bits * self.group // 8 + (4 if affine else 2))
         return first
 
     def to(self, device: str | torch.device) -> "QWeight":

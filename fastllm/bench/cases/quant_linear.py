@@ -167,7 +167,7 @@ SUITE = Suite(
     benchmark=(
         case(512, 2048, cols=2048, form="q4_1", timed=True),
         tied(1, 49152, 576, "int8"),
-        *(case(rows, 4096, cols=14336, form=form, timed=True) for rows in (1, 8) for form in ("int4 g128", "int8 g128")),
+        *(case(rows, 4096, cols=14336, form=form, timed=True) for rows in (1, 8, 16) for form in ("int4 g128", "int8 g128")),
         *(
             case(rows, depth, cols=cols, form=form, timed=True, **fused)
             for rows in (1, 512)
