@@ -171,6 +171,11 @@ WIDE = QWeight.quantize(torch.randn(6, 128), 8, group=128)
             "Q8_0 has a scale for 32 of K, this weight one for 128; make it with group=32",
         ),
         (lambda: WIDE.fill_quantized(1, torch.randn(6, 128)), r"at row 1 do not fit weight \(6, 128\)"),
+        (
+            lambda: WIDE.fill_quantized(0, torch.randn(6, 96)),
+            r"rows \(6, 96\), affine=False do not fit weight \(6, 128\)",
+        ),
+        (lambda: WIDE.fill_quantized(0, torch.randn(6, 128), affine=True), "affine=True do not fit .* has_min=False"),
         *(
             (lambda v=v: QWeight.quantize(torch.full((2, 64), v), 4, group=64, affine=True), "NaN, infinite or huge")
             for v in (math.nan, math.inf, 1e9)
