@@ -12,15 +12,29 @@ import os
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastllm import _C
 from fastllm.bench.case import Case, Make, Suite, as_tuple
+from fastllm.bench.cases import suites
 
 GUARDS = 64, 65  # elements before and after each allocation: aligned outputs, and such as are not
 SENTINEL = 113
+
+
+def table(chosen: Callable[[Suite, Case, torch.dtype], bool] = lambda suite, case, dtype: True) -> list:
+    """Every case of every op in every dtype, as parameters (suite, case, dtype)."""
+    return [
+        pytest.param(suite, case, dtype, id=f"{name} {case.label} {str(dtype).removeprefix('torch.')}")
+        for name, suite in suites().items()
+        for case in suite.correct
+        for dtype in suite.dtypes
+        if chosen(suite, case, dtype)
+    ]
 
 
 def cases(suite: Suite) -> pytest.MarkDecorator:
@@ -181,9 +195,13 @@ def check_compile(suite: Suite, case: Case, dtype: torch.dtype = torch.float32, 
 LOWER_TIERS = [tier for tier in ("avx2", "generic") if tier in _C.isas() and tier != _C.isa()]
 
 
-def check_lower_tier(file: str, tier: str) -> None:
-    """Runs a test file again under FASTLLM_ISA=tier, but for what does not depend on it."""
-    command = [sys.executable, "-m", "pytest", file, "-x", "-p", "no:cacheprovider"]
-    command += ["-k", "not lower_tiers and not compile and not opcheck and not errors"]
-    run = subprocess.run(command, env={**os.environ, "FASTLLM_ISA": tier}, capture_output=True, text=True, timeout=900)
+ONE_OP = os.environ.get("FASTLLM_TEST_OP")  # of which the table is, where a lower tier is tested
+
+
+def check_lower_tier(op: str, files: list[Path], tier: str) -> None:
+    """Runs an op's table and test files again under FASTLLM_ISA=tier, but for what does not depend on it."""
+    command = [sys.executable, "-m", "pytest", *map(str, files), "-x", "-p", "no:cacheprovider"]
+    command += ["-k", "not lower_tiers and not compile and not opcheck and not errors and not fork"]
+    environment = {**os.environ, "FASTLLM_ISA": tier, "FASTLLM_TEST_OP": op}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

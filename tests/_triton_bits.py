@@ -11,11 +11,13 @@ import torch
 
 from fastllm import _C
 from fastllm.bench.case import Make
+from fastllm.bench.cases.lora_linear import QUANTISED as LORA_QUANTISED
+from fastllm.bench.cases.lora_linear import SUITE as LORA
 from fastllm.bench.cases.quant_linear import FORMATS as QUANTISED
-from fastllm.bench.cases.quant_linear import random_weight
+from fastllm.bench.cases.quant_linear import GROUPED, random_weight
 from fastllm.bench.cases.sample import PENALTIES, SUITE, USUAL
-from fastllm.ops import _sample_gpu
-from fastllm.ops._op import OPS
+from fastllm.ops import _quant_gpu, _sample_gpu
+from fastllm.ops._op import OPS, Kernel
 from fastllm.ops.sample import SampleState
 
 pytestmark = pytest.mark.skipif(_C.isa() == "generic", reason="the generic tier rounds an fma twice")
@@ -134,9 +136,10 @@ def test_advance_where_it_does_not_fit():
     assert position.tolist() == [4, 32, 3, 3] and slot.tolist() == [5 * 16 + 4, -1, -1, -1]
 
 
-@pytest.mark.parametrize("form", QUANTISED)
-@pytest.mark.parametrize("shape", [(1, 96, 40), (5, 160, 33), (70, 64, 20)], ids=str)
+@pytest.mark.parametrize("form", [*QUANTISED, *GROUPED])
+@pytest.mark.parametrize("shape", [(1, 96, 40), (5, 160, 33), (11, 128, 17), (70, 64, 20)], ids=str)
 def test_quant_linear(form, shape):
+    """By every kernel: of one row, of few, and in tiles."""
     rows, depth, cols = shape
     make = Make(seed=3)
     weight, x, ids = random_weight(make, cols, depth, form), make.normal(rows, depth), torch.arange(cols)
@@ -147,6 +150,36 @@ def test_quant_linear(form, shape):
     assert_same_bits((ours,), (cpu,))
     ours, cpu = (f(ids, *weight) for f in (OPS["quant_embedding"].triton, OPS["quant_embedding"].cpu))
     assert_same_bits((ours,), (cpu,))
+
+
+@pytest.mark.parametrize("form", ["int4", "q4_1 g64", "int8 g128", "8 bits + minimum"])
+def test_quant_linear_halves_rows_and_gradient(form, monkeypatch):
+    """Gate and up panels in turn; a row alone; dequantised rows to the bit, and so the gradient in pieces."""
+    make = Make(seed=4)
+    weight, x = random_weight(make, 74, 160, form, swiglu=True), make.normal(70, 160)
+    arguments = weight.data, weight.rows, weight.depth, weight.bits, weight.has_min
+    gpu, cpu = OPS["quant_linear"].triton, OPS["quant_linear"].cpu
+    both = gpu(x, *arguments, None, None, 1e-6, None, 2)  # GATE_UP: two halves side by side
+    assert_same_bits((both,), (cpu(x, *arguments, None, None, 1e-6, None, 2),))
+    whole = gpu(x, *arguments, None, None, 1e-6, None, 1)  # SWIGLU
+    for some in (slice(0, 1), slice(33, 38), slice(60, 70)):
+        assert torch.equal(gpu(x[some], *arguments, None, None, 1e-6, None, 1), whole[some])
+        assert torch.equal(gpu(x[some], *arguments, None, None, 1e-6, None, 2), both[some])
+    dense = _quant_gpu.dequantise(weight.data, weight.group, 5, 60, *arguments[1:], 1)
+    assert torch.equal(dense, weight.dequantize()[5:65])
+    monkeypatch.setattr(_quant_gpu, "_PIECE", 16 * 160)
+    dy = make.normal(3, 7, 74)
+    dx, exact = OPS["quant_linear_backward"].triton(dy, *arguments, 1), dy.double() @ weight.dequantize().double()
+    torch.testing.assert_close(dx.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", LORA_QUANTISED, ids=lambda c: c.label)
+def test_lora_over_a_quantised_base(case, monkeypatch):
+    """Forward, gradients and row norms by the kernels of a GPU."""
+    for name in ("lora_linear", "lora_linear_backward", "lora_row_norms"):
+        op = OPS[name]
+        monkeypatch.setitem(op._kernels, "cpu", Kernel(op.triton, "Triton", "interpreter"))
+    _oracle.check_forward_and_gradients(LORA, case, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -12,7 +12,6 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from fastllm import ops
-from fastllm.bench.cases import suites
 from fastllm.ops import kv_cache
 from fastllm.ops._op import OPS, Kernel
 from fastllm.ops.attention import triton_paged, triton_tile
@@ -114,14 +113,7 @@ def small(case, dtype: torch.dtype) -> bool:
     return numbers < 2**17 and case.flops < (6e6 if dtype == torch.float32 else 5e5)
 
 
-TABLE = [
-    pytest.param(suite, case, dtype, id=f"{name} {case.label} {str(dtype).removeprefix('torch.')}")
-    for name, suite in suites().items()
-    if OPS[name].triton
-    for case in suite.correct
-    for dtype in suite.dtypes
-    if small(case, dtype)
-]
+TABLE = _oracle.table(lambda suite, case, dtype: OPS[suite.op].triton and small(case, dtype))
 
 
 @pytest.mark.parametrize(("suite", "case", "dtype"), TABLE)

@@ -9,12 +9,8 @@ from fastllm.ops._op import OPS
 
 pytestmark = pytest.mark.gpu
 
-TABLE = [
-    pytest.param(suite, case, dtype, id=f"{name} {case.label} {str(dtype).removeprefix('torch.')}")
-    for name, suite in suites().items()
-    for case in suite.correct
-    for dtype in suite.dtypes
-]
+ALL = pytest.mark.parametrize(("suite", "case", "dtype"), _oracle.table())
+ROWS = pytest.mark.parametrize(("suite", "case", "dtype"), _oracle.table(lambda s, c, d: s.rows and c.apart))
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +24,12 @@ def test_kernels_are_ours():
     assert all(op.kernel("cuda").name != "reference" for op in OPS.values() if op.triton)
 
 
-@pytest.mark.parametrize(("suite", "case", "dtype"), TABLE)
+@ALL
 def test_forward_and_gradients(suite, case, dtype):
     _oracle.check_forward_and_gradients(suite, case, dtype, "cuda")
 
 
-@pytest.mark.parametrize(("suite", "case", "dtype"), TABLE)
+@ROWS
 def test_contract(suite, case, dtype):
     if OPS[suite.op].triton_name == "cuBLAS" and "exact" not in case.label:
         pytest.skip("cuBLAS chooses its order by the number of rows; exact=True holds the contract")

@@ -148,7 +148,7 @@ def test_an_op_has_its_files(op):
     ("folder", "pattern"),
     [
         ("fastllm/bench/cases", r"([a-z]\w*)\.py"),
-        ("tests/ops", r"test_(\w+)\.py"),
+        ("tests/ops", r"test_(?!all\.)(\w+)\.py"),
         ("benchmarks", r"bench_(\w+)\.py"),
         ("csrc/cpu", r"(\w+)\.cpp"),
     ],

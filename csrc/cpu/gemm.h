@@ -233,10 +233,10 @@ template <class Hooks> void pack(const LinearArgs& a, const Hooks& hooks, float*
         pack_columns(to, weight, a.weight_stride, a.cols, a.depth, n, [&](vf v, int64_t row) { return hooks.pack(v, row, n); });
       });
     case kPanelsAcross: return pack_panel_columns(to, panels, a.cols, a.depth, alternate, n);
-    case kInt4Across: return pack_quant_columns<4, false>(to, bytes, a.cols, a.depth, alternate, n);
-    case kInt4MinAcross: return pack_quant_columns<4, true>(to, bytes, a.cols, a.depth, alternate, n);
-    case kInt8Across: return pack_quant_columns<8, false>(to, bytes, a.cols, a.depth, alternate, n);
-    default: return pack_quant_columns<8, true>(to, bytes, a.cols, a.depth, alternate, n);
+    case kInt4Across: return pack_quant_columns<4, false>(to, bytes, a.cols, a.depth, alternate, n, a.group);
+    case kInt4MinAcross: return pack_quant_columns<4, true>(to, bytes, a.cols, a.depth, alternate, n, a.group);
+    case kInt8Across: return pack_quant_columns<8, false>(to, bytes, a.cols, a.depth, alternate, n, a.group);
+    default: return pack_quant_columns<8, true>(to, bytes, a.cols, a.depth, alternate, n, a.group);
   }
 }
 

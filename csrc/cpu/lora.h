@@ -13,6 +13,17 @@ template <class Hooks> void any_product(const LinearArgs& a, const Hooks& hooks,
     product(a, hooks, team, scratch);
 }
 
+// A matrix of `dtype` as packing sees it.
+FL_INLINE LinearArgs matrix(const void* weight, int64_t form, int64_t cols, int64_t depth, int64_t stride, int64_t dtype) {
+  LinearArgs m{};
+  m.weight = weight, m.form = form, m.cols = cols, m.depth = depth, m.weight_stride = stride, m.dtype = dtype;
+  return m;
+}
+[[maybe_unused]] void pack_all(const LinearArgs& m, float* to, Team& team) {
+  const Range mine = share(team, panels_of(m));
+  for (int64_t p = mine.begin; p < mine.end; ++p) pack(m, NoHooks(), to + p * m.depth * kLanes, p);
+}
+
 // y = scale * (the chain).
 struct Scaled : NoHooks {
   float scale;

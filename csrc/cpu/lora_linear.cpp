@@ -56,17 +56,6 @@ struct Backward : NoHooks {
   FL_INLINE_MEMBER vf pack(vf v, int64_t row, int64_t column) const { return keep && !ds ? dropped(v, row, column) : v; }
 };
 
-// A matrix of `dtype` as packing sees it.
-FL_INLINE LinearArgs matrix(const void* weight, int64_t form, int64_t cols, int64_t depth, int64_t stride, int64_t dtype) {
-  LinearArgs m{};
-  m.weight = weight, m.form = form, m.cols = cols, m.depth = depth, m.weight_stride = stride, m.dtype = dtype;
-  return m;
-}
-void pack_all(const LinearArgs& m, float* to, Team& team) {
-  const Range mine = share(team, panels_of(m));
-  for (int64_t p = mine.begin; p < mine.end; ++p) pack(m, NoHooks(), to + p * m.depth * kLanes, p);
-}
-
 // y [rows, cols] float32 = scale * x' W^T, W in panels; x' is x widened, and dropped where dropout says so. done(row, count)
 // is called for each block of rows when it is there.
 struct Narrow {

@@ -80,31 +80,46 @@ FL_INLINE PanelRows rows_of_panel(int64_t p, int64_t rows, bool alternate) {
   }
 }
 
-// Columns c..c+15 of the quantised panels of quant.h, dequantised: exact but for one rounding where there is a minimum.
-template <int kBits, bool kMin>
-void pack_quant_columns(float* to, const uint8_t* panels, int64_t cols, int64_t depth, bool alternate, int64_t c) {
-  using F = QuantFormat<kBits, kMin>;
-  const int64_t groups = padded(cols) / kGroup, g = c / kGroup;
-  const int64_t half = alternate ? depth / 2 : depth, count = (half + kLanes - 1) / kLanes * (alternate ? 2 : 1);
+// 16 k of the 16 rows of a quantised panel, from k = 16 i on, dequantised: exact but for one rounding where there is a minimum.
+template <int kBits, bool kMin> FL_INLINE void dequantise(vf (&to)[16], const uint8_t* panel, const QuantFormat& format, int64_t i) {
+  const int64_t g = i / 2;
+  const uint8_t* w = panel + format.at(g);
+  const auto* scales = reinterpret_cast<const f16*>(panel + format.scales(g));
+  const vf scale = load(scales), minimum = kMin ? load(scales + 16) : set1(0);
   const vi mask = seti(kBits == 4 ? 15 : 255);
   const vf zero = set1(kMin ? 0.0f : kBits == 4 ? 8.0f : 128.0f);
-  for (int64_t p = 0; p < count; ++p) {
-    const uint8_t* w = panels + (p * groups + g) * F::kBytes;
-    const vf scale = load(reinterpret_cast<const f16*>(w + F::kQuants));
-    const vf minimum = kMin ? load(reinterpret_cast<const f16*>(w + F::kQuants + 32)) : set1(0);
-    vf in[16];    // of one k each, over the panel's rows
+  FL_UNROLL
+  for (int q = 0; q < 4; ++q) {    // four k a word
+    const int64_t k = i % 2 * 16 + q * 4;
+    const vi word = kBits == 8 ? loadi(w + k / 4 * 64) : k % 8 ? shift_right<4>(loadi(w + k / 8 * 64)) : loadi(w + k / 8 * 64);
+    const vi bytes[4] = {word, shift_right<8>(word), shift_right<16>(word), shift_right<24>(word)};
     FL_UNROLL
-    for (int q = 0; q < 4; ++q) {    // four k a word
-      const int64_t k = c % kGroup + q * 4;
-      const vi word = kBits == 8 ? loadi(w + k / 4 * 64) : k % 8 ? shift_right<4>(loadi(w + k / 8 * 64)) : loadi(w + k / 8 * 64);
-      const vi bytes[4] = {word, shift_right<8>(word), shift_right<16>(word), shift_right<24>(word)};
-      FL_UNROLL
-      for (int j = 0; j < 4; ++j) in[q * 4 + j] = fma(to_float(bytes[j] & mask) - zero, scale, minimum);
-    }
+    for (int j = 0; j < 4; ++j) to[q * 4 + j] = fma(to_float(bytes[j] & mask) - zero, scale, minimum);
+  }
+}
+
+// Columns c..c+15 of the quantised panels of quant.h.
+template <int kBits, bool kMin>
+void pack_quant_columns(float* to, const uint8_t* panels, int64_t cols, int64_t depth, bool alternate, int64_t c, int64_t group) {
+  const QuantFormat format(kBits, kMin, group);
+  const int64_t half = alternate ? depth / 2 : depth, count = (half + kLanes - 1) / kLanes * (alternate ? 2 : 1);
+  for (int64_t p = 0; p < count; ++p) {
+    vf in[16];    // of one k each, over the panel's rows
+    dequantise<kBits, kMin>(in, panels + p * format.panel(cols), format, c / kLanes);
     for (int i = 0; i < 16; ++i)
       if (c + i >= cols) in[i] = set1(0);
     const PanelRows at = rows_of_panel(p, depth, alternate);
     transpose(to + at.first * kLanes, in, at.count);
+  }
+}
+
+// Rows 16 p..16 p + 15 of those panels, as a float32 panel of `depth` up to a multiple of 16.
+template <int kBits, bool kMin> void pack_quant_rows(float* to, const uint8_t* panels, int64_t depth, int64_t p, int64_t group) {
+  const QuantFormat format(kBits, kMin, group);
+  for (int64_t i = 0; i * kLanes < depth; ++i) {
+    vf in[16];
+    dequantise<kBits, kMin>(in, panels + p * format.panel(depth), format, i);
+    for (int k = 0; k < 16; ++k) store(to + (i * kLanes + k) * kLanes, in[k]);
   }
 }
 

@@ -1,11 +1,12 @@
-// Groups of 32 quantised weights of 16 rows, and their exact integer dot product with s8 activations, tier by tier.
+// How quantised weights lie in panels of 16 rows, and their exact integer dot product with s8 activations, 32 at a time, tier by
+// tier.
 #pragma once
 #include "simd.h"
 
 namespace fastllm {
 namespace {
 
-constexpr int64_t kGroup = 32;
+constexpr int64_t kGroup = 32;    // of activations; a weight's group is one, two or four of them
 
 FL_INLINE int64_t padded(int64_t depth) { return (depth + kGroup - 1) / kGroup * kGroup; }
 
@@ -25,15 +26,20 @@ FL_INLINE vi broadcast4(const int8_t* x) {    // four activations to every lane
   return seti(v);
 }
 
-// One group of one panel: quants, then 16 float16 scales, then 16 float16 minima if any.
-template <int kBits, bool kMin> struct QuantFormat {
-  static constexpr int64_t kQuants = kBits == 4 ? 256 : 512;
-  static constexpr int64_t kBytes = kQuants + 32 + (kMin ? 32 : 0);
+// A weight's group in a panel: quants, 32 of k after 32 of k, then 16 float16 scales, then 16 float16 minima if any. Offsets are
+// those of the g-th 32 of k.
+struct QuantFormat {
+  int64_t quants, shift, bytes;    // of 32 of k; log2 of how many of them share a scale; of a weight's group
+  FL_INLINE_MEMBER QuantFormat(int64_t bits, bool minimum, int64_t group)
+      : quants(bits * 64), shift(group / 64), bytes((quants << shift) + (minimum ? 64 : 32)) {}
+  FL_INLINE_MEMBER int64_t panel(int64_t depth) const { return (depth + (kGroup << shift) - 1) / (kGroup << shift) * bytes; }
+  FL_INLINE_MEMBER int64_t at(int64_t g) const { return (g >> shift) * bytes + (g & ((1 << shift) - 1)) * quants; }
+  FL_INLINE_MEMBER int64_t scales(int64_t g) const { return (g >> shift) * bytes + (quants << shift); }
 };
 
 template <int kBits> struct Quants;
 
-// dot(x, start): start + sum over the group of quant * x, per row.
+// dot(x, start): start + sum over 32 of k of quant * x, per row.
 template <> struct Quants<8> {
   vi q[8];    // k 4c..4c+3
   FL_INLINE_MEMBER void load(const uint8_t* w) {

@@ -1,13 +1,13 @@
 // Products with weights of 4 or 8 bits, x W^T. x, norm and what is added are float32.
 //
 // Contract. Activations become s8 in +-127, one scale per row and group of 32; weights are u4 or u8 with one scale (and one
-// minimum, or a fixed zero point) per row and group of 32. Within a group the integer sum is exact; the scaled sum runs over
-// groups ascending:
+// minimum, or a fixed zero point) per row and group of 32, 64 or 128. Within 32 of k the integer sum is exact; the scaled sum runs
+// over them ascending, so a weight in larger groups gives the bits of one in groups of 32 that repeats its scales:
 //     acc = fma(float(sum u*x - zero*sum x), scale_w * scale_x, acc);   with minima also acc = fma(min_w, scale_x * sum x, acc)
 // so one row alone and a thousand give the same bits, whatever the tile.
 //
-// Layout: panels of 16 output rows; per group of 32 the quants (u4: 256 bytes, u8: 512), 16 float16 scales, 16 float16 minima
-// if any. Each 64-byte vector holds 4 consecutive k of 16 rows; u4 has the next 4 in the high nibbles.
+// Layout: panels of 16 output rows; per group the quants (u4: 256 bytes for 32 of k, u8: 512), 16 float16 scales, 16 float16
+// minima if any. Each 64-byte vector holds 4 consecutive k of 16 rows; u4 has the next 4 in the high nibbles.
 #pragma once
 #include "gemm.h"
 
@@ -64,11 +64,10 @@ template <int kBits, bool kMin> FL_INLINE void quantise_row(Rows to, const float
   }
 }
 
-// One group of one panel against R rows.
-template <int kBits, bool kMin, int R> FL_INLINE void accumulate(vf (&acc)[R], const uint8_t* w, const Rows& x) {
-  using F = QuantFormat<kBits, kMin>;
-  const vf scale = load(reinterpret_cast<const f16*>(w + F::kQuants));
-  const vf minimum = kMin ? load(reinterpret_cast<const f16*>(w + F::kQuants + 32)) : set1(0);
+// 32 of k of one panel against R rows.
+template <int kBits, bool kMin, int R> FL_INLINE void accumulate(vf (&acc)[R], const uint8_t* w, const uint8_t* scales, const Rows& x) {
+  const vf scale = load(reinterpret_cast<const f16*>(scales));
+  const vf minimum = kMin ? load(reinterpret_cast<const f16*>(scales + 32)) : set1(0);
   Quants<kBits> q;
   q.load(w);
   FL_UNROLL
@@ -83,11 +82,14 @@ template <int kBits, bool kMin, int R> FL_INLINE void accumulate(vf (&acc)[R], c
 // R rows against units [begin, end) of panels (swiglu: a gate and an up panel), P panels at once, each its own stream.
 // Each stream starts one panel further into its run than the one before: runs of a multiple of 4 KiB would otherwise meet in the
 // same cache sets and memory banks, a third of the bandwidth.
-// fetch: how many bytes ahead of each stream, 0: the panels are in cache already.
-template <int kBits, bool kMin, int R, int P, class Hooks>
+// kLarge: groups of the weight may be larger than 32. ahead: how many bytes ahead of each stream to fetch; 0: the panels are in
+// cache already.
+template <int kBits, bool kMin, bool kLarge, int R, int P, class Hooks>
 void quant_stream(const LinearArgs& a, const Hooks& hooks, const Rows& x, int64_t row, int64_t begin, int64_t end,
                   int64_t ahead = streaming.ahead) {
-  const int64_t depth = padded(a.depth), groups = depth / kGroup, bytes = QuantFormat<kBits, kMin>::kBytes;
+  const QuantFormat format(kBits, kMin, kLarge ? a.group : kGroup);
+  const int64_t groups = padded(a.depth) / kGroup, size = format.panel(a.depth);
+  constexpr int64_t lines = kBits * 64 + 64;    // quants, and what of their scales may lie beyond
   const int64_t width = a.halves ? 2 : 1, lanes = P / width, length = (end - begin) / lanes;
   for (int64_t i = 0; i < length; ++i) {
     const uint8_t* w[P];
@@ -96,18 +98,20 @@ void quant_stream(const LinearArgs& a, const Hooks& hooks, const Rows& x, int64_
     FL_UNROLL
     for (int p = 0; p < P; ++p) {
       panel[p] = (begin + p / width * length + (i + p / width) % length) * width + p % width;
-      w[p] = static_cast<const uint8_t*>(a.weight) + panel[p] * groups * bytes;
+      w[p] = static_cast<const uint8_t*>(a.weight) + panel[p] * size;
       FL_UNROLL
       for (int r = 0; r < R; ++r) acc[p][r] = set1(0);    // no hook starts a quantised chain
     }
     Rows at = x;
-    for (int64_t g = 0; g < groups; ++g, at.values += kQuantTileBytes, at.meta += kQuantTileBytes)
+    for (int64_t g = 0; g < groups; ++g, at.values += kQuantTileBytes, at.meta += kQuantTileBytes) {
+      const int64_t quants = format.at(g), scales = format.scales(g);
       FL_UNROLL
       for (int p = 0; p < P; ++p) {
         if (ahead)
-          for (int64_t line = 0; line < bytes; line += 64) prefetch(w[p] + g * bytes + ahead + line);
-        accumulate<kBits, kMin, R>(acc[p], w[p] + g * bytes, at);
+          for (int64_t line = 0; line < lines; line += 64) prefetch(w[p] + quants + ahead + line);
+        accumulate<kBits, kMin, R>(acc[p], w[p] + quants, w[p] + scales, at);
       }
+    }
     FL_UNROLL
     for (int r = 0; r < R; ++r) {
       vf of_row[1][P];
@@ -119,28 +123,62 @@ void quant_stream(const LinearArgs& a, const Hooks& hooks, const Rows& x, int64_
   if constexpr (P == 6)
     return;    // taken only where nothing is left over
   else if constexpr (P > 2)
-    quant_stream<kBits, kMin, R, P / 2>(a, hooks, x, row, begin + length * lanes, end);
+    quant_stream<kBits, kMin, kLarge, R, P / 2>(a, hooks, x, row, begin + length * lanes, end);
   else if constexpr (P == 2)
-    if (!a.halves) quant_stream<kBits, kMin, R, 1>(a, hooks, x, row, begin + length * lanes, end);
+    if (!a.halves) quant_stream<kBits, kMin, kLarge, R, 1>(a, hooks, x, row, begin + length * lanes, end);
 }
 
 // Few rows, with as many streams as this machine's memory wants. A left-over of one or two panels would run with one or two
 // streams: where eight are wanted, one row takes six if they come out even and eight do not.
-template <int kBits, bool kMin, int R, class Hooks>
+template <int kBits, bool kMin, bool kLarge, int R, class Hooks>
 void quant_stream_rows(const LinearArgs& a, const Hooks& hooks, const Rows& x, int64_t row, int64_t begin, int64_t end) {
   const int64_t width = a.halves ? 2 : 1, units = end - begin;
-  if (kStreams == 2 || streaming.streams == 2) return quant_stream<kBits, kMin, R, 2>(a, hooks, x, row, begin, end);
+  if (kStreams == 2 || streaming.streams == 2) return quant_stream<kBits, kMin, kLarge, R, 2>(a, hooks, x, row, begin, end);
   if constexpr (kStreams > 2) {
-    if (kStreams == 4 || R == 4 || streaming.streams == 4) return quant_stream<kBits, kMin, R, 4>(a, hooks, x, row, begin, end);
+    if (kStreams == 4 || R == 4 || streaming.streams == 4) return quant_stream<kBits, kMin, kLarge, R, 4>(a, hooks, x, row, begin, end);
     if constexpr (kStreams == 8 && R < 4) {
-      if (R == 1 && units % (8 / width) && units % (6 / width) == 0) return quant_stream<kBits, kMin, 1, 6>(a, hooks, x, row, begin, end);
-      quant_stream<kBits, kMin, R, 8>(a, hooks, x, row, begin, end);
+      if (R == 1 && units % (8 / width) && units % (6 / width) == 0)
+        return quant_stream<kBits, kMin, kLarge, 1, 6>(a, hooks, x, row, begin, end);
+      quant_stream<kBits, kMin, kLarge, R, 8>(a, hooks, x, row, begin, end);
+    }
+  }
+}
+
+// Groups of 32, or any: few rows of the former would lose some percents to the offsets of the latter.
+template <int kBits, bool kMin, bool kLarge, class Hooks>
+void quant_rows(const LinearArgs& a, const Hooks& hooks, Team& team, char* all) {
+  const int64_t groups = padded(a.depth) / kGroup, units = panels_of(a) / (a.halves ? 2 : 1);
+  if (a.rows <= kFewRows) {
+    const Range u = share(team, units);
+    int64_t r = 0;
+    if (a.rows >= 4) quant_stream_rows<kBits, kMin, kLarge, 4>(a, hooks, rows_at(all, r, groups), r, u.begin, u.end), r += 4;
+    if (a.rows - r >= 2) quant_stream_rows<kBits, kMin, kLarge, 2>(a, hooks, rows_at(all, r, groups), r, u.begin, u.end), r += 2;
+    if (a.rows - r >= 1) quant_stream_rows<kBits, kMin, kLarge, 1>(a, hooks, rows_at(all, r, groups), r, u.begin, u.end);
+    return;
+  }
+  // Row blocks stay in cache while the panels pass; a tile takes one unit.
+  const int64_t blocks = (a.rows + kQuantRowBlock - 1) / kQuantRowBlock;
+  const Range items = share(team, blocks * units);
+  for (int64_t item = items.begin; item < items.end; ++item) {
+    const int64_t u = item % units, begin = item / units * kQuantRowBlock;
+    const int64_t end = begin + kQuantRowBlock < a.rows ? begin + kQuantRowBlock : a.rows;
+    // While the first tile passes over this unit, the next one is fetched.
+    int64_t ahead = (a.halves ? 2 : 1) * QuantFormat(kBits, kMin, kLarge ? a.group : kGroup).panel(a.depth);
+    for (int64_t r = begin; r < end; ahead = 0) {
+      if (end - r >= kQuantTileRows)
+        quant_stream<kBits, kMin, kLarge, kQuantTileRows, 2>(a, hooks, rows_at(all, r, groups), r, u, u + 1, ahead), r += kQuantTileRows;
+      else if (kQuantTileRows > 4 && end - r >= 4)
+        quant_stream<kBits, kMin, kLarge, 4, 2>(a, hooks, rows_at(all, r, groups), r, u, u + 1, ahead), r += 4;
+      else if (end - r >= 2)
+        quant_stream<kBits, kMin, kLarge, 2, 2>(a, hooks, rows_at(all, r, groups), r, u, u + 1, ahead), r += 2;
+      else
+        quant_stream<kBits, kMin, kLarge, 1, 2>(a, hooks, rows_at(all, r, groups), r, u, u + 1, ahead), r += 1;
     }
   }
 }
 
 template <int kBits, bool kMin, class Hooks> void quant_product(const LinearArgs& a, const Hooks& hooks, Team& team, char* scratch) {
-  const int64_t depth = padded(a.depth), groups = depth / kGroup;
+  const int64_t depth = padded(a.depth);
   const bool few = a.rows <= kFewRows;
   char* at = scratch;
   float* row = reinterpret_cast<float*>(at + team.rank * depth * 4);    // this thread's normalised row
@@ -153,38 +191,10 @@ template <int kBits, bool kMin, class Hooks> void quant_product(const LinearArgs
       scale_row(row, x, static_cast<const float*>(a.norm), reciprocal_rms(x, a.depth, a.eps), a.depth);
       x = row;
     }
-    quantise_row<kBits, kMin>(rows_at(all, r, groups), x, a.depth, depth);
+    quantise_row<kBits, kMin>(rows_at(all, r, depth / kGroup), x, a.depth, depth);
   }
   if (!few) sync(team);
-
-  const int64_t units = panels_of(a) / (a.halves ? 2 : 1);
-  if (few) {
-    const Range u = share(team, units);
-    int64_t r = 0;
-    if (a.rows >= 4) quant_stream_rows<kBits, kMin, 4>(a, hooks, rows_at(all, r, groups), r, u.begin, u.end), r += 4;
-    if (a.rows - r >= 2) quant_stream_rows<kBits, kMin, 2>(a, hooks, rows_at(all, r, groups), r, u.begin, u.end), r += 2;
-    if (a.rows - r >= 1) quant_stream_rows<kBits, kMin, 1>(a, hooks, rows_at(all, r, groups), r, u.begin, u.end);
-    return;
-  }
-  // Row blocks stay in cache while the panels pass; a tile takes one unit.
-  const int64_t blocks = (a.rows + kQuantRowBlock - 1) / kQuantRowBlock;
-  const Range items = share(team, blocks * units);
-  for (int64_t item = items.begin; item < items.end; ++item) {
-    const int64_t u = item % units, begin = item / units * kQuantRowBlock;
-    const int64_t end = begin + kQuantRowBlock < a.rows ? begin + kQuantRowBlock : a.rows;
-    // While the first tile passes over this unit, the next one is fetched.
-    int64_t ahead = (a.halves ? 2 : 1) * groups * QuantFormat<kBits, kMin>::kBytes;
-    for (int64_t r = begin; r < end; ahead = 0) {
-      if (end - r >= kQuantTileRows)
-        quant_stream<kBits, kMin, kQuantTileRows, 2>(a, hooks, rows_at(all, r, groups), r, u, u + 1, ahead), r += kQuantTileRows;
-      else if (kQuantTileRows > 4 && end - r >= 4)
-        quant_stream<kBits, kMin, 4, 2>(a, hooks, rows_at(all, r, groups), r, u, u + 1, ahead), r += 4;
-      else if (end - r >= 2)
-        quant_stream<kBits, kMin, 2, 2>(a, hooks, rows_at(all, r, groups), r, u, u + 1, ahead), r += 2;
-      else
-        quant_stream<kBits, kMin, 1, 2>(a, hooks, rows_at(all, r, groups), r, u, u + 1, ahead), r += 1;
-    }
-  }
+  a.group > kGroup ? quant_rows<kBits, kMin, true>(a, hooks, team, all) : quant_rows<kBits, kMin, false>(a, hooks, team, all);
 }
 
 template <class Hooks> void quant_product(const LinearArgs& a, const Hooks& hooks, Team& team, float* scratch) {

@@ -34,6 +34,7 @@ struct LinearArgs {
   const void* residual;    // [rows, cols] of dtype, or null
   const void* norm;        // [depth] of x_dtype, the weight of an rms_norm applied to x first, or null
   int64_t rows, cols, depth, x_stride, y_stride, weight_stride, residual_stride, form, halves, x_dtype, dtype, y_dtype;
+  int64_t group;           // k that share a scale of a quantised weight: 32, 64 or 128
   double eps;
 };
 static inline int64_t work(const LinearArgs& a) { return a.rows * a.cols * a.depth / (a.form >= kInt4 ? 16 : 8); }

@@ -23,6 +23,15 @@ struct LoraLinearBackwardArgs {
   double scale, dropout;
 };
 
+// norms[n] = ||W + scale * B A|| of each row n of a base weight.
+struct LoraRowNormsArgs {
+  float* norms;            // [cols]
+  const void *weight;      // [cols, depth] as `form` says, one of x W^T
+  const void *a, *b;       // [rank, depth], [cols, rank], row-major, of dtype
+  int64_t cols, depth, weight_stride, form, dtype, group, rank, a_stride, b_stride;
+  double scale;
+};
+
 static inline int64_t up_to_16(int64_t n) { return (n + 15) / 16 * 16; }
 constexpr int64_t kNarrowRows = 48;    // of x, that a thread takes at a time against a few panels
 static inline int64_t narrow_floats(int64_t depth) { return 96 * 2 * 16 + kNarrowRows * up_to_16(depth); }    // a thread's own
@@ -32,6 +41,10 @@ static inline int64_t work(const LoraLinearArgs& a) { return work(a.base); }
 static inline int64_t scratch_bytes(const LoraLinearArgs& a, int64_t threads) {
   const int64_t panels = up_to_16(a.rank) * a.base.depth + up_to_16(a.base.cols) * a.rank, s = up_to_16(a.base.rows * a.rank);
   return 4 * (panels + s) + larger(scratch_bytes(a.base, threads), 4 * threads * narrow_floats(a.base.depth));
+}
+static inline int64_t work(const LoraRowNormsArgs& a) { return a.cols * a.depth * (a.rank / 4 + 1); }
+static inline int64_t scratch_bytes(const LoraRowNormsArgs& a, int64_t threads) {
+  return 4 * (up_to_16(a.rank) * a.depth + up_to_16(a.cols) * a.rank + threads * 2 * 16 * up_to_16(a.depth + 16));
 }
 static inline int64_t work(const LoraLinearBackwardArgs& a) { return work(a.base); }
 static inline int64_t scratch_bytes(const LoraLinearBackwardArgs& a, int64_t threads) {

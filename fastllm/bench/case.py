@@ -38,7 +38,8 @@ class Make:
 @dataclass(frozen=True)
 class Case:
     """label: what tables print. inputs(make) -> keyword arguments of the op. bytes and flops: the fewest that the
-    forward must move and compute, for elements of `itemsize` bytes; backward_bytes and backward_flops likewise."""
+    forward must move and compute, for elements of `itemsize` bytes; backward_bytes and backward_flops likewise.
+    apart: whether a row of it alone is a call of the same meaning; not where the row's place counts, as for dropout."""
 
     label: str
     inputs: Callable[[Make], Inputs]
@@ -46,6 +47,7 @@ class Case:
     flops: int = 0
     backward_bytes: Callable[[int], int] = lambda itemsize: 0
     backward_flops: int = 0
+    apart: bool = True
 
 
 @dataclass(frozen=True)

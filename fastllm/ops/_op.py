@@ -92,6 +92,7 @@ class Op:
     cpu, triton: launchers with the same arguments, for validated input; None where there is no such kernel.
         A launcher may have one more, `train=False`: see Kernel.
     triton_name, triton_reason: what `fastllm info` says of the GPU's kernel, where its launcher hands calls to a library.
+    no_triton: what it says where there is none: what runs in its place, or why a GPU never asks.
     fake: shapes and dtypes of the results.
     save(ctx, inputs, output), backward(ctx, *gradients): as in torch.autograd.Function; None for an op without its own
         backward: asked for a gradient it runs its reference, and `fastllm info` says so.
@@ -104,6 +105,7 @@ class Op:
     triton: Callable[..., Any] | None = None
     triton_name: str = "Triton"
     triton_reason: str = "the GPU kernel of this op"
+    no_triton: str = "no GPU kernel yet"
     save: Callable[..., None] | None = None
     backward: Callable[..., Any] | None = None
 
@@ -139,7 +141,7 @@ class Op:
             from . import _triton
 
             if not self.triton:
-                return Kernel(self.reference, "reference", "no GPU kernel yet")
+                return Kernel(self.reference, "reference", self.no_triton)
             if not _triton.available():
                 return Kernel(self.reference, "reference", _triton.unavailable_reason())
             return Kernel(_triton.on_device(self.triton), self.triton_name, self.triton_reason)

@@ -96,6 +96,8 @@ class Panels:
         return self.data.numel() * 4
 
 
+_CPU_LAYOUT = "panels are a CPU's; on a GPU a weight stays row-major for cuBLAS, and this unpacks it"
+
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
@@ -205,7 +207,7 @@ def unit_stride(weight: Tensor) -> Tensor:
     return weight if weight.stride(1) == 1 or weight.shape[1] <= 1 else weight.contiguous()
 
 
-def fields(y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, halves=WHOLE) -> tuple:
+def fields(y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, halves=WHOLE, group=0) -> tuple:
     """The record of a product x W^T or x W (csrc/records/linear.h): y [rows, ...] or contiguous, x and residual
     [rows, ...], with unit stride; the weight of x's dtype or packed. Of pointers: the caller holds the tensors until the
     kernel is done."""
@@ -214,14 +216,16 @@ def fields(y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, hal
         y.data_ptr(), x.data_ptr(), weight.data_ptr(), pointer(bias), pointer(residual), pointer(norm),
         x.shape[0], cols, x.shape[1], x.stride(0), y.stride(0) if y.dim() == 2 else cols, weight.stride(0),
         0 if residual is None else residual.stride(0), form, halves, DTYPES[x.dtype], DTYPES[x.dtype],
-        DTYPES[y.dtype], eps,
+        DTYPES[y.dtype], group, eps,
     )  # fmt: skip
 
 
-def product(y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, halves=WHOLE, kernel=_C.linear) -> Tensor:
+def product(
+    y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, halves=WHOLE, kernel=_C.linear, group=0
+) -> Tensor:
     if y.numel():
         x, residual = as_rows(x), None if residual is None else as_rows(residual)
-        kernel(*fields(y, x, weight, form, bias, norm, eps, residual, halves))
+        kernel(*fields(y, x, weight, form, bias, norm, eps, residual, halves, group))
     return y
 
 
@@ -332,6 +336,7 @@ forward_rows = Op(
     reference=lambda ids, panels, rows: panels[ids // 16, :, ids % 16],
     fake=lambda ids, panels, rows: panels.new_empty((*ids.shape, panels.shape[1])),
     cpu=cpu_rows,
+    no_triton=_CPU_LAYOUT,
 )
 forward = Op(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, Tensor? residual, bool swiglu, bool wide)"
@@ -364,6 +369,7 @@ backward = Op(
         x.new_empty(weight.shape[0] if bias else 0),
     ),
     cpu=cpu_backward,
+    no_triton="its two products are torch's, by cuBLAS",
 )
 forward_panels = Op(
     "linear_panels(Tensor x, Tensor panels, int rows, Tensor? bias, Tensor? norm, float eps, Tensor? residual,"
@@ -373,6 +379,7 @@ forward_panels = Op(
         x, rows // (1 + (halves == SWIGLU)), wide
     ),
     cpu=cpu_panels,
+    no_triton=_CPU_LAYOUT,
     save=_save_panels,
     backward=_backward_panels,
 )
@@ -381,6 +388,7 @@ backward_panels = Op(
     reference=reference_panels_backward,
     fake=lambda dy, panels, rows, halves: _output(dy, panels.shape[1]),
     cpu=cpu_panels_backward,
+    no_triton=_CPU_LAYOUT,
 )
 
 

@@ -22,11 +22,15 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._dropout import Dropout, keep, keep_tile, threshold
-from ._op import Op, as_rows, check, check_dtype, check_like, pointer, wants_gradient
-from ._triton import programs, tl, triton
+from ._dropout import Dropout, keep, threshold
+from ._lora_gpu import expand, shrink, sum_over_rows
+from ._lora_gpu import row_norms as row_norms_of
+from ._op import DTYPES, Op, as_rows, check, check_dtype, check_like, pointer, wants_gradient
 from .linear import PANELS, PANELS_ACROSS, ROWS, ROWS_ACROSS, Panels, fields, unit_stride, unpack
-from .quant_linear import QWeight, form_of, unpack_panels
+from .quant_linear import QWeight, form_of, group_of, unpack_panels
+from .quant_linear import gpu as quant_gpu
+from .quant_linear import gpu_backward as quant_gpu_backward
+from .quant_linear import gpu_rows as quant_rows
 from .quant_linear import reference as quant_reference
 
 # A base weight in a raw schema: its data, and `form`: [] row-major, [N] Panels, [N, K, bits, has_min] QWeight.
@@ -48,6 +52,11 @@ def code(form: list[int], across: bool = False) -> int:
     if len(form) == 1:
         return PANELS_ACROSS if across else PANELS
     return form_of(form[2], bool(form[3]), across)
+
+
+def group(weight: Tensor, form: list[int]) -> int:
+    """What a scale of a QWeight stands for; 0 for another base."""
+    return group_of(weight, form[2], bool(form[3])) if len(form) == 4 else 0
 
 
 def height(weight: Tensor, form: list[int]) -> int:
@@ -109,139 +118,26 @@ def reference_backward(dz, x, s, weight, form, a, b, scale, p, seed, call, dx) -
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- Triton
-# The base and dx come from cuBLAS: fused into a Triton product they lose more than the fusion gains (a plain one reaches
-# .71-.79 of cuBLAS). What is left is skinny: [T, R] = x A^T, y += s B^T, and the two sums over the rows.
+def reference_norms(weight, form, a, b, scale) -> Tensor:
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (dense(weight, form).to(wide) + scale * (b.to(wide) @ a.to(wide))).norm(dim=1)
 
 
-@triton.jit
-def shrink_kernel(
-    s, x, a, rows, depth, rank, x_stride, a_stride_r, a_stride_k, scale, seed, call, threshold,
-    DROP: tl.constexpr, M: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    # s[t, r] = scale * sum over k of (kept) x[t, k] * a(r, k)
-    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    r = tl.program_id(1) * R + tl.arange(0, R)
-    acc = tl.zeros((M, R), tl.float32)
-    for start in range(0, depth, K):
-        k = start + tl.arange(0, K)
-        v = tl.load(
-            x + row[:, None] * x_stride + k[None, :], mask=(row < rows)[:, None] & (k < depth)[None, :], other=0.0
-        )
-        if DROP:
-            v = tl.where(keep_tile(row, start, seed, call, threshold, K), v, 0.0)
-        w = tl.load(
-            a + r[None, :].to(tl.int64) * a_stride_r + k[:, None].to(tl.int64) * a_stride_k,
-            mask=(r < rank)[None, :] & (k < depth)[:, None],
-            other=0.0,
-        )
-        acc = tl.dot(v, w, acc, input_precision="ieee")
-    tl.store(s + row[:, None] * rank + r[None, :], acc * scale, mask=(row < rows)[:, None] & (r < rank)[None, :])
-
-
-@triton.jit
-def expand_kernel(
-    y, s, b, gain, bias, rows, cols, rank, b_stride_n, b_stride_r, scale, seed, call, threshold,
-    DROP: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    # y[t, n] = (y[t, n] + scale * (kept) sum over r of s[t, r] * b(n, r)) * gain[n] + bias[n]
-    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    first = tl.program_id(1) * N
-    n = first + tl.arange(0, N)
-    acc = tl.zeros((M, N), tl.float32)
-    for start in range(0, rank, R):
-        r = start + tl.arange(0, R)
-        p = tl.load(s + row[:, None] * rank + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
-        w = tl.load(
-            b + n[None, :].to(tl.int64) * b_stride_n + r[:, None].to(tl.int64) * b_stride_r,
-            mask=(n < cols)[None, :] & (r < rank)[:, None],
-            other=0.0,
-        )
-        acc = tl.dot(p.to(w.dtype), w, acc, input_precision="ieee")
-    if DROP:
-        acc = tl.where(keep_tile(row, first, seed, call, threshold, N), acc, 0.0)
-    at, inside = y + row[:, None] * cols + n[None, :], (row < rows)[:, None] & (n < cols)[None, :]
-    v = tl.load(at, mask=inside, other=0.0).to(tl.float32) + acc * scale
-    if HAS_GAIN:
-        v = v * tl.load(gain + n, mask=n < cols, other=0.0)[None, :]
-    if HAS_BIAS:
-        v = v + tl.load(bias + n, mask=n < cols, other=0.0).to(tl.float32)[None, :]
-    tl.store(at, v.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def gradient_kernel(
-    partial, q, p, rows, cols, rank, q_stride, scale, seed, call, threshold,
-    DROP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    # partial[split, n, r] = scale * sum of (kept) q[t, n] * p[t, r] over this program's rows: each reads its columns of q
-    # once, and the splits are added up in one order
-    first = tl.program_id(0) * N
-    n, r = first + tl.arange(0, N), tl.program_id(2) * R + tl.arange(0, R)
-    acc = tl.zeros((N, R), tl.float32)
-    for start in range(tl.program_id(1) * M, rows, tl.num_programs(1) * M):
-        row = start + tl.arange(0, M).to(tl.int64)
-        v = tl.load(
-            q + row[:, None] * q_stride + n[None, :], mask=(row < rows)[:, None] & (n < cols)[None, :], other=0.0
-        )
-        if DROP:
-            v = tl.where(keep_tile(row, first, seed, call, threshold, N), v, 0.0)
-        w = tl.load(p + row[:, None] * rank + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(v), w.to(v.dtype), acc, input_precision="ieee")
-    at = partial + (tl.program_id(1).to(tl.int64) * cols + n[:, None]) * rank + r[None, :]
-    tl.store(at, acc * scale, mask=(n < cols)[:, None] & (r < rank)[None, :])
-
-
-def rank_block(rank: int) -> int:
-    return min(64, max(16, triton.next_power_of_2(rank)))
-
-
-def _dropping(p: float, seed: int, call: int) -> tuple[float, tuple[int, int, int], bool]:
-    """The scale of what is kept, what draws the mask, and whether anything is dropped."""
-    return 1 / (1 - p), (seed, call, threshold(p) if p else 0), p > 0
-
-
-def shrink(x: Tensor, a: Tensor, scale: float, p: float = 0.0, seed: int = 0, call: int = 0) -> Tensor:
-    """scale * drop(x) a^T, float32; a [R, K] of any strides."""
-    (rows, depth), rank = x.shape, a.shape[0]
-    s = torch.empty((rows, rank), dtype=torch.float32, device=x.device)
-    kept, mask, drop = _dropping(p, seed, call)
-    shrink_kernel[(triton.cdiv(rows, 32), triton.cdiv(rank, rank_block(rank)))](
-        s, x, a, rows, depth, rank, x.stride(0), *a.stride(), scale * kept, *mask,
-        DROP=drop, M=32, K=32, R=rank_block(rank), num_warps=4,
-    )  # fmt: skip
-    return s
-
-
-def expand(y: Tensor, s: Tensor, b: Tensor, gain=None, bias=None, p: float = 0.0, seed: int = 0, call: int = 0) -> None:
-    """y = (y + mask * (s b^T)) * gain + bias, in place; b [N, R] of any strides."""
-    (rows, cols), rank = y.shape, s.shape[1]
-    kept, mask, drop = _dropping(p, seed, call)
-    expand_kernel[(triton.cdiv(rows, 64), triton.cdiv(cols, 64))](
-        y, s, b, s if gain is None else gain, s if bias is None else bias, rows, cols, rank, *b.stride(), kept, *mask,
-        DROP=drop, HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, M=64, N=64, R=min(32, rank_block(rank)),
-        num_warps=4,
-    )  # fmt: skip
-
-
-def sum_over_rows(q: Tensor, s: Tensor, p: float = 0.0, seed: int = 0, call: int = 0) -> Tensor:
-    """drop(q)^T s: float32 [cols of q, R]."""
-    (rows, cols), rank = q.shape, s.shape[1]
-    kept, mask, drop = _dropping(p, seed, call)
-    blocks = triton.cdiv(cols, 64)
-    splits = max(1, min(triton.cdiv(programs(q.device), blocks), triton.cdiv(rows, 64)))
-    partial = torch.empty((splits, cols, rank), dtype=torch.float32, device=q.device)
-    gradient_kernel[(blocks, splits, triton.cdiv(rank, rank_block(rank)))](
-        partial, q, s, rows, cols, rank, q.stride(0), kept, *mask,
-        DROP=drop, M=32, N=64, R=rank_block(rank), num_warps=4,
-    )  # fmt: skip
-    return partial.sum(0)
+# ------------------------------------------------------------------------------------------------------ GPU launchers
 
 
 def gpu_base(x: Tensor, weight: Tensor, form: list[int]) -> Tensor:
-    """x W^T of rows, rounded; a packed weight, which is a CPU's, through the reference."""
-    return base_reference(x, weight, form).to(x.dtype) if form else torch.mm(x, weight.t())
+    """x W^T of rows, rounded. `Panels`, which are a CPU's, are unpacked."""
+    if len(form) == 4:
+        return quant_gpu(x, weight, *form[:3], bool(form[3]), None, None, 0.0, None, 0)
+    return torch.mm(x, dense(weight, form).to(x.dtype).t())
+
+
+def gpu_base_backward(dz: Tensor, weight: Tensor, form: list[int]) -> Tensor:
+    """dz W of rows."""
+    if len(form) == 4:
+        return quant_gpu_backward(dz, weight, *form[:3], bool(form[3]), 0)
+    return torch.mm(dz, dense(weight, form).to(dz.dtype))
 
 
 def gpu(x, weight, form, a, b, scale, bias, gain, p, seed, call) -> tuple[Tensor, Tensor]:
@@ -260,11 +156,25 @@ def gpu_backward(dz, x, s, weight, form, a, b, scale, p, seed, call, dx) -> tupl
         return torch.zeros_like(x) if dx else x.new_empty(0), torch.zeros_like(a), torch.zeros_like(b)
     ds, out = shrink(d, b.t(), scale), x.new_empty(0)
     if dx:
-        out = torch.mm(d, dense(weight, form).to(d.dtype))
+        out = gpu_base_backward(d, weight, form)
         expand(out, ds, a.t(), p=p, seed=seed, call=call)
         out = out.view(x.shape)
     da = sum_over_rows(rows, ds, p, seed, call).t().to(a.dtype).contiguous()
     return out, da, sum_over_rows(d, s).to(b.dtype)
+
+
+def gpu_norms(weight, form, a, b, scale) -> Tensor:
+    cols, depth = b.shape[0], a.shape[1]
+    norms = torch.empty(cols, dtype=torch.float32, device=a.device)
+    if len(form) < 4:
+        row_norms_of(norms, unit_stride(dense(weight, form)), a, b, scale)
+        return norms
+    step = max(16, (1 << 24) // max(depth, 1))  # some 16 million weights are in memory at a time
+    for first in range(0, cols, step):
+        count = min(step, cols - first)
+        rows = quant_rows(weight, *form[:3], bool(form[3]), first, count)
+        row_norms_of(norms[first:], rows, a, b[first : first + count], scale)
+    return norms
 
 
 # ----------------------------------------------------------------------------------------------------- CPU launchers
@@ -277,8 +187,8 @@ def cpu(x, weight, form, a, b, scale, bias, gain, p, seed, call, train=False) ->
     if y.numel():
         weight, a, b = unit_stride(weight) if not form else weight, unit_stride(a), unit_stride(b)
         _C.lora_linear(
-            *fields(y, rows, weight, code(form), bias), pointer(s), a.data_ptr(), b.data_ptr(), pointer(gain),
-            a.shape[0], a.stride(0), b.stride(0), seed, call, threshold(p) if p else 0, scale, p,
+            *fields(y, rows, weight, code(form), bias, group=group(weight, form)), pointer(s), a.data_ptr(), b.data_ptr(),
+            pointer(gain), a.shape[0], a.stride(0), b.stride(0), seed, call, threshold(p) if p else 0, scale, p,
         )  # fmt: skip
     return y, s
 
@@ -289,7 +199,7 @@ def cpu_backward(dz, x, s, weight, form, a, b, scale, p, seed, call, dx) -> tupl
     da, db = torch.zeros(a.shape), torch.zeros(b.shape)
     if rows.shape[0] and b.shape[0]:
         weight, a, b = unit_stride(weight) if not form else weight, unit_stride(a), unit_stride(b)
-        record = fields(out if dx else rows, d, weight, code(form, across=True))
+        record = fields(out if dx else rows, d, weight, code(form, across=True), group=group(weight, form))
         _C.lora_linear_backward(
             *record if dx else (0, *record[1:]), da.data_ptr(), db.data_ptr(), rows.data_ptr(), s.data_ptr(),
             a.data_ptr(), b.data_ptr(), rows.stride(0), a.shape[0], a.stride(0), b.stride(0),
@@ -298,6 +208,17 @@ def cpu_backward(dz, x, s, weight, form, a, b, scale, p, seed, call, dx) -> tupl
     elif dx:
         out.zero_()
     return out, da.to(a.dtype), db.to(b.dtype)
+
+
+def cpu_norms(weight, form, a, b, scale) -> Tensor:
+    norms = torch.empty(b.shape[0], dtype=torch.float32)
+    if norms.numel():
+        weight, a, b = unit_stride(weight) if not form else weight, unit_stride(a), unit_stride(b)
+        _C.lora_row_norms(
+            norms.data_ptr(), weight.data_ptr(), a.data_ptr(), b.data_ptr(), b.shape[0], a.shape[1], weight.stride(0),
+            code(form), DTYPES[a.dtype], group(weight, form), a.shape[0], a.stride(0), b.stride(0), scale,
+        )  # fmt: skip
+    return norms
 
 
 # -------------------------------------------------------------------------------------------------------- registration
@@ -363,27 +284,12 @@ backward = Op(
 )
 
 
-def rows_of(weight: Tensor, form: list[int], some: slice) -> Tensor:
-    """Some rows of a weight, float32."""
-    if not form:
-        return weight[some].float()
-    packed = Panels(weight, form[0]) if len(form) == 1 else QWeight(weight, *form[:3], bool(form[3]))
-    return packed.rows_at(torch.arange(some.start, some.stop))
-
-
-def norms_by_blocks(weight, form, a, b, scale) -> Tensor:
-    """256 rows of W + scale * B A are in memory at a time."""
-    norms, a, b = torch.empty(b.shape[0], dtype=torch.float32, device=a.device), a.float(), b.float()
-    for first in range(0, b.shape[0], 256):
-        some = slice(first, min(first + 256, b.shape[0]))
-        norms[some] = torch.addmm(rows_of(weight, form, some), b[some], a, alpha=scale).norm(dim=1)
-    return norms
-
-
-forward_norms = Op(  # an op, so that a compiled call has the bits of an eager one; plain PyTorch on every device
+forward_norms = Op(
     "lora_row_norms(Tensor weight, int[] form, Tensor a, Tensor b, float scale) -> Tensor",
-    reference=norms_by_blocks,
+    reference=reference_norms,
     fake=lambda weight, form, a, b, scale: torch.empty(b.shape[0], dtype=torch.float32, device=a.device),
+    cpu=cpu_norms,
+    triton=gpu_norms,
 )
 
 

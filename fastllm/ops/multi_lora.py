@@ -17,7 +17,7 @@ from .. import _C
 from ._op import DTYPES, Op, as_rows, check, pointer
 from ._triton import tl, triton
 from .linear import Panels, fields, unit_stride
-from .lora_linear import base_reference, check_base, code, gpu_base, height, split
+from .lora_linear import base_reference, check_base, code, gpu_base, group, height, split
 from .quant_linear import QWeight
 
 
@@ -205,7 +205,7 @@ def cpu(x, weight, form, a, b, rank, scale, gain, adapter_id, bias) -> Tensor:
     if y.numel():
         ids, rows, weight = adapter_id.contiguous(), as_rows(x), weight if form else unit_stride(weight)
         status = _C.multi_lora(
-            *fields(y, rows, weight, code(form), bias),
+            *fields(y, rows, weight, code(form), bias, group=group(weight, form)),
             a.data_ptr(), b.data_ptr(), pointer(gain), rank.data_ptr(), scale.data_ptr(), ids.data_ptr(),
             a.shape[0], b.shape[2],
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""advance: the oracle's table, rows that are left out, and what is refused."""
+"""advance: rows that are left out, and what is refused."""
 
 import _oracle
 import pytest
@@ -15,11 +15,6 @@ def test_forward(case):
     inputs = _oracle.draw(SUITE, case, torch.float32)
     for ours, plain in zip(SUITE.run(**inputs), SUITE.reference(**inputs), strict=True):
         assert torch.equal(ours, plain)
-
-
-@_oracle.cases(SUITE)
-def test_contract(case):
-    _oracle.check_contract(SUITE, case, torch.float32)
 
 
 def test_step_by_step():

@@ -3,7 +3,6 @@
 Its accuracy is in test_attention.py, case by case.
 """
 
-import _oracle
 import pytest
 import torch
 
@@ -13,11 +12,6 @@ from fastllm.ops import AttentionSpec, Dropout
 from fastllm.ops._op import OPS
 
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.mark.parametrize("tier", _oracle.LOWER_TIERS)
-def test_lower_tiers(tier):
-    _oracle.check_lower_tier(__file__, tier)
 
 
 def draw(batch, queries, keys, heads, kv_heads, dim):

@@ -1,4 +1,4 @@
-"""embedding: the oracle's table, and what only this op must promise."""
+"""embedding: what only this op must promise."""
 
 import _oracle
 import pytest
@@ -7,24 +7,6 @@ import torch
 from fastllm import _C, ops
 from fastllm.bench.cases.embedding import SUITE
 from fastllm.ops._op import OPS
-
-
-@_oracle.dtypes(SUITE)
-@_oracle.cases(SUITE)
-def test_forward_and_gradients(case, dtype):
-    _oracle.check_forward_and_gradients(SUITE, case, dtype)
-
-
-@_oracle.dtypes(SUITE)
-@_oracle.cases(SUITE)
-def test_writes_only_its_outputs(case, dtype):
-    _oracle.check_guards(SUITE, case, dtype)
-
-
-@_oracle.dtypes(SUITE)
-@_oracle.cases(SUITE)
-def test_contract(case, dtype):
-    _oracle.check_contract(SUITE, case, dtype)
 
 
 def test_compile_fullgraph():

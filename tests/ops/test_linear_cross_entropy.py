@@ -1,4 +1,4 @@
-"""linear_cross_entropy: the oracle's table, and what only this op must promise."""
+"""linear_cross_entropy: what only this op must promise."""
 
 import math
 
@@ -28,25 +28,9 @@ def draw(rows=70, depth=24, vocab=300, bias=False):
 
 @_oracle.dtypes(SUITE)
 @_oracle.cases(SUITE)
-def test_forward_and_gradients(case, dtype, block):
+def test_forward_and_gradients_in_blocks_of_32_rows(case, dtype, monkeypatch):
+    monkeypatch.setattr(_head, "CPU_BYTES", 1)
     _oracle.check_forward_and_gradients(SUITE, case, dtype)
-
-
-@_oracle.dtypes(SUITE)
-@_oracle.cases(SUITE)
-def test_writes_only_its_outputs(case, dtype):
-    _oracle.check_guards(SUITE, case, dtype)
-
-
-@_oracle.dtypes(SUITE)
-@_oracle.cases(SUITE)
-def test_contract(case, dtype):
-    _oracle.check_contract(SUITE, case, dtype)
-
-
-@pytest.mark.parametrize("tier", _oracle.LOWER_TIERS)
-def test_lower_tiers(tier):
-    _oracle.check_lower_tier(__file__, tier)
 
 
 @pytest.mark.parametrize("label", ["3x7 to 5", "9x48 to 1030 ignored reduction none"])

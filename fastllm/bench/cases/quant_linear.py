@@ -8,7 +8,14 @@ from ...ops.quant_linear import GROUP, STORED, reference, reference_embedding
 from ..case import Case, Suite
 from .linear import plain as dense_linear
 
-FORMATS = {"int4": (4, False), "q4_1": (4, True), "int8": (8, False), "8 bits + minimum": (8, True)}
+# bits, minimum, group
+FORMATS = {"int4": (4, False), "q4_1": (4, True), "int8": (8, False), "8 bits + minimum": (8, True)}  # in groups of 32
+GROUPED = {f"{name} g{group}": (*form, group) for group in (64, 128) for name, form in FORMATS.items()}
+
+
+def layout(form: str) -> tuple[int, bool, int]:
+    """Bits, minimum and group of a format's name."""
+    return GROUPED.get(form) or (*FORMATS[form], GROUP)
 
 
 def run(weight, x=None, ids=None, dense=None, **fused):
@@ -26,10 +33,15 @@ def plain(weight, x=None, ids=None, dense=None, bias=None, norm=None, eps=1e-6, 
 
 def random_weight(make, rows: int, depth: int, form: str, swiglu: bool = False) -> QWeight:
     """Quants over their full range, scales of either sign."""
-    bits, has_min = FORMATS[form]
-    weight = QWeight.empty(rows, depth, bits, has_min, swiglu)
+    bits, has_min, group = layout(form)
+    weight = QWeight.empty(rows, depth, bits, has_min, swiglu, group=group)
     if make.device == "meta":
         return weight.to("meta")
+    if group != GROUP:  # no stored type has such groups
+        weight.data.copy_(make.integers(0, 256, *weight.data.shape, dtype=torch.uint8))
+        halves = weight.data[:, :, 2 * bits * group :].view(torch.float16)
+        halves.copy_(make.normal(*halves.shape, scale=depth**-0.5 / (4 if bits == 4 else 50)))
+        return weight.to(make.device)
     weight.data.zero_()
     groups, first = depth // GROUP, 0
     kinds = {4: ("Q4_1",) if has_min else ("Q4_0",), 8: ("Q8_0", "Q4_1", "Q4_0") if has_min else ("Q8_0", "Q4_0")}[bits]
@@ -51,7 +63,7 @@ def case(
     rows, depth = torch.Size(shape[:-1]).numel(), shape[-1]
     height = cols * (1 + swiglu)
     words = {"+bias": bias, "+norm": norm, "+residual": residual, "+swiglu": swiglu}
-    bits, has_min = FORMATS[form]
+    bits, has_min, group = layout(form)
 
     def inputs(make):
         drawn = {"x": make.normal(*shape), "weight": random_weight(make, height, depth, form, swiglu), "swiglu": swiglu}
@@ -65,7 +77,7 @@ def case(
             drawn["residual"] = make.normal(*shape[:-1], cols)
         return drawn
 
-    stored = QWeight.nbytes_for(height, depth, bits, has_min, swiglu)
+    stored = QWeight.nbytes_for(height, depth, bits, has_min, swiglu, group)
     return Case(
         " ".join(["x".join(map(str, shape)), f"to {cols}", form, *(word for word, given in words.items() if given)]),
         inputs,
@@ -133,6 +145,19 @@ SUITE = Suite(
                 (2, 64, 33, {"norm": True, "residual": True, "swiglu": True}),
             )
         ),
+        *(
+            case(*shape, cols=cols, form=form)
+            for form in GROUPED
+            for shape, cols in (((1, 576), 48), ((3, 128), 17), ((9, 160), 33), ((97, 64), 20))
+        ),
+        *(
+            case(rows, depth, cols=cols, form=form, **fused)
+            for form in ("int4 g128", "q4_1 g64", "int8 g128")
+            for rows, depth, cols, fused in (
+                (13, 192, 17, {"bias": True}), (5, 256, 33, {"norm": True, "residual": True, "bias": True}),
+                (2, 192, 33, {"norm": True, "residual": True, "swiglu": True}), (18, 128, 40, {"swiglu": True}),
+            )
+        ),
         *(tied(5, 37, 64, form) for form in FORMATS),
         strided("columns of a wider tensor", lambda t: t[:6, 5:69]),
         strided("transposed", lambda t: t.reshape(80, 60)[:64].t()),
@@ -142,6 +167,7 @@ SUITE = Suite(
     benchmark=(
         case(512, 2048, cols=2048, form="q4_1", timed=True),
         tied(1, 49152, 576, "int8"),
+        *(case(rows, 4096, cols=14336, form=form, timed=True) for rows in (1, 8, 16) for form in ("int4 g128", "int8 g128")),
         *(
             case(rows, depth, cols=cols, form=form, timed=True, **fused)
             for rows in (1, 512)
