@@ -8,6 +8,10 @@ import transformers
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.gemma3.modeling_gemma3 import eager_attention_forward
 
+from fastllm.models.blocks import PagedBatch
+from fastllm.models.decoder import DecoderConfig
+from fastllm.ops import PAGE, KVPages
+
 _LLAMA = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
 _ENDS = dict(bos_token_id=0, eos_token_id=0)
 _BASE = dict(vocab_size=131, num_hidden_layers=2, max_position_embeddings=512)
@@ -98,3 +102,27 @@ def logits(model: transformers.PreTrainedModel, ids: torch.Tensor) -> torch.Tens
     """[B, S, V] as transformers computes them."""
     with torch.no_grad():
         return model(ids).logits
+
+
+class Pages:
+    """The paged cache of some sequences of at most `capacity` tokens, without an engine; pages in any order."""
+
+    def __init__(self, config: DecoderConfig, sequences: int, capacity: int):
+        each = -(-capacity // PAGE)
+        self.table = torch.randperm(sequences * each).int().view(sequences, each)
+        self.layers = [KVPages.empty(sequences * each, config.kv_heads, config.head_dim) for _ in range(config.layers)]
+
+    def batch(self, *parts: tuple[int, int, int]) -> PagedBatch:
+        """Tokens [start, stop) of each (sequence, start, stop), one part after another."""
+        rows = [row for row, _, _ in parts]
+        position = torch.cat([torch.arange(start, stop) for _, start, stop in parts])
+        owner = torch.cat([torch.full((stop - start,), row) for row, start, stop in parts])
+        lengths = torch.tensor([0, *(stop - start for _, start, stop in parts)])
+        return PagedBatch(
+            position=position,
+            slot=self.table[owner, position // PAGE].long() * PAGE + position % PAGE,
+            block_table=self.table[rows],
+            context_len=torch.tensor([stop for _, _, stop in parts], dtype=torch.int32),
+            cu_q=lengths.cumsum(0).int(),
+            pages=self.layers,
+        )

@@ -184,6 +184,7 @@ OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 def save(
     model: Decoder,
     path: str | os.PathLike,
+    *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5 * 10**9,
     more: Mapping[str, Any] | None = None,

@@ -11,14 +11,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fastllm import LLM
-from fastllm.decode.cache import SequenceCache
 from fastllm.decode.graph import capture
 from fastllm.models import load, save
-from fastllm.models.blocks import PagedBatch, Projection
+from fastllm.models.blocks import Projection
 from fastllm.models.decoder import PRESETS, Decoder, DecoderConfig
 from fastllm.models.families import FAMILIES, read_config, write_config
 from fastllm.models.weights import load_packed, stored_parts
-from fastllm.ops import PAGE, Panels, QWeight
+from fastllm.ops import Panels, QWeight
 
 
 @pytest.fixture(scope="module", params=_families.CONFIGS)
@@ -62,10 +61,10 @@ def test_gradients_equal_transformers(pair):
 
 def stepwise(model: Decoder, ids: torch.Tensor, chunk: int) -> torch.Tensor:
     """Logits [S, V] of one sequence through the paged cache, `chunk` tokens at a time."""
-    cache, pieces = SequenceCache(model.config, len(ids)), []
+    pages, pieces = _families.Pages(model.config, 1, len(ids)), []
     for start in range(0, len(ids), chunk):
         stop = min(start + chunk, len(ids))
-        pieces.append(model.logits(model.step(ids[start:stop], cache.chunk(start, stop))))
+        pieces.append(model.logits(model.step(ids[start:stop], pages.batch((0, start, stop)))))
     return torch.cat(pieces)
 
 
@@ -87,24 +86,15 @@ def test_decoding_gives_the_bits_of_the_forward(pair, form):
 def test_a_captured_step_of_two_sequences(pair, form):
     """Nothing but our kernels runs in a step, also where rows of different sequences stand side by side."""
     model = load(pair[1]).requires_grad_(False) if form == "parameters" else load_packed(pair[1], form)
-    ids, lengths = random_ids(2, 40), (39, 24)
-    c, pages = model.config, 2 * -(-40 // PAGE)
-    cache = SequenceCache(c, pages * PAGE)
-    table = torch.arange(pages, dtype=torch.int32).view(2, -1)
+    ids, pages = random_ids(2, 40), _families.Pages(model.config, 2, 40)
     with torch.no_grad():
-        for row, length in enumerate(lengths):
-            batch = cache.chunk(0, length)
-            batch.block_table = table[row : row + 1]
-            batch.slot = batch.slot + int(table[row, 0]) * PAGE
-            model.step(ids[row, :length], batch)
-        at = torch.tensor(lengths)
-        slot = torch.stack([table[row, n // PAGE] * PAGE + n % PAGE for row, n in enumerate(lengths)]).long()
-        step = PagedBatch(at, slot, table, (at + 1).int(), torch.arange(3, dtype=torch.int32), cache.pages)
-        tokens = torch.stack([ids[row, n] for row, n in enumerate(lengths)])
-        captured = capture(lambda: model.logits(model.step(tokens, step)))
+        model.step(torch.cat((ids[0, :39], ids[1, :24])), pages.batch((0, 0, 39), (1, 0, 24)))
+        batch, tokens = pages.batch((1, 24, 25), (0, 39, 40)), torch.stack((ids[1, 24], ids[0, 39]))
+        captured = capture(lambda: model.logits(model.step(tokens, batch)))
+        captured.outputs.zero_()
         captured.replay()
-        for row, n in enumerate(lengths):
-            assert torch.equal(captured.outputs[row], model(ids[row : row + 1, : n + 1])[0, n])
+        assert torch.equal(captured.outputs[0], model(ids[1:, :25])[0, 24])
+        assert torch.equal(captured.outputs[1], model(ids[:1])[0, 39])
 
 
 def test_quantised_weights_hold_what_quantising_gives(pair):
@@ -136,7 +126,7 @@ def test_round_trip(pair, tmp_path, dtype):
     theirs = copy.deepcopy(pair[0]).to(dtype)
     theirs.save_pretrained(tmp_path / "a")
     ours = load(tmp_path / "a")
-    save(ours, tmp_path / "b", dtype)
+    save(ours, tmp_path / "b", dtype=dtype)
     assert_same(tensors(tmp_path / "b"), tensors(tmp_path / "a"))
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert read_config(json.loads((tmp_path / "b" / "config.json").read_text()), "b") == read_config(config, "a")
