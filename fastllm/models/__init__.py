@@ -58,13 +58,14 @@ def save(
     from .layers import packed
     from .seq2seq import Seq2Seq
 
+    how = Writing(dtype, shard_bytes, more)
     if isinstance(model, Decoder):
-        return weights.save(model, path, dtype, shard_bytes, more)
+        return weights.save(model, path, how)
     for kind, family in ((Encoder, hf_encoder), (Seq2Seq, hf_seq2seq)):
         if isinstance(model, kind):
             if packed(model):
                 raise TypeError(
                     "save: the weights are packed for decoding; save the model as it was before pack_weights"
                 )
-            return family.save(model, path, Writing(dtype, shard_bytes, more))
+            return family.save(model, path, how)
     raise TypeError(f"save: {type(model).__name__} cannot be saved; a Decoder, an Encoder or a Seq2Seq can")

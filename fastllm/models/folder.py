@@ -1,10 +1,11 @@
 """Folders as transformers writes them, config.json and safetensors, in one file or in shards: read tensor by tensor, written
 whole. A model family is a table of names: for each of our parameters, the tensors of the file that it is stacked from."""
 
+import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,16 +174,33 @@ class Writing:
 
 def write(folder: str | os.PathLike, model: nn.Module, names: Names, config: dict[str, Any], how: Writing) -> None:
     """config.json and safetensors. Nothing in the folder is replaced before all is written."""
+    write_tensors(folder, list(_stored(model, names)), config, how)
+
+
+def _stored(model: nn.Module, names: Names) -> Iterator["Stored"]:
+    for ours, parameter in model.named_parameters():
+        stored = names.ours[ours]
+        for name, rows in zip(stored, parameter.detach().chunk(len(stored)), strict=True):
+            if name:
+                yield name.split("|")[0], rows, functools.partial(rows.reshape, names.shapes.get(ours, rows.shape))
+
+
+# A tensor of a folder: its name, the rows of a parameter that it holds, and what makes it of them.
+Stored = tuple[str, Tensor, Callable[[], Tensor]]
+
+
+def write_tensors(folder: str | os.PathLike, tensors: Sequence[Stored], config: dict[str, Any], how: Writing) -> None:
+    """The same of tensors under the file's names; each is made when its shard is written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = how.dtype or next(model.parameters()).dtype
-    config = config | {"dtype": str(dtype).removeprefix("torch.")} | dict(how.more or {})
+    dtype = how.dtype or tensors[0][1].dtype
+    config = config | {"torch_dtype": str(dtype).removeprefix("torch.")} | dict(how.more or {})
     parts: dict[str, Path] = {}  # final name -> where it is written first
     try:
-        shards = _write_shards(folder, _shards(model, names, dtype, how.shard_bytes), dtype, parts)
+        shards = _write_shards(folder, _shards(tensors, dtype, how.shard_bytes), dtype, parts)
         _write_json(folder, "config.json", config, parts)
         if len(shards) > 1:
-            total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+            total = sum(rows.numel() for _, rows, _ in tensors) * dtype.itemsize
             where = {name: file for file, held in shards.items() for name in held}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             _write_json(folder, "model.safetensors.index.json", index, parts)
@@ -201,25 +219,22 @@ def _write_json(folder: Path, name: str, content: dict, parts: dict[str, Path]) 
     parts[name].write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def _shards(model: nn.Module, names: Names, dtype: torch.dtype, limit: int) -> list[dict[str, Tensor]]:
-    """Views of the parameters under the file's names, in groups of at most `limit` bytes."""
-    plan: list[dict[str, Tensor]] = [{}]
+def _shards(tensors: Sequence[Stored], dtype: torch.dtype, limit: int) -> list[list[Stored]]:
+    """In groups of at most `limit` bytes."""
+    plan: list[list[Stored]] = [[]]
     size = 0
-    for ours, parameter in model.named_parameters():
-        stored = names.ours[ours]
-        for name, rows in zip(stored, parameter.detach().chunk(len(stored)), strict=True):
-            if name:
-                nbytes = rows.numel() * dtype.itemsize
-                if plan[-1] and size + nbytes > limit:
-                    plan.append({})
-                    size = 0
-                plan[-1][name.split("|")[0]] = rows.reshape(names.shapes.get(ours, rows.shape))
-                size += nbytes
+    for stored in tensors:
+        nbytes = stored[1].numel() * dtype.itemsize
+        if plan[-1] and size + nbytes > limit:
+            plan.append([])
+            size = 0
+        plan[-1].append(stored)
+        size += nbytes
     return plan
 
 
 def _write_shards(
-    folder: Path, plan: list[dict[str, Tensor]], dtype: torch.dtype, parts: dict[str, Path]
+    folder: Path, plan: list[list[Stored]], dtype: torch.dtype, parts: dict[str, Path]
 ) -> dict[str, list[str]]:
     """Final file name -> names of the tensors in it."""
     from safetensors.torch import save_file
@@ -228,9 +243,7 @@ def _write_shards(
     for i, shard in enumerate(plan, 1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{i:05}-of-{len(plan):05}.safetensors"
         parts[file] = folder / f".{file}.part"
-        whole = {
-            name: rows.to("cpu", dtype).clone(memory_format=torch.contiguous_format) for name, rows in shard.items()
-        }
+        whole = {name: make().to("cpu", dtype).clone(memory_format=torch.contiguous_format) for name, _, make in shard}
         save_file(whole, parts[file], {"format": "pt"})
         shards[file] = list(whole)
     return shards

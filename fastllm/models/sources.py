@@ -1,6 +1,5 @@
 """Files of weights under names of their own: a GGUF, or a folder of transformers. They give what `weights` builds models from."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,14 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..hub import check_no_pickle
 from .decoder import DecoderConfig
 from .families import family_of, read_config
+from .folder import KINDS, Folder
 from .gguf import GGUFFile, as_q8_0, check_supported
 from .gguf_families import FAMILIES as GGUF_FAMILIES
 from .gguf_families import read_metadata
 
-HF_KINDS = ("F32", "F16", "BF16")
 PIECE = 4096  # rows of blocks copied out of a file at once
 
 
@@ -93,79 +91,40 @@ class FolderSource:
     """Weights of a folder of transformers: config.json and safetensors, one file or sharded."""
 
     def __init__(self, folder: Path):
-        from safetensors import SafetensorError, safe_open
-
-        self.folder = folder
-        try:
-            self.hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if not isinstance(self.hf, dict):
-                raise ValueError("it is no object")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder}/config.json cannot be read: {error}") from error
-        self._names = family_of(self.hf, folder).names
-        self.where: dict[str, tuple[Path, str, tuple[int, ...]]] = {}  # name -> file, dtype, shape
-        for file in self._files():
-            try:
-                with safe_open(str(file), framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118, it is no mapping
-                        part = opened.get_slice(name)
-                        self.where[name] = (file, part.get_dtype(), tuple(part.get_shape()))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} cannot be read: {error}; fetch it again") from error
-        self.config = read_config(self.hf, folder)
+        self.folder, self._files = folder, Folder(folder)
+        self._names = family_of(self._files.config, folder).names
+        self.config = read_config(self._files.config, folder)
         # A model without its head is saved without the prefix; the head, where it is tied, is the embedding.
-        self._bare = bool(self.where) and not any(name.startswith(self._names.base) for name in self.where)
-
-    def _files(self) -> list[Path]:
-        """The shards of the index, or model.safetensors, or what there is."""
-        index, whole = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
-        if index.exists():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ValueError(f"{index} cannot be read: {error!r}; fetch it again") from error
-            missing = [name for name in names if not (self.folder / name).is_file()]
-            if missing:
-                raise ValueError(
-                    f"{self.folder}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}"
-                )
-            return [self.folder / name for name in names]
-        files = [whole] if whole.exists() else sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            check_no_pickle(self.folder)
-            raise ValueError(f"{self.folder} has no .safetensors file; fetch the model again")
-        return files
+        self._bare = bool(self._files.where) and not any(n.startswith(self._names.base) for n in self._files.where)
 
     def extra_names(self, known: set[str]) -> list[str]:
         """Without what older checkpoints hold besides the weights, and a tied head that is stored all the same."""
         tied = set(self.names("head.weight")) if self.config.tied else set()
         unused = [re.compile(pattern) for pattern in self._names.unused]
-        return [n for n in self.where if n not in known | tied and not any(u.fullmatch(f".{n}") for u in unused)]
+        return [n for n in self._files.where if n not in known | tied and not any(u.fullmatch(f".{n}") for u in unused)]
 
     def names(self, ours: str) -> tuple[str, ...]:
         names = self._names.of(ours)
         return tuple(name.removeprefix(self._names.base) for name in names) if self._bare else names
 
-    def _entry(self, name: str) -> tuple[Path, str, tuple[int, ...]]:
-        if name not in self.where:
+    def _check(self, name: str) -> None:
+        if name not in self._files.where:
             raise ValueError(f"{self.folder}: there is no tensor {name!r}; a shard is missing or it is another model")
-        return self.where[name]
 
     def kind(self, name: str) -> str:
-        kind = self._entry(name)[1]
-        if kind not in HF_KINDS:
-            raise ValueError(f"{self.folder}: tensor {name!r} is stored as {kind}; supported: {', '.join(HF_KINDS)}")
+        self._check(name)
+        kind = self._files.where[name][1]
+        if kind not in KINDS:
+            raise ValueError(f"{self.folder}: tensor {name!r} is stored as {kind}; supported: {', '.join(KINDS)}")
         return kind
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shape = self._entry(name)[2]
+        self._check(name)
+        shape = self._files.shape(name)
         return shape[::-1] if self._names.is_transposed(name) else shape
 
     def float_rows(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(str(self._entry(name)[0]), framework="pt") as opened:  # closed again: its pages leave the memory
-            values = opened.get_tensor(name).to(torch.float32, copy=True)
+        values = self._files.read(name)
         order = self._names.order_of(name, self.config)
         if order is not None:
             values = values[order]

@@ -1,13 +1,10 @@
 """Weights from files and to files: GGUF as stored, folders of transformers; tensor by tensor, into panels or into Parameters."""
 
 import functools
-import json
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +15,7 @@ from .arena import Arena
 from .blocks import Embedding, Projection, RMSNorm
 from .decoder import Decoder, DecoderConfig
 from .families import FAMILIES, write_config
+from .folder import Stored, Writing, write_tensors
 from .sources import Source, float_rows, open_source
 
 FEW_BITS = ("Q4_0", "Q4_1", "Q4_K", "Q5_0")  # 5 or fewer: quantising them again only loses quality
@@ -178,81 +176,17 @@ def _release(source: Source, ours: str) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- save
 
-OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
-
-def save(
-    model: Decoder,
-    path: str | os.PathLike,
-    *,
-    dtype: torch.dtype | None = None,
-    shard_bytes: int = 5 * 10**9,
-    more: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes a folder that `load` and transformers read: config.json and safetensors, in shards of at most shard_bytes.
-
-    dtype: of the tensors, None keeps the parameters' own; what was loaded and not changed is written bit for bit in the dtype
-    that it had. more: further keys for config.json, such as eos_token_id. Nothing in the folder is replaced before all is
-    written. TypeError for packed weights; ValueError for a config that transformers has no class for.
-    """
+def save(model: Decoder, path: str | os.PathLike, how: Writing) -> None:
+    """Writes a folder that `load` and transformers read. TypeError for packed weights; ValueError for a config that
+    transformers has no class for."""
     if any(isinstance(getattr(m, "weight", None), (Panels, QWeight)) for m in model.modules()):
         raise TypeError("save: the weights are packed for decoding; load the model with fastllm.models.load to save it")
-    config = write_config(model.config) | dict(more or {})
-    kept = dtype or model.embedding.weight.dtype
-    config["torch_dtype"] = str(kept).removeprefix("torch.")
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, Path] = {}  # final name -> where it is written first
-    try:
-        shards = _write_shards(model, kept, shard_bytes, folder, parts)
-        _write_json(folder, "config.json", config, parts)
-        if len(shards) > 1:
-            total = sum(t.numel() for t in model.parameters()) * kept.itemsize
-            where = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            _write_json(folder, "model.safetensors.index.json", index, parts)
-        for final, part in parts.items():
-            os.replace(part, folder / final)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-    for old in folder.iterdir():  # shards and index of what stood here before
-        if OWN_FILES.fullmatch(old.name) and old.name not in parts:
-            old.unlink()
+    write_tensors(path, list(stored_parts(model)), write_config(model.config), how)
 
 
-def _write_json(folder: Path, name: str, content: dict, parts: dict[str, Path]) -> None:
-    parts[name] = folder / f".{name}.part"
-    parts[name].write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-
-def _write_shards(
-    model: Decoder, dtype: torch.dtype, limit: int, folder: Path, parts: dict[str, Path]
-) -> dict[str, list[str]]:
-    """Final file name -> names of the tensors in it."""
-    from safetensors.torch import save_file
-
-    plan: list[list[tuple[str, Callable[[], Tensor]]]] = [[]]
-    size = 0
-    for name, part, as_stored in stored_parts(model):
-        nbytes = part.numel() * dtype.itemsize
-        if plan[-1] and size + nbytes > limit:
-            plan.append([])
-            size = 0
-        plan[-1].append((name, as_stored))
-        size += nbytes
-    shards = {}
-    for i, shard in enumerate(plan, 1):
-        file = "model.safetensors" if len(plan) == 1 else f"model-{i:05}-of-{len(plan):05}.safetensors"
-        parts[file] = folder / f".{file}.part"
-        whole = {name: make().to("cpu", dtype).clone(memory_format=torch.contiguous_format) for name, make in shard}
-        save_file(whole, parts[file], {"format": "pt"})
-        shards[file] = list(whole)
-    return shards
-
-
-def stored_parts(model: Decoder) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
-    """Every tensor of a folder: its name, the rows of our parameter that it holds, and what makes it of them."""
+def stored_parts(model: Decoder) -> Iterator[Stored]:
+    """Every tensor of the folder of a model."""
     c = model.config
     names = next(f.names for f in FAMILIES.values() if f.name == c.family)
 
