@@ -18,10 +18,13 @@ from . import hub
 from .data.chat import ChatTemplate
 from .data.tokenizer import Tokenizer
 from .decode.cache import PAGE, page_bytes, pages_for
+from .decode.embed import TextEncoder
 from .decode.engine import Engine
 from .decode.scheduler import Sequence as Decoding
 from .decode.scheduler import Step, Timing
+from .models.folder import Folder
 from .models.gguf import GGUFFile
+from .models.hf_encoder import ARCHITECTURES as ENCODERS
 from .models.weights import load_packed
 from .ops import Panels, QWeight
 from .sampling_params import SamplingParams
@@ -77,7 +80,8 @@ class RequestOutput:
 class LLM:
     """A language model on this machine.
 
-    name: an alias ("smollm2-135m"), a .gguf file, an HF folder with safetensors, or a Hub id.
+    name: an alias ("smollm2-135m"), a .gguf file, an HF folder with safetensors, or a Hub id. Of an encoder ("minilm-l6")
+    there is `embed` alone: it has no next token.
     device: "auto" or "cpu". dtype: "auto" keeps what a file stores; "float32" dequantises it.
     quantize: None, "int8" or "int4" (groups of 32). max_model_len: tokens of prompt and completion together, at most
     the model's own. max_num_seqs: completions that run together; more wait in line. kv_bytes: size of the KV cache that
@@ -114,6 +118,11 @@ class LLM:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"LLM: {key}={value!r}; allowed: an integer of at least 1")
         self.path = hub.resolve(name, revision=revision)
+        self.encoder = TextEncoder.load(self.path, quantize=quantize) if _is_encoder(self.path) else None
+        if self.encoder:
+            self.model, self.tokenizer = self.encoder.model, self.encoder.tokenizer
+            self.max_model_len = self.model.config.max_position
+            return
         self.tokenizer, self._template = _read_text_side(self.path)
         self.model = load_packed(self.path, quantize, as_float=dtype == "float32")
         config = self.model.config
@@ -194,12 +203,14 @@ class LLM:
 
     def chat_ids(self, messages: Sequence[Mapping]) -> list[int]:
         """Token ids of the rendered template, ready for the answer. ValueError where the model has no template."""
+        self._check_decoder()
         if isinstance(self._template, ValueError):
             raise self._template
         return self.tokenizer.encode(self._template.render(messages), add_special_tokens=False, parse_special=True)
 
     def request(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
         """A checked request that `run` fills."""
+        self._check_decoder()
         ids, params = self._ids(prompt), self._check(SamplingParams() if params is None else params)
         self._check_fits(ids)
         # a seed that is not given is drawn outside torch's generator, whose state is the caller's
@@ -239,7 +250,10 @@ class LLM:
         return [torch.tensor(v, dtype=torch.float64).mean().neg().exp().item() for v in values]
 
     def embed(self, prompts: Prompt | Sequence[Prompt]) -> torch.Tensor:
-        """Mean-pooled final hidden states of length 1: float32 [number of prompts, dim]."""
+        """A vector of length 1 for each prompt, float32 [number of prompts, dim]: the mean of its final hidden states, or
+        what an encoder's folder asks for."""
+        if self.encoder:
+            return self.encoder.embed(_as_list(prompts))
         return self.engine.embed(self._to_score(prompts))
 
     # --------------------------------------------------------------------------------------------------- validation
@@ -265,7 +279,12 @@ class LLM:
                 )
         return ids
 
+    def _check_decoder(self) -> None:
+        if self.encoder:
+            raise ValueError(f"{self.path} is an encoder, which predicts no next token; allowed: embed")
+
     def _to_score(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+        self._check_decoder()
         requests = [self._ids(p) for p in _as_list(prompts)]
         for ids in requests:
             self._check_fits(ids, room=0)
@@ -365,6 +384,10 @@ def _release(held: str, stops: Sequence[str], last: bool) -> tuple[str, str, boo
                     keep = n
                     break
     return held[: len(held) - keep], held[len(held) - keep :], False
+
+
+def _is_encoder(path: Path) -> bool:
+    return path.is_dir() and Folder(path).architecture in ENCODERS
 
 
 def _read_text_side(path: Path) -> tuple[Tokenizer, ChatTemplate | ValueError]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from fastllm import hub
+from fastllm import LLM, hub
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.decode import embed
 from fastllm.decode.embed import TextEncoder
@@ -106,3 +106,14 @@ def test_what_is_no_encoder(real, folder):
     small = Encoder(EncoderConfig(10, 1, 8, 8, 1, 8))
     with pytest.raises(ValueError, match="the tokenizer has 30522 ids, the model 10"):
         TextEncoder(small, Tokenizer.from_folder(folder))
+
+
+def test_llm_over_an_encoder_embeds_and_nothing_else(real, folder):
+    llm = LLM(folder)
+    texts = ["A man is eating food.", "Water boils at 100 degrees."]
+    assert torch.equal(llm.embed(texts), real.embed(texts)) and torch.equal(llm.embed(texts[0])[0], llm.embed(texts)[0])
+    for call in (llm.generate, llm.stream, llm.perplexity, llm.logprobs):
+        with pytest.raises(ValueError, match="is an encoder"):
+            call("A man")
+    with pytest.raises(ValueError, match="is an encoder"):
+        llm.chat([{"role": "user", "content": "Hi"}])
