@@ -202,7 +202,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastllm.models.weights._write_json", full)
+    monkeypatch.setattr("fastllm.models.folder._write_json", full)
     with pytest.raises(OSError, match="No space left"):
         save(model, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
