@@ -321,6 +321,7 @@ class _Writer:
         self.room = min(params.max_new_tokens, llm.max_model_len - len(ids))
         self.sequence = Decoding(ids, self.room, params, index, request.seed, self.take, timing=request.timing)
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else llm.tokenizer.eos_ids)
+        self._named = len(llm.tokenizer)  # a vocabulary may be padded: an id from there on has no text
         self._text, self._held, self._pieces = llm.tokenizer.stream(), "", deque()
 
     def take(self, step: Step) -> bool:
@@ -331,7 +332,8 @@ class _Writer:
             out.top_logprobs.append(step.top)
         ended = step.token in self._ends and len(out.token_ids) > self.params.min_new_tokens
         last = ended or len(out.token_ids) == self.room
-        self._held += "" if ended else self._text.push(step.token)
+        if not ended and step.token < self._named:
+            self._held += self._text.push(step.token)
         if last:
             self._held += self._text.flush()
         piece, self._held, stopped = _release(self._held, self.params.stop, last)

@@ -169,3 +169,14 @@ def test_real_requests_together():
     finally:
         engine.threads = threads
     check(engine.cache)
+
+
+def test_ids_of_a_padded_vocabulary_have_no_text(tmp_path):
+    """Qwen's tables are padded: a drawn id past the tokenizer's is a token like others, and ends nothing."""
+    config = replace(_tiny.CONFIG, vocab=len(_tiny.TOKENS) + 64)
+    padded = LLM(_tiny.gguf(tmp_path / "padded.gguf", config=config))
+    params = SamplingParams(temperature=5.0, seed=3, max_new_tokens=40, ignore_eos=True)
+    out = padded.generate("the rain", params)[0]
+    named = [token for token in out.token_ids if token < len(_tiny.TOKENS)]
+    assert len(named) < len(out.token_ids) == 40
+    assert out.text == padded.tokenizer.decode(named)
