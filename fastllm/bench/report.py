@@ -48,6 +48,14 @@ def fitted(text: str, width: int) -> str:
     return text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
 
 
+def shortened(text: str, width: int) -> str:
+    """Both ends of a label, whose end often tells it from its neighbours."""
+    if len(text) <= width:
+        return text.ljust(width)
+    head = width // 2
+    return f"{text[:head]}…{text[len(text) - (width - head - 1) :]}"
+
+
 # --------------------------------------------------------------------------------------------------------------- table
 
 
@@ -98,7 +106,7 @@ def _section(rows: list[dict[str, Any]]) -> Iterable[str]:
 
     def line(label: str, cells: list[str]) -> str:
         cells = [c.ljust(w) if i in text else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "  ".join([f"  {fitted(label, label_width)}", *cells]).rstrip()
+        return "  ".join([f"  {shortened(label, label_width)}", *cells]).rstrip()
 
     kernels = ", ".join(dict.fromkeys(str(row["kernel"]) for row in rows))
     yield f"{rows[0]['op']}: {kernels}"

@@ -31,6 +31,11 @@ def test_rates():
     assert report.memory(2308) == "2.31 kB" and report.memory(0) == "0 B" and report.memory(None) == ""
 
 
+def test_a_label_keeps_both_ends():
+    assert report.shortened("2048x2048 to 2048 r 16 p 0.1", 20) == "2048x2048 … 16 p 0.1"
+    assert report.shortened("short", 7) == "short  " and report.shortened("seven!!", 7) == "seven!!"
+
+
 def test_table_fits_120_columns():
     long = row(case="a label that goes on and on, " * 8, malloc="default")
     many = row(op="attention", ratios={f"a rival with a name {i}": 1234.5 for i in range(9)}, busy=True, discarded=3)
