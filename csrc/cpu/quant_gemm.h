@@ -156,12 +156,13 @@ void quant_rows(const LinearArgs& a, const Hooks& hooks, Team& team, char* all) 
     if (a.rows - r >= 1) quant_stream_rows<kBits, kMin, kLarge, 1>(a, hooks, rows_at(all, r, groups), r, u.begin, u.end);
     return;
   }
-  // Row blocks stay in cache while the panels pass; a tile takes one unit.
-  const int64_t blocks = (a.rows + kQuantRowBlock - 1) / kQuantRowBlock;
+  // Row blocks stay in cache while the panels pass; a tile takes one unit. All blocks have as many tiles, or one less: threads share
+  // out blocks and units, whose number says nothing of their rows.
+  const int64_t blocks = (a.rows + kQuantRowBlock - 1) / kQuantRowBlock, tiles = (a.rows + kQuantTileRows - 1) / kQuantTileRows;
   const Range items = share(team, blocks * units);
   for (int64_t item = items.begin; item < items.end; ++item) {
-    const int64_t u = item % units, begin = item / units * kQuantRowBlock;
-    const int64_t end = begin + kQuantRowBlock < a.rows ? begin + kQuantRowBlock : a.rows;
+    const int64_t u = item % units, b = item / units, begin = tiles * b / blocks * kQuantTileRows;
+    const int64_t last = tiles * (b + 1) / blocks * kQuantTileRows, end = last < a.rows ? last : a.rows;
     // While the first tile passes over this unit, the next one is fetched.
     int64_t ahead = (a.halves ? 2 : 1) * QuantFormat(kBits, kMin, kLarge ? a.group : kGroup).panel(a.depth);
     for (int64_t r = begin; r < end; ahead = 0) {

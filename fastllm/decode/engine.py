@@ -21,14 +21,16 @@ from torch import Tensor
 
 from .. import _C, ops
 from ..models.decoder import Decoder
-from .cache import KVCache, chunk, pages_for
+from .cache import PAGE, KVCache, chunk, pages_for
 from .graph import Captured, capture
 from .rows import Rows
 from .scheduler import Scheduler, Sequence
 
 SCORE_ROWS = 64  # rows of logits at once when scoring: 64 x 49,152 floats are 12.6 MB
-LEAST = 16  # tokens; fewer take the time of so many
-PIECE_S, PIECE_ALONE_S = 0.1, 0.25  # what a piece of a prompt may take while others run, and while none does
+# What a piece of a prompt may take while others run, and while none does; and its tokens at least. Fewer than 16 take the time
+# of so many; with fewer than 64, where nobody waits for the piece's end, a slow model would read its weights too often.
+PIECE_S, PIECE_ALONE_S = 0.1, 0.25
+LEAST, LEAST_ALONE = 16, 64
 
 
 @dataclass
@@ -187,8 +189,9 @@ class Engine:
 
     def _read(self) -> None:
         """Reads prompts for about as long as a piece may take."""
-        most = int(self._rate * (PIECE_S if self.scheduler.running else PIECE_ALONE_S))
-        most = min(max(most, LEAST), self.chunk)
+        seconds, least = (PIECE_S, LEAST) if self.scheduler.running else (PIECE_ALONE_S, LEAST_ALONE)
+        most = int(self._rate * seconds) // PAGE * PAGE
+        most = min(max(most, least), self.chunk)
         while most > 0 and (s := self.scheduler.first()):
             try:
                 most -= max(self._read_piece(s, most), LEAST)

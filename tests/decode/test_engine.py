@@ -233,7 +233,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers():
 
 
 def test_pieces_are_short(monkeypatch):
-    """While others run, a long prompt is read in pieces of about a tenth of a second, as measured."""
+    """While others run, a long prompt is read in pieces of about a tenth of a second, as measured, that end with a page."""
     e, read, clock = engine(chunk=512), [], [0.0]
 
     def step(ids, batch, step=e.model.step):
@@ -252,7 +252,23 @@ def test_pieces_are_short(monkeypatch):
         told = len(runs.made)
         e.step()
         assert len(runs.made) == told + 1  # a token of the other after every piece
-    assert sum(read) == 599 and read[0] == 16 and all(99 <= n <= 100 for n in read[1:-1])
+    assert sum(read) == 599 and read[0] == 16 and set(read[1:-1]) == {96}
+
+
+@pytest.mark.parametrize(("speed", "piece"), [(1000, 240), (50, 64), (10_000, 512)])
+def test_pieces_of_a_prompt_alone(monkeypatch, speed, piece):
+    """Where no other runs, a piece takes about a quarter of a second, but is not so small that weights are read too often."""
+    e, read, clock = engine(chunk=512), [], [0.0]
+
+    def step(ids, batch, step=e.model.step):
+        clock[0] += len(ids) / speed
+        read.append(len(ids))
+        return step(ids, batch)
+
+    e.model.step = step
+    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: clock[0])
+    e.run([Made(PROMPT, SAMPLED, 1)])
+    assert read[0] == 64 and read[1] == piece
 
 
 # ------------------------------------------------------------------------------------------------------------ speed
