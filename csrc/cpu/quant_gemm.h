@@ -20,6 +20,7 @@ constexpr int kQuantTileRows = 8;
 constexpr int kQuantTileRows = 4;
 #endif
 constexpr int64_t kQuantRowBlock = 64;
+constexpr int64_t kQuantPartBytes = 28 << 10;    // of weights and activations that pass at once, below a first-level cache of 32 KiB
 
 // Quantised rows lie in tiles of kQuantTileRows: for each group the values of the tile's rows, 32 bytes each, then their scales,
 // then what multiplies the zero point (int32 -zero * sum x) or the minimum (float scale * sum x). So a tile is read in order,
@@ -79,6 +80,12 @@ template <int kBits, bool kMin, int R> FL_INLINE void accumulate(vf (&acc)[R], c
   }
 }
 
+// Which 32s of k, and where chains rest between one part and the next: [panels][rows][16]. The whole depth where `end` is 0.
+struct Part {
+  int64_t begin, end;
+  float* rest;
+};
+
 // R rows against units [begin, end) of panels (swiglu: a gate and an up panel), P panels at once, each its own stream.
 // Each stream starts one panel further into its run than the one before: runs of a multiple of 4 KiB would otherwise meet in the
 // same cache sets and memory banks, a third of the bandwidth.
@@ -86,9 +93,9 @@ template <int kBits, bool kMin, int R> FL_INLINE void accumulate(vf (&acc)[R], c
 // cache already.
 template <int kBits, bool kMin, bool kLarge, int R, int P, class Hooks>
 void quant_stream(const LinearArgs& a, const Hooks& hooks, const Rows& x, int64_t row, int64_t begin, int64_t end,
-                  int64_t ahead = streaming.ahead) {
+                  int64_t ahead = streaming.ahead, Part part = {}) {
   const QuantFormat format(kBits, kMin, kLarge ? a.group : kGroup);
-  const int64_t groups = padded(a.depth) / kGroup, size = format.panel(a.depth);
+  const int64_t groups = padded(a.depth) / kGroup, size = format.panel(a.depth), last = part.end ? part.end : groups;
   constexpr int64_t lines = kBits * 64 + 64;    // quants, and what of their scales may lie beyond
   const int64_t width = a.halves ? 2 : 1, lanes = P / width, length = (end - begin) / lanes;
   for (int64_t i = 0; i < length; ++i) {
@@ -100,10 +107,10 @@ void quant_stream(const LinearArgs& a, const Hooks& hooks, const Rows& x, int64_
       panel[p] = (begin + p / width * length + (i + p / width) % length) * width + p % width;
       w[p] = static_cast<const uint8_t*>(a.weight) + panel[p] * size;
       FL_UNROLL
-      for (int r = 0; r < R; ++r) acc[p][r] = set1(0);    // no hook starts a quantised chain
+      for (int r = 0; r < R; ++r) acc[p][r] = part.begin ? load(part.rest + (p * R + r) * kLanes) : set1(0);    // no hook starts one
     }
-    Rows at = x;
-    for (int64_t g = 0; g < groups; ++g, at.values += kQuantTileBytes, at.meta += kQuantTileBytes) {
+    Rows at = {x.values + part.begin * kQuantTileBytes, x.meta + part.begin * kQuantTileBytes};
+    for (int64_t g = part.begin; g < last; ++g, at.values += kQuantTileBytes, at.meta += kQuantTileBytes) {
       const int64_t quants = format.at(g), scales = format.scales(g);
       FL_UNROLL
       for (int p = 0; p < P; ++p) {
@@ -117,15 +124,20 @@ void quant_stream(const LinearArgs& a, const Hooks& hooks, const Rows& x, int64_
       vf of_row[1][P];
       FL_UNROLL
       for (int p = 0; p < P; ++p) of_row[0][p] = acc[p][r];
-      finish_all(a, hooks, of_row, row + r, panel);
+      if (last == groups) {
+        finish_all(a, hooks, of_row, row + r, panel);
+      } else {
+        FL_UNROLL
+        for (int p = 0; p < P; ++p) store(part.rest + (p * R + r) * kLanes, acc[p][r]);
+      }
     }
   }
   if constexpr (P == 6)
     return;    // taken only where nothing is left over
   else if constexpr (P > 2)
-    quant_stream<kBits, kMin, kLarge, R, P / 2>(a, hooks, x, row, begin + length * lanes, end);
+    quant_stream<kBits, kMin, kLarge, R, P / 2>(a, hooks, x, row, begin + length * lanes, end, ahead, part);
   else if constexpr (P == 2)
-    if (!a.halves) quant_stream<kBits, kMin, kLarge, R, 1>(a, hooks, x, row, begin + length * lanes, end);
+    if (!a.halves) quant_stream<kBits, kMin, kLarge, R, 1>(a, hooks, x, row, begin + length * lanes, end, ahead, part);
 }
 
 // Few rows, with as many streams as this machine's memory wants. A left-over of one or two panels would run with one or two
@@ -159,21 +171,28 @@ void quant_rows(const LinearArgs& a, const Hooks& hooks, Team& team, char* all) 
   // Row blocks stay in cache while the panels pass; a tile takes one unit. All blocks have as many tiles, or one less: threads share
   // out blocks and units, whose number says nothing of their rows.
   const int64_t blocks = (a.rows + kQuantRowBlock - 1) / kQuantRowBlock, tiles = (a.rows + kQuantTileRows - 1) / kQuantTileRows;
+  // A unit and a tile of rows stay in the first-level cache: of a greater depth, part after part.
+  const int64_t unit = (a.halves ? 2 : 1) * QuantFormat(kBits, kMin, kLarge ? a.group : kGroup).panel(a.depth);
+  const int64_t parts = (unit + groups * kQuantTileBytes + kQuantPartBytes - 1) / kQuantPartBytes, step = (groups + parts - 1) / parts;
+  alignas(64) float rest[(kQuantRowBlock + kQuantTileRows) * 2 * kLanes];
   const Range items = share(team, blocks * units);
   for (int64_t item = items.begin; item < items.end; ++item) {
     const int64_t u = item % units, b = item / units, begin = tiles * b / blocks * kQuantTileRows;
     const int64_t last = tiles * (b + 1) / blocks * kQuantTileRows, end = last < a.rows ? last : a.rows;
-    // While the first tile passes over this unit, the next one is fetched.
-    int64_t ahead = (a.halves ? 2 : 1) * QuantFormat(kBits, kMin, kLarge ? a.group : kGroup).panel(a.depth);
-    for (int64_t r = begin; r < end; ahead = 0) {
-      if (end - r >= kQuantTileRows)
-        quant_stream<kBits, kMin, kLarge, kQuantTileRows, 2>(a, hooks, rows_at(all, r, groups), r, u, u + 1, ahead), r += kQuantTileRows;
-      else if (kQuantTileRows > 4 && end - r >= 4)
-        quant_stream<kBits, kMin, kLarge, 4, 2>(a, hooks, rows_at(all, r, groups), r, u, u + 1, ahead), r += 4;
-      else if (end - r >= 2)
-        quant_stream<kBits, kMin, kLarge, 2, 2>(a, hooks, rows_at(all, r, groups), r, u, u + 1, ahead), r += 2;
-      else
-        quant_stream<kBits, kMin, kLarge, 1, 2>(a, hooks, rows_at(all, r, groups), r, u, u + 1, ahead), r += 1;
+    for (int64_t g = 0; g < groups; g += step) {
+      Part part = {g, g + step < groups ? g + step : groups, rest};
+      int64_t ahead = unit;    // while the first tile passes over this unit, the next one is fetched
+      for (int64_t r = begin; r < end; ahead = 0, part.rest += 2 * kQuantTileRows * kLanes) {
+        const Rows x = rows_at(all, r, groups);
+        if (end - r >= kQuantTileRows)
+          quant_stream<kBits, kMin, kLarge, kQuantTileRows, 2>(a, hooks, x, r, u, u + 1, ahead, part), r += kQuantTileRows;
+        else if (kQuantTileRows > 4 && end - r >= 4)
+          quant_stream<kBits, kMin, kLarge, 4, 2>(a, hooks, x, r, u, u + 1, ahead, part), r += 4;
+        else if (end - r >= 2)
+          quant_stream<kBits, kMin, kLarge, 2, 2>(a, hooks, x, r, u, u + 1, ahead, part), r += 2;
+        else
+          quant_stream<kBits, kMin, kLarge, 1, 2>(a, hooks, x, r, u, u + 1, ahead, part), r += 1;
+      }
     }
   }
 }
