@@ -174,7 +174,7 @@ void quant_rows(const LinearArgs& a, const Hooks& hooks, Team& team, char* all) 
   // A unit and a tile of rows stay in the first-level cache: of a greater depth, part after part.
   const int64_t unit = (a.halves ? 2 : 1) * QuantFormat(kBits, kMin, kLarge ? a.group : kGroup).panel(a.depth);
   const int64_t parts = (unit + groups * kQuantTileBytes + kQuantPartBytes - 1) / kQuantPartBytes, step = (groups + parts - 1) / parts;
-  alignas(64) float rest[(kQuantRowBlock + kQuantTileRows) * 2 * kLanes];
+  alignas(64) float rest[kQuantRowBlock * 2 * kLanes];
   const Range items = share(team, blocks * units);
   for (int64_t item = items.begin; item < items.end; ++item) {
     const int64_t u = item % units, b = item / units, begin = tiles * b / blocks * kQuantTileRows;
@@ -182,16 +182,17 @@ void quant_rows(const LinearArgs& a, const Hooks& hooks, Team& team, char* all) 
     for (int64_t g = 0; g < groups; g += step) {
       Part part = {g, g + step < groups ? g + step : groups, rest};
       int64_t ahead = unit;    // while the first tile passes over this unit, the next one is fetched
-      for (int64_t r = begin; r < end; ahead = 0, part.rest += 2 * kQuantTileRows * kLanes) {
+      for (int64_t r = begin, n; r < end; r += n, ahead = 0, part.rest += n * 2 * kLanes) {
         const Rows x = rows_at(all, r, groups);
-        if (end - r >= kQuantTileRows)
-          quant_stream<kBits, kMin, kLarge, kQuantTileRows, 2>(a, hooks, x, r, u, u + 1, ahead, part), r += kQuantTileRows;
-        else if (kQuantTileRows > 4 && end - r >= 4)
-          quant_stream<kBits, kMin, kLarge, 4, 2>(a, hooks, x, r, u, u + 1, ahead, part), r += 4;
-        else if (end - r >= 2)
-          quant_stream<kBits, kMin, kLarge, 2, 2>(a, hooks, x, r, u, u + 1, ahead, part), r += 2;
+        n = end - r >= kQuantTileRows ? kQuantTileRows : end - r >= 4 ? 4 : end - r >= 2 ? 2 : 1;
+        if (n == kQuantTileRows)
+          quant_stream<kBits, kMin, kLarge, kQuantTileRows, 2>(a, hooks, x, r, u, u + 1, ahead, part);
+        else if (n == 4)
+          quant_stream<kBits, kMin, kLarge, 4, 2>(a, hooks, x, r, u, u + 1, ahead, part);
+        else if (n == 2)
+          quant_stream<kBits, kMin, kLarge, 2, 2>(a, hooks, x, r, u, u + 1, ahead, part);
         else
-          quant_stream<kBits, kMin, kLarge, 1, 2>(a, hooks, x, r, u, u + 1, ahead, part), r += 1;
+          quant_stream<kBits, kMin, kLarge, 1, 2>(a, hooks, x, r, u, u + 1, ahead, part);
       }
     }
   }

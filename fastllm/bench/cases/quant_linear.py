@@ -140,7 +140,7 @@ SUITE = Suite(
                 (1, 96, 40, {"norm": True}), (6, 64, 40, {"norm": True}),
                 (1, 96, 35, {"residual": True}), (13, 96, 35, {"residual": True}),
                 (1, 64, 40, {"swiglu": True}), (3, 64, 7, {"swiglu": True}), (4, 64, 144, {"swiglu": True}),
-                (13, 96, 33, {"swiglu": True}), (66, 32, 16, {"swiglu": True}), (21, 2560, 33, {"swiglu": True}),
+                (13, 96, 33, {"swiglu": True}), (66, 32, 16, {"swiglu": True}), (63, 2560, 33, {"swiglu": True}),
                 (5, 64, 33, {"norm": True, "residual": True, "bias": True}),
                 (2, 64, 33, {"norm": True, "residual": True, "swiglu": True}),
             )
