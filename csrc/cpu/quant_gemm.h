@@ -173,7 +173,7 @@ void quant_rows(const LinearArgs& a, const Hooks& hooks, Team& team, char* all) 
   const int64_t blocks = (a.rows + kQuantRowBlock - 1) / kQuantRowBlock, tiles = (a.rows + kQuantTileRows - 1) / kQuantTileRows;
   // A unit and a tile of rows stay in the first-level cache: of a greater depth, part after part.
   const int64_t unit = (a.halves ? 2 : 1) * QuantFormat(kBits, kMin, kLarge ? a.group : kGroup).panel(a.depth);
-  const int64_t parts = (unit + groups * kQuantTileBytes + kQuantPartBytes - 1) / kQuantPartBytes, step = (groups + parts - 1) / parts;
+  const int64_t parts = (unit + groups * kQuantTileBytes) / kQuantPartBytes + 1, step = (groups + parts - 1) / parts;
   alignas(64) float rest[kQuantRowBlock * 2 * kLanes];
   const Range items = share(team, blocks * units);
   for (int64_t item = items.begin; item < items.end; ++item) {
