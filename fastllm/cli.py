@@ -147,6 +147,7 @@ def generate(
     model: Annotated[str, typer.Option(help="Alias, .gguf file, folder of safetensors, or Hub id.")] = "smollm2-135m",
     dtype: Annotated[str, typer.Option(help="auto keeps what the file stores; float32 dequantises it.")] = "auto",
     quantize: Annotated[str | None, typer.Option(help="int8 or int4.  [default: as stored]")] = None,
+    kv_dtype: Annotated[str, typer.Option(help="Of the KV cache: auto (float32) or int8, a quarter of it.")] = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="How many to generate at most.")] = 128,
     min_new_tokens: Annotated[int, typer.Option(help="No end of sequence before so many.")] = 0,
@@ -194,7 +195,9 @@ def generate(
     try:
         from .llm import LLM
 
-        llm = LLM(model, dtype=dtype, quantize=quantize, max_model_len=max_model_len, num_threads=threads)
+        llm = LLM(
+            model, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len, num_threads=threads
+        )
         request = llm.request(llm.chat_ids([{"role": "user", "content": text}]) if chat else text, params)
         if as_json:
             for _ in llm.run(request):
@@ -221,6 +224,7 @@ def chat(
     model: Annotated[str, typer.Option(help="Alias, .gguf file, folder of safetensors, or Hub id.")] = "smollm2-135m",
     dtype: Annotated[str, typer.Option(help="auto keeps what the file stores; float32 dequantises it.")] = "auto",
     quantize: Annotated[str | None, typer.Option(help="int8 or int4.  [default: as stored]")] = None,
+    kv_dtype: Annotated[str, typer.Option(help="Of the KV cache: auto (float32) or int8, a quarter of it.")] = "auto",
     system: Annotated[str | None, typer.Option(help="The system's message: how the model is to answer.")] = None,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
@@ -244,7 +248,10 @@ def chat(
     from .llm import LLM
     from .terminal import chat as talk_on_terminal
 
-    llm = LLM(model, dtype=dtype, quantize=quantize, max_model_len=max_model_len, max_num_seqs=1, num_threads=threads)
+    llm = LLM(
+        model, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len, max_num_seqs=1,
+        num_threads=threads,
+    )  # fmt: skip
     talk = Conversation(llm, params, system)
     if load is not None:
         talk.load(load)

@@ -30,6 +30,7 @@ from .ops import Panels, QWeight
 from .sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
+KV_DTYPES = {"auto": torch.float32, "int8": torch.int8}
 KV_BYTES = 1 << 30  # of the cache, where nobody says: 23,000 tokens of the 135M model
 
 
@@ -86,7 +87,9 @@ class LLM:
     quantize: None, "int8" or "int4" (groups of 32). max_model_len: tokens of prompt and completion together, at most
     the model's own. max_num_seqs: completions that run together; more wait in line. kv_bytes: size of the KV cache that
     they share, and in which known beginnings of prompts are kept; None: enough for all, but not above 1 GiB, unless one
-    sequence of max_model_len needs it. It takes memory as it fills. num_threads: None takes torch's number.
+    sequence of max_model_len needs it. It takes memory as it fills. kv_dtype: "auto" keeps keys and values in float32,
+    "int8" in some quarter of that, a scale for each token and head beside them: nearly the same text, not the same bits.
+    num_threads: None takes torch's number.
 
     ValueError for a file or an argument that cannot be used, HubError when a model cannot be fetched, MemoryError when
     it does not fit. Calls from several threads run together, each with the bits that it would have alone. A stream may
@@ -103,6 +106,7 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
         kv_bytes: int | None = None,
+        kv_dtype: str = "auto",
         num_threads: int | None = None,
         revision: str | None = None,
     ):
@@ -112,6 +116,8 @@ class LLM:
             raise ValueError(f"LLM: dtype={dtype!r}; allowed: 'auto', 'float32'")
         if quantize not in (None, "int8", "int4"):
             raise ValueError(f"LLM: quantize={quantize!r}; allowed: None, 'int8', 'int4'")
+        if kv_dtype not in KV_DTYPES:
+            raise ValueError(f"LLM: kv_dtype={kv_dtype!r}; allowed: {', '.join(map(repr, KV_DTYPES))}")
         counts = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "kv_bytes": kv_bytes}
         counts |= {"num_threads": num_threads}
         for key, value in counts.items():
@@ -131,12 +137,18 @@ class LLM:
         if max_model_len and max_model_len > config.max_position:
             raise ValueError(f"LLM: max_model_len={max_model_len}, but the model has {config.max_position} positions")
         self.max_model_len = max_model_len or config.max_position
-        pages = self._plan_pages(max_num_seqs, kv_bytes)
+        if kv_dtype == "int8" and config.head_dim % 16:
+            raise ValueError(
+                f"LLM: kv_dtype='int8' takes heads of a multiple of 16, the model's have {config.head_dim}"
+            )
+        pages = self._plan_pages(max_num_seqs, kv_bytes, KV_DTYPES[kv_dtype])
         eos_ids = self.tokenizer.eos_ids
-        self.engine = Engine(self.model, self.max_model_len, eos_ids, max_num_seqs, pages, num_threads or 0)
+        self.engine = Engine(
+            self.model, self.max_model_len, eos_ids, max_num_seqs, pages, num_threads or 0, kv_dtype=KV_DTYPES[kv_dtype]
+        )
 
-    def _plan_pages(self, max_num_seqs: int, kv_bytes: int | None) -> int:
-        size, longest = page_bytes(self.model.config), pages_for(self.max_model_len)
+    def _plan_pages(self, max_num_seqs: int, kv_bytes: int | None, dtype: torch.dtype) -> int:
+        size, longest = page_bytes(self.model.config, dtype), pages_for(self.max_model_len)
         if kv_bytes is None:
             return max(longest, min(max_num_seqs * longest, KV_BYTES // size))
         if kv_bytes < longest * size:

@@ -15,6 +15,7 @@ from fastllm import ops
 from fastllm.ops import kv_cache
 from fastllm.ops._op import OPS, Kernel
 from fastllm.ops.attention import triton_paged, triton_tile
+from fastllm.ops.kv_append import reference
 
 # ------------------------------------------------------------------------------------------ bfloat16 in the interpreter
 # The interpreter keeps bfloat16 as uint16 and computes on those integers: a sum adds bit patterns, and the conversion
@@ -154,6 +155,21 @@ def test_exact_attention_has_the_same_bits_paged_and_dense(spec, room, monkeypat
         assert torch.equal(out, dense[first:last]), (first, last)
     loose = ops.AttentionSpec(**{**vars(spec), "exact": False})
     torch.testing.assert_close(ops.attention(q[None], k[None], v[None], loose)[0], dense, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("rotary", [32, 12])
+def test_int8_pages(rotary):
+    """The bytes of the reference, but for one where a product lies on a tie; a NaN in the scale alone."""
+    k, v = torch.randn(40, 3, 32), torch.randn(40, 3, 32)
+    k[3, 1, 4], v[4, 0], v[5, 1, 2] = float("nan"), 0, float("inf")
+    table, at, slot = ops.rope_table(50, rotary), torch.arange(40), torch.randperm(64)[:40]
+    ours, plain = (ops.KVPages.empty(4, 3, 32, torch.int8) for _ in range(2))
+    ops.kv_append(k, v, ours, slot, at, table)
+    reference(k, v, *plain, slot, at, table, None)
+    torch.testing.assert_close(ours.scales, plain.scales, rtol=3e-7, atol=0, equal_nan=True)
+    assert ours.scales.isnan().sum() == 2
+    for a, b in zip(ours[:2], plain[:2], strict=True):
+        assert (a.int() - b.int()).abs().max() <= 1 and (a != b).float().mean() < 0.01
 
 
 def test_bad_lengths_and_pages_are_nan_in_their_sequence_alone():

@@ -74,8 +74,8 @@ struct TileResult {
 };
 
 // One group of rows, from row `row` of the item, against the tile at key `base`: results in w.values and r.
-template <bool Ahead>
-void attend(const Problem& p, const Item& item, const Workspace& w, int64_t row, int64_t rows, const KvTile& tile,
+template <bool Ahead, class E>
+void attend(const Problem& p, const Item& item, const Workspace& w, int64_t row, int64_t rows, const KvTile<E>& tile,
             int64_t base, const Visible* keys, TileResult& r) {
   Visible any = {kKvTile, 0};
   for (int64_t i = 0; i < rows; ++i) {
@@ -94,6 +94,7 @@ void attend(const Problem& p, const Item& item, const Workspace& w, int64_t row,
       if (p.shaping.scores) shape_scores(p.shaping, row_at(p, item, item.row_begin + row + i), base, keys[i], scores);
       softmax_tile(scores, keys[i], r.highest[i], r.total[i]);
       if (p.shaping.drops) drop_weights(p.shaping, row_at(p, item, item.row_begin + row + i), base, keys[i], scores);
+      if constexpr (kBytes<E>) scale_weights(scores, tile, keys[i]);
     }
     weigh_values<R, Ahead>(w.scores, tile, keys, p.padded, w.values, true);
   });
@@ -120,8 +121,8 @@ void run_tiles(const Problem& p, const Source& source, const Item& item, Span sp
     const auto inside = [&](int64_t key) { return key <= base ? 0 : key >= base + kKvTile ? kKvTile : key - base; };
     const Visible any = {inside(w.visible[0].begin), inside(w.visible[rows - 1].end)};
     if (any.begin >= any.end) continue;
-    KvTile tile;
-    const bool in_place = IsFloat<typename Source::Element>::value && p.padded == p.dim;
+    KvTile<typename Source::Key> tile;
+    const bool in_place = Source::kInPlace && p.padded == p.dim;
     const int64_t ahead = Ahead && in_place ? width(int(group_rows(rows))) : 0;
     const TileAt at = {item.b, item.kv_head, t, any};
     source.load(tile, at, item.sequence, ahead, {w.keys, w.padded_values}, team);
@@ -334,7 +335,10 @@ void paged_attention(const PagedAttentionArgs& a, Team& team) noexcept {
   shaping.cap = float(a.softcap), shaping.alibi = a.alibi, shaping.sinks = a.sinks;
   shaping.scores = a.softcap != 0 || a.alibi;
   const Problem p = describe(a, shaping);
-  with_dtype(a.dtype, [&](auto element) { run(p, Paged<decltype(element)>{a}, layout(a), team); });
+  with_dtype(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    a.scales ? run(p, Paged<T, int8_t>{a}, layout(a), team) : run(p, Paged<T, T>{a}, layout(a), team);
+  });
 }
 
 }  // namespace FASTLLM_TIER

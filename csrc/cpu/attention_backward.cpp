@@ -178,7 +178,7 @@ void gradient_row(const Problem& p, const RowAt& at, int64_t base, Visible keys,
 void run_step(const Problem& p, const Item& item, const Workspace& w, int64_t first_row, int64_t rows, int64_t base,
               int64_t step, int64_t count, const float* keys, int64_t key_row) {
   const int64_t dim = p.a.dim, padded = p.padded, from = base + step;
-  KvTile key_tile, value_tile;
+  KvTile<float> key_tile, value_tile;
   key_tile.value_row = key_row;
   for (int64_t i = 0; i * kLanes < count; ++i) {
     key_tile.keys[i] = w.key_panels + (step / kLanes + i) * dim * kLanes;

@@ -1,7 +1,7 @@
 // How rows of queries, keys and values become what the microkernels of attention read: fp32, in panels of 16 keys, or
 // in rows padded to whole vectors. 16-bit types are widened on the way, so no other copy of them is ever made.
 #pragma once
-#include "simd.h"
+#include "s8.h"
 
 namespace fastllm {
 namespace {
@@ -94,11 +94,18 @@ FL_INLINE void copy_rows(const T* from, int64_t from_row, int64_t rows, int64_t 
     }
 }
 
-template <class T> struct IsFloat {
-  static constexpr bool value = false;
+// What the microkernels read where T is stored: bytes as they are, all else as floats.
+template <class T> struct Read {
+  using Type = float;
+  static constexpr bool kInPlace = false;
 };
-template <> struct IsFloat<float> {
-  static constexpr bool value = true;
+template <> struct Read<float> {
+  using Type = float;
+  static constexpr bool kInPlace = true;
+};
+template <> struct Read<int8_t> {
+  using Type = int8_t;
+  static constexpr bool kInPlace = true;
 };
 
 }  // namespace

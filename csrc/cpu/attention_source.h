@@ -33,9 +33,9 @@ struct TileMemory {
 // Value rows [visible) of panel p, which begins at `from`: in place, or widened and padded.
 template <class T>
 FL_INLINE void place_values(
-    KvTile& tile, int64_t p, const T* from, int64_t row, Visible visible, int64_t dim, float* memory) {
+    KvTile<float>& tile, int64_t p, const T* from, int64_t row, Visible visible, int64_t dim, float* memory) {
   const int64_t padded = attention_padded(dim);
-  if constexpr (IsFloat<T>::value) {
+  if constexpr (Read<T>::kInPlace) {
     if (padded == dim) {
       tile.values[p] = from, tile.value_row = row;
       return;
@@ -68,7 +68,8 @@ template <class Args> Sequence dense_sequence(const Args& a, int64_t b, Team& te
 
 template <class T> struct Dense {
   using Element = T;
-  static constexpr bool kPacked = true;    // key rows become panels in scratch
+  using Key = float;
+  static constexpr bool kPacked = true, kInPlace = false;    // key rows become panels in scratch
   const AttentionArgs& a;
 
   Sequence sequence(int64_t b, Team& team) const { return dense_sequence(a, b, team); }
@@ -81,7 +82,7 @@ template <class T> struct Dense {
     return a.cu_q ? head * a.queries + s.first : (b * a.heads + head) * a.queries;
   }
 
-  void load(KvTile& tile, const TileAt& at, const Sequence& s, int64_t, TileMemory memory, Team&) const {
+  void load(KvTile<float>& tile, const TileAt& at, const Sequence& s, int64_t, TileMemory memory, Team&) const {
     const int64_t base = at.t * kKvTile, first = s.first_key + base;
     const T* k = static_cast<const T*>(a.k) + at.b * (a.cu_q ? 0 : a.k_batch) + at.head * a.k_head + first * a.k_row;
     const T* v = static_cast<const T*>(a.v) + at.b * (a.cu_q ? 0 : a.v_batch) + at.head * a.v_head + first * a.v_row;
@@ -94,9 +95,11 @@ template <class T> struct Dense {
   }
 };
 
-template <class T> struct Paged {
+// T: of queries and the output; E: of the pages.
+template <class T, class E> struct Paged {
   using Element = T;
-  static constexpr bool kPacked = false;
+  using Key = typename Read<E>::Type;
+  static constexpr bool kPacked = false, kInPlace = Read<E>::kInPlace;
   const PagedAttentionArgs& a;
 
   Sequence sequence(int64_t b, Team& team) const {    // an invalid one is reported and has no row
@@ -114,22 +117,27 @@ template <class T> struct Paged {
   }
   int64_t lse_at(int64_t, const Sequence& s, int64_t head) const { return head * a.rows + s.first; }
 
-  void load(KvTile& tile, const TileAt& at, const Sequence& s, int64_t ahead, TileMemory memory, Team& team) const {
+  void load(KvTile<Key>& tile, const TileAt& at, const Sequence& s, int64_t ahead, TileMemory memory, Team& team) const {
     const int64_t p0 = at.keys.begin / kLanes, p1 = (at.keys.end + kLanes - 1) / kLanes, first = at.t * kPanels;
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t where = page(at.b, first + p, team);
-      const T* keys = keys_at(where, at.head);
-      if constexpr (IsFloat<T>::value) {
+      const E* keys = keys_at(where, at.head);
+      if constexpr (kInPlace) {
         tile.keys[p] = keys;
       } else {
         float* panel = memory.keys + p * kLanes * a.dim;
         widen(keys, a.dim * kPage, panel);
         tile.keys[p] = panel;
       }
-      const T* values = static_cast<const T*>(a.v_pages) + where * a.v_page + at.head * a.dim * kPage;
-      place_values(tile, p, values, a.dim, at.keys, a.dim, memory.values);
+      const E* values = static_cast<const E*>(a.v_pages) + where * a.v_page + at.head * a.dim * kPage;
+      if constexpr (kBytes<E>) {    // of which there are whole vectors only
+        tile.values[p] = values, tile.value_row = a.dim;
+        tile.scales[p] = scales_at(where, at.head);
+      } else {
+        place_values(tile, p, values, a.dim, at.keys, a.dim, memory.values);
+      }
     }
-    if constexpr (IsFloat<T>::value) {
+    if constexpr (kInPlace) {
       if (!ahead) return;
       for (int64_t p = p0; p < p1; ++p) {
         const int64_t next = p + ahead, wrapped = next - p1 + p0, after = first + kPanels + next - p1;
@@ -138,12 +146,17 @@ template <class T> struct Paged {
           tile.values_ahead[p] = tile.values[next];
         else    // the next tile's keys
           tile.values_ahead[p] = after * kPage < s.keys ? keys_at(page(at.b, after, team), at.head) : tile.values[p];
+        if (kBytes<E> && (first + kPanels + p) * kPage < s.keys) {
+          const float* scales = scales_at(page(at.b, first + kPanels + p, team), at.head);
+          prefetch_into_l2(scales), prefetch_into_l2(scales + kPage);
+        }
       }
     }
   }
-  const T* keys_at(int64_t page, int64_t head) const {
-    return static_cast<const T*>(a.k_pages) + page * a.k_page + head * a.dim * kPage;
+  const E* keys_at(int64_t page, int64_t head) const {
+    return static_cast<const E*>(a.k_pages) + page * a.k_page + head * a.dim * kPage;
   }
+  const float* scales_at(int64_t page, int64_t head) const { return a.scales + page * a.scale_page + head * 2 * kPage; }
   int64_t page(int64_t b, int64_t index, Team& team) const {
     const int64_t p = a.block_table[b * a.table_row + index];
     if (p >= 0 && p < a.pages) return p;

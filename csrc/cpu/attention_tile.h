@@ -29,14 +29,18 @@ constexpr int width(int rows) { return rows <= 1 ? 2 : 1; }
 #endif
 FL_INLINE int64_t group_rows(int64_t left) { return left <= kGroupRows ? left : 6; }
 
-// Where the keys of one tile lie: panels [dim][16] of 16 keys, and as many groups of 16 value rows.
-struct KvTile {
-  const float* keys[kPanels];
-  const float* values[kPanels];
-  const float* keys_ahead[kPanels];      // what to fetch while these keys, or these values, are at work: pages are read
-  const float* values_ahead[kPanels];    // keys, values, next tile; each fetches the one that comes `width` after it
-  int64_t value_row;                     // elements from one value row to the next
+// Where the keys of one tile lie: panels [dim][16] of 16 keys, and as many groups of 16 value rows. E: float, or int8_t with
+// a scale for each key and each value row.
+template <class E> struct KvTile {
+  const E* keys[kPanels];
+  const E* values[kPanels];
+  const E* keys_ahead[kPanels];      // what to fetch while these keys, or these values, are at work: pages are read
+  const E* values_ahead[kPanels];    // keys, values, next tile; each fetches the one that comes `width` after it
+  const float* scales[kPanels];      // of bytes: of a panel's keys [16], then of its values [16]
+  int64_t value_row;                 // elements from one value row to the next
 };
+template <class E> constexpr bool kBytes = sizeof(E) == 1;
+template <class E> constexpr int64_t kVectorsOfLine = 4 / sizeof(E);    // vectors of 16 in a cache line
 
 template <int n> struct Rows {
   static constexpr int value = n;
@@ -58,24 +62,23 @@ template <class F> FL_INLINE void with_rows(int64_t rows, F f) {
 
 // ------------------------------------------------------------------------------------------------------------- scores
 
-// s[r][16 p ..] = scale * (q[r] . keys), R rows by N panels. Ahead: as many other panels or pages of values, which have
+// s[r][16 p ..] = scale * (q[r] . keys), R rows by N panels, then times the scales of bytes. Ahead: as many other panels or pages of values, which have
 // the same number of lines, are fetched meanwhile. A page is short and pages lie anywhere: the hardware's own prefetch
 // starts too late on each. Into L2: a core has more misses in flight there than its first level can wait for.
-template <int R, int N, bool Ahead>
-FL_INLINE void score_block(
-    const float* q, const float* const* keys, const float* const* ahead, int64_t dim, vf scale, float* s) {
-  const float *k[N], *next[N];
+template <int R, int N, bool Ahead, class E>
+FL_INLINE void score_block(const float* q, const KvTile<E>& tile, int64_t panel, int64_t dim, vf scale, float* s) {
+  const E *k[N], *next[N];
   vf acc[R][N];
   FL_UNROLL for (int p = 0; p < N; ++p) {
-    k[p] = keys[p];
-    if (Ahead) next[p] = ahead[p];
+    k[p] = tile.keys[panel + p];
+    if (Ahead) next[p] = tile.keys_ahead[panel + p];
     FL_UNROLL for (int r = 0; r < R; ++r) acc[r][p] = set1(0);
   }
   for (int64_t d = 0; d < dim; ++d) {
     vf w[N];
     FL_UNROLL for (int p = 0; p < N; ++p) {
       w[p] = load(k[p] + d * kLanes);
-      if (Ahead) prefetch_into_l2(next[p] + d * kLanes);
+      if (Ahead && d % kVectorsOfLine<E> == 0) prefetch_into_l2(next[p] + d * kLanes);
     }
     FL_UNROLL for (int r = 0; r < R; ++r) {
       const vf x = set1(q[r * kQueryStride + d]);
@@ -83,13 +86,16 @@ FL_INLINE void score_block(
     }
   }
   FL_UNROLL for (int r = 0; r < R; ++r)
-    FL_UNROLL for (int p = 0; p < N; ++p) store(s + r * kScoreStride + p * kLanes, acc[r][p] * scale);
+    FL_UNROLL for (int p = 0; p < N; ++p) {
+      vf x = acc[r][p] * scale;
+      if constexpr (kBytes<E>) x = x * load(tile.scales[panel + p]);
+      store(s + r * kScoreStride + p * kLanes, x);
+    }
 }
 
-template <int R, int N, bool Ahead>
-void score_panels(const float* q, const KvTile& tile, int64_t p, int64_t end, int64_t dim, vf scale, float* s) {
-  for (; p + N <= end; p += N)
-    score_block<R, N, Ahead>(q, tile.keys + p, tile.keys_ahead + p, dim, scale, s + p * kLanes);
+template <int R, int N, bool Ahead, class E>
+void score_panels(const float* q, const KvTile<E>& tile, int64_t p, int64_t end, int64_t dim, vf scale, float* s) {
+  for (; p + N <= end; p += N) score_block<R, N, Ahead>(q, tile, p, dim, scale, s + p * kLanes);
   if constexpr (N > 1)
     if (p < end) score_panels<R, N / 2, Ahead>(q, tile, p, end, dim, scale, s);
 }
@@ -124,22 +130,28 @@ FL_INLINE void softmax_tile(float* s, Visible keys, float& highest, float& total
 
 // ------------------------------------------------------------------------------------------------------------- values
 
+// The weights of keys whose values are bytes, times the scales of those.
+FL_INLINE void scale_weights(float* p, const KvTile<int8_t>& tile, Visible keys) {
+  for (int64_t i = keys.begin / kLanes; i * kLanes < keys.end; ++i)
+    store(p + i * kLanes, load(p + i * kLanes) * load(tile.scales[i] + kLanes));
+}
+
 // acc[r][16 c ..] continues (or, when fresh, starts) the chain over keys [begin, end) of p[r][j] * values[j].
-template <int R, int N, bool Ahead>
-FL_INLINE void value_block(const float* p, const KvTile& tile, int64_t column, Visible keys, int64_t line, float* out,
+template <int R, int N, bool Ahead, class E>
+FL_INLINE void value_block(const float* p, const KvTile<E>& tile, int64_t column, Visible keys, int64_t line, float* out,
                            int64_t out_row, bool fresh) {
   vf acc[R][N];
   FL_UNROLL for (int r = 0; r < R; ++r)
     FL_UNROLL for (int c = 0; c < N; ++c) acc[r][c] = fresh ? set1(0) : load(out + r * out_row + c * kLanes);
   for (int64_t j = keys.begin; j < keys.end;) {
     const int64_t panel = j / kLanes, next = (panel + 1) * kLanes, stop = next < keys.end ? next : keys.end;
-    const float* v = tile.values[panel] + (j % kLanes) * tile.value_row + column;
-    const float* ahead = Ahead ? tile.values_ahead[panel] + (j % kLanes) * line + column : nullptr;
+    const E* v = tile.values[panel] + (j % kLanes) * tile.value_row + column;
+    const E* ahead = Ahead ? tile.values_ahead[panel] + (j % kLanes) * line + column : nullptr;
     for (; j < stop; ++j, v += tile.value_row) {
       vf w[N];
       FL_UNROLL for (int c = 0; c < N; ++c) {
         w[c] = load(v + c * kLanes);
-        if (Ahead) prefetch_into_l2(ahead + c * kLanes);
+        if (Ahead && c % kVectorsOfLine<E> == 0) prefetch_into_l2(ahead + c * kLanes);
       }
       if (Ahead) ahead += line;
       FL_UNROLL for (int r = 0; r < R; ++r) {
@@ -152,9 +164,9 @@ FL_INLINE void value_block(const float* p, const KvTile& tile, int64_t column, V
     FL_UNROLL for (int c = 0; c < N; ++c) store(out + r * out_row + c * kLanes, acc[r][c]);
 }
 
-template <int R, int N, bool Ahead>
+template <int R, int N, bool Ahead, class E>
 void value_columns(
-    const float* p, const KvTile& tile, int64_t column, Visible keys, int64_t padded, float* out, bool fresh) {
+    const float* p, const KvTile<E>& tile, int64_t column, Visible keys, int64_t padded, float* out, bool fresh) {
   for (; column + N * kLanes <= padded; column += N * kLanes)
     value_block<R, N, Ahead>(p, tile, column, keys, padded, out + column, padded, fresh);
   if constexpr (N > 1)
@@ -163,8 +175,8 @@ void value_columns(
 
 // acc[r] continues (or, when fresh, starts) the chain over the keys that row r sees. A group's rows see nearly the same
 // keys: those that all see go through the register tile, the few at both ends row by row.
-template <int R, bool Ahead>
-void weigh_values(const float* p, const KvTile& tile, const Visible* keys, int64_t padded, float* acc, bool fresh) {
+template <int R, bool Ahead, class E>
+void weigh_values(const float* p, const KvTile<E>& tile, const Visible* keys, int64_t padded, float* acc, bool fresh) {
   Visible common = keys[0];
   bool same = true;
   for (int r = 1; r < R; ++r) {

@@ -1,6 +1,8 @@
 // kv_append: what stands between the qkv projection and attention, in one pass: q rotated into a new tensor, k rotated and
-// written into its page as a column of [dim][16], v copied into its page as a row of [16][dim].
+// written into its page as a column of [dim][16], v copied into its page as a row of [16][dim]; into pages of bytes with a scale
+// each.
 #include "rope.h"
+#include "s8.h"
 
 namespace fastllm {
 namespace {
@@ -14,6 +16,18 @@ void append_head(const KvAppendArgs& a, const T* k, const T* v, const float* ang
   for (int64_t d = 0; d < a.dim; ++d) column[d * kPage] = rotated[d];
   T* row = static_cast<T*>(a.v_pages) + page * a.v_page + at + offset * a.dim;
   for (int64_t d = 0; d < a.dim; d += kLanes) store(row + d, load(v + d, first(a.dim - d)), first(a.dim - d));
+}
+
+// k is not rounded to its dtype between the turn and its bytes.
+template <class T>
+void append_bytes(const KvAppendArgs& a, const T* k, const T* v, const float* angle, int64_t slot, int64_t head) {
+  alignas(64) float x[kMaxHeadDim];
+  const int64_t page = slot / kPage, offset = slot % kPage, at = head * a.dim * kPage;
+  float* scales = a.scales + page * a.scale_page + head * 2 * kPage + offset;
+  rotate(k, angle, a.rotary, a.dim, x);
+  scales[0] = quantise(x, a.dim, static_cast<int8_t*>(a.k_pages) + page * a.k_page + at + offset, kPage);
+  each(a.dim, [&](int64_t i, auto m) { store(x + i, load(v + i, m), m); });
+  scales[kPage] = quantise(x, a.dim, static_cast<int8_t*>(a.v_pages) + page * a.v_page + at + offset * a.dim, 1);
 }
 
 // Heads are shared, not tokens: a decode step of one token uses every thread.
@@ -33,7 +47,8 @@ template <class T> void run(const KvAppendArgs& a, Team& team) {
       rotate(q + t * a.q_row + h * a.q_head, angle, a.rotary, a.dim, q_out + (t * a.heads + h) * a.dim);
     } else if (slot >= 0) {
       const int64_t g = h - a.heads;
-      append_head(a, k + t * a.k_row + g * a.k_head, v + t * a.v_row + g * a.v_head, angle, slot, g);
+      const T *key = k + t * a.k_row + g * a.k_head, *value = v + t * a.v_row + g * a.v_head;
+      a.scales ? append_bytes(a, key, value, angle, slot, g) : append_head(a, key, value, angle, slot, g);
     }
   }
 }

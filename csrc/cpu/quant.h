@@ -1,7 +1,7 @@
 // How quantised weights lie in panels of 16 rows, and their exact integer dot product with s8 activations, 32 at a time, tier by
 // tier.
 #pragma once
-#include "simd.h"
+#include "s8.h"
 
 namespace fastllm {
 namespace {
@@ -9,16 +9,6 @@ namespace {
 constexpr int64_t kGroup = 32;    // of activations; a weight's group is one, two or four of them
 
 FL_INLINE int64_t padded(int64_t depth) { return (depth + kGroup - 1) / kGroup * kGroup; }
-
-FL_INLINE void store_s8(int8_t* p, vi a) {    // values within s8
-#if defined(__AVX512F__)
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v));
-#else
-  int32_t t[16];
-  storei(t, a);
-  for (int i = 0; i < 16; ++i) p[i] = int8_t(t[i]);
-#endif
-}
 
 FL_INLINE vi broadcast4(const int8_t* x) {    // four activations to every lane
   int32_t v;

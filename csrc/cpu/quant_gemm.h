@@ -42,25 +42,19 @@ FL_INLINE vf broadcast_float(const char* p) {
   return set1(v);
 }
 
-constexpr float kSmallest = 1e-35f;    // a group below this counts as zeros: 127 / max|x| would overflow
-
-// One row: scale = max|x| / 127, value = round(x * (127 / max|x|)). A group of zeros has scale 0; a NaN or infinity makes the
-// scale NaN, and with it every output of the row.
+// One row of x, padded with zeros to `depth`.
 template <int kBits, bool kMin> FL_INLINE void quantise_row(Rows to, const float* x, int64_t n, int64_t depth) {
   for (int64_t k = 0; k < depth; k += kGroup, to.values += kQuantTileBytes, to.meta += kQuantTileBytes) {
     const vf a = load(x + k, first(n - k)), b = load(x + k + kLanes, first(n - k - kLanes > 0 ? n - k - kLanes : 0));
     const vf size = max(abs(a), abs(b)), infinity = set1(__builtin_inff());
     const bool finite = (bits(abs(a) < infinity) & bits(abs(b) < infinity)) == 0xffff;
-    const float top = finite ? max(size) : 0.0f;
-    const bool plain = top >= kSmallest;
-    const float scale = plain ? top / 127.0f : finite ? 0.0f : __builtin_nanf("");
-    const vf inverse = set1(plain ? 127.0f / top : 0.0f);
-    const vi qa = plain ? to_int(a * inverse) : seti(0), qb = plain ? to_int(b * inverse) : seti(0);
+    const Symmetric s = symmetric(max(size), finite);
+    const vi qa = s.plain ? to_int(a * set1(s.inverse)) : seti(0), qb = s.plain ? to_int(b * set1(s.inverse)) : seti(0);
     store_s8(to.values, qa);
     store_s8(to.values + kLanes, qb);
     const int32_t total = sum(qa + qb), start = -total * (kBits == 4 ? 8 : 128);
-    const float moment = scale * float(total);
-    memcpy(to.meta, &scale, 4);
+    const float moment = s.scale * float(total);
+    memcpy(to.meta, &s.scale, 4);
     memcpy(to.meta + kQuantTileRows * 4, kMin ? static_cast<const void*>(&moment) : &start, 4);
   }
 }

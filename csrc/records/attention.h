@@ -31,8 +31,9 @@ struct PagedAttentionArgs {
   const void *q, *k_pages, *v_pages;
   const int32_t *block_table, *context_len, *cu_q;
   const float *alibi, *sinks;
+  const float* scales;    // null, or of pages of bytes, of which dim is a multiple of 16: KvAppendArgs
   int64_t batch, rows, heads, kv_heads, dim, pages, max_pages, table_row;
-  int64_t q_row, q_head, k_page, v_page;
+  int64_t q_row, q_head, k_page, v_page, scale_page;
   int64_t dtype, causal, window;
   double scale, softcap;
 };
@@ -79,7 +80,7 @@ static inline AttentionScratch layout(const AttentionArgs& a) {
   return attention_scratch(rows, attention_tiles(a.keys), a.dim, true, a.dtype != kFloat32);
 }
 static inline AttentionScratch layout(const PagedAttentionArgs& a) {
-  const bool widened = a.dtype != kFloat32;
+  const bool widened = a.dtype != kFloat32 && !a.scales;
   const int64_t rows = a.rows * (a.heads / a.kv_heads);
   return attention_scratch(rows, attention_tiles(a.max_pages * kPage), a.dim, widened, widened);
 }

@@ -184,11 +184,11 @@ def flash_attention(_, q, k, v, spec=CAUSAL, cu_q=None, cu_k=None, bias=None, si
     )  # fmt: skip
 
 
-def planned_decode(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, sinks=None):
+def planned_decode(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, sinks=None, scales=None):
     """FlashInfer's wrapper, planned for these lengths, and the pages in its layout [P, 2, 16, Hk, D]."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-    only(sinks is None and spec.alibi is None, "sinks or slopes")
+    only(sinks is None and spec.alibi is None and scales is None, "sinks, slopes or a scale for each key")
     only(len(q) == len(context_len), "several queries of one sequence here")
     lengths = context_len.tolist()
     counts = [-(-n // PAGE) for n in lengths]

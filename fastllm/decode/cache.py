@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..models.arena import Arena
@@ -26,34 +27,31 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
-def page_bytes(config: DecoderConfig) -> int:
-    """Bytes of keys and values of 16 tokens, all layers, in float32."""
-    return PAGE * config.layers * config.kv_heads * config.head_dim * 2 * 4
+def page_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of keys and values of 16 tokens, all layers: of float32, or of int8 and its scales."""
+    scale = torch.float32.itemsize if dtype == torch.int8 else 0
+    return PAGE * config.layers * config.kv_heads * 2 * (config.head_dim * dtype.itemsize + scale)
 
 
 class KVCache:
-    """`pages` pages; `layers` are their tensors, one record a layer.
+    """`pages` pages of `dtype`, float32 or int8; `layers` are their tensors, one record a layer.
 
     The memory is mapped at once and touched as it fills: the process grows to the most that was ever in use, and a page
     that was used before is preferred to one that never was. remember=False: no text is known, so none is shared.
     MemoryError when the system refuses the mapping.
     """
 
-    def __init__(self, config: DecoderConfig, pages: int, remember: bool = True):
-        c = config
-        # A page holds all layers, so that the first tokens of a sequence lie together on few huge pages of memory.
-        size = pages * page_bytes(c)
+    def __init__(self, config: DecoderConfig, pages: int, remember: bool = True, dtype: torch.dtype = torch.float32):
+        size = pages * page_bytes(config, dtype)
         try:
             memory = Arena(size)
         except MemoryError as error:
             raise MemoryError(
                 f"a KV cache of {pages * PAGE} tokens: {error}; lower kv_bytes or max_model_len"
             ) from error
-        block = memory.take(size).view(torch.float32).view(pages, c.layers, 2, c.kv_heads, c.head_dim, PAGE)
-        self.layers = [
-            ops.KVPages(block[:, i, 0], block[:, i, 1].view(pages, c.kv_heads, PAGE, c.head_dim))
-            for i in range(c.layers)
-        ]
+        # A page holds all layers, so that the first tokens of a sequence lie together on few huge pages of memory.
+        block = memory.take(size).view(pages, config.layers, -1)
+        self.layers = [_pages(block[:, i], config, dtype) for i in range(config.layers)]
         self.pages, self.remember, self._block = pages, remember, block
         self._free = list(range(pages))[::-1]  # a stack
         self._holders = [0] * pages
@@ -139,6 +137,20 @@ class KVCache:
     def _unlink(self, page: int) -> None:
         if page in self._link_of:
             del self._page_of[self._link_of.pop(page)[0]]
+
+
+def _pages(block: Tensor, c: DecoderConfig, dtype: torch.dtype) -> ops.KVPages:
+    """One layer's part of all pages, uint8 [pages, bytes]: keys, values, and the scales of int8."""
+    size = c.kv_heads * c.head_dim * PAGE * dtype.itemsize
+
+    def part(begin: int, end: int | None, dtype: torch.dtype, *shape: int) -> Tensor:
+        return block[:, begin:end].view(dtype).unflatten(-1, (c.kv_heads, *shape))
+
+    return ops.KVPages(
+        part(0, size, dtype, c.head_dim, PAGE),
+        part(size, 2 * size, dtype, PAGE, c.head_dim),
+        part(2 * size, None, torch.float32, 2, PAGE) if dtype == torch.int8 else None,
+    )
 
 
 def chunk(cache: KVCache, pages: Sequence[int], start: int, stop: int) -> PagedBatch:

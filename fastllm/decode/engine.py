@@ -37,7 +37,7 @@ LEAST, LEAST_ALONE = 16, 64
 class Engine:
     """model: packed. capacity: tokens of the longest sequence. max_num_seqs: how many run together. pages: of the cache;
     None takes enough for all of them. threads: 0 takes torch's number. chunk: prompt tokens that are read at once, at
-    most. prefix_cache: texts that begin alike share the beginning."""
+    most. prefix_cache: texts that begin alike share the beginning. kv_dtype: of the cache, float32 or int8."""
 
     model: Decoder
     capacity: int
@@ -47,6 +47,7 @@ class Engine:
     threads: int = 0
     chunk: int = 512
     prefix_cache: bool = True
+    kv_dtype: torch.dtype = torch.float32
     _plans: dict[int, Captured] = field(default_factory=dict, init=False)  # by number of rows
     _rate: float = field(default=LEAST / PIECE_S, init=False)  # prompt tokens a second, as the last piece had them
     _unsure: bool = field(default=False, init=False)  # the rows may be a token ahead of the sequences
@@ -54,7 +55,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         pages = self.max_num_seqs * pages_for(self.capacity) if self.pages is None else self.pages
-        self.cache = KVCache(self.model.config, pages, self.prefix_cache)
+        self.cache = KVCache(self.model.config, pages, self.prefix_cache, self.kv_dtype)
         self.rows = Rows(self.cache, self.max_num_seqs, self.capacity, self.eos_ids)
         self.scheduler = Scheduler(self.cache, self.max_num_seqs)
         self._turn = threading.Condition()

@@ -3,9 +3,9 @@
 k is rotated by rope and written into the cache with v, each token at its flat slot page * 16 + offset; q, when given,
 is rotated into a new tensor. The bits of both rotations are those of ops.rope.
 
-Shapes: k, v [T, Hk, D]; q [T, H, D]; cache: KVPages of one layer; slot [T] int64, unique, negative where a row is not
-to be written; position [T] int64 or int32; table from rope_table, float32. Dtypes: float32, bfloat16, float16, one for
-the rest. k, v, q may be views of a fused qkv.
+Shapes: k, v [T, Hk, D]; q [T, H, D]; cache: KVPages of one layer, of their dtype or int8; slot [T] int64, unique,
+negative where a row is not to be written; position [T] int64 or int32; table from rope_table, float32. Dtypes: float32,
+bfloat16, float16, one for the rest. k, v, q may be views of a fused qkv. Into int8 pages k goes as the rotation's float32.
 The cache is written in place and receives no gradient. A slot or position out of range raises IndexError; on a GPU, which
 a check would make wait, such a slot is not written, and such a position gives NaN.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _C
 from ._op import DTYPES, Op, check, check_dtype, check_like, pointer
 from ._triton import tl, triton
-from .kv_cache import PAGE, KVPages, check_pages
+from .kv_cache import PAGE, KVPages, check_pages, to_int8
 from .rope import check_table, unit_stride
 from .rope import reference as rotate
 
@@ -24,14 +24,17 @@ from .rope import reference as rotate
 
 
 def reference(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor,
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, scales: Tensor | None,
     slot: Tensor, position: Tensor, table: Tensor, q: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    new_q, new_k = rotate(k if q is None else q, k, position, table)
+    new_q, new_k = rotate(k if q is None else q, k if scales is None else k.float(), position, table)
     written = slot >= 0
     page, offset = slot[written] // PAGE, slot[written] % PAGE
-    k_pages[page, :, :, offset] = new_k[written].detach().to(k_pages.dtype)
-    v_pages[page, :, offset] = v[written].detach().to(v_pages.dtype)
+    new_k, new_v = new_k[written].detach(), v[written].detach()
+    if scales is not None:
+        (new_k, scales[page, :, 0, offset]), (new_v, scales[page, :, 1, offset]) = to_int8(new_k), to_int8(new_v)
+    k_pages[page, :, :, offset] = new_k.to(k_pages.dtype)
+    v_pages[page, :, offset] = new_v.to(v_pages.dtype)
     return k.new_empty(0) if q is None else new_q
 
 
@@ -39,32 +42,69 @@ def reference(
 
 
 @triton.jit
+def largest(x):
+    """max |x| of each row, infinite where a NaN is among them."""
+    size = tl.where(x == x, tl.abs(x), float("inf"))
+    return tl.max(size, 1)[:, None]
+
+
+@triton.jit
+def store_scale(to, top, written):
+    """Writes top / 127, returns 127 / top: 0 and 0 for numbers that are too small, NaN and 0 where top is not finite."""
+    finite = top < float("inf")
+    plain = finite & (top >= 1e-35)
+    scale = tl.where(plain, top / 127.0, tl.where(finite, 0.0, float("nan")))
+    tl.store(to, scale, mask=written)
+    return tl.where(plain, 127.0 / tl.where(plain, top, 1.0), 0.0)
+
+
+@triton.jit
+def stored(x, out, BYTES: tl.constexpr):
+    if BYTES:  # to nearest, ties to even; a NaN, whose scale says so, becomes 0
+        x = tl.where(tl.abs(x) <= 127.5, x, 0.0)
+        return ((x + 12582912.0) - 12582912.0).to(tl.int8)
+    return x.to(out.dtype.element_ty)
+
+
+@triton.jit
 def turn(
-    out, x, out_head, out_element, x_head, head, written, cosine, sine, half, dim,
-    PAIRS: tl.constexpr, REST: tl.constexpr,
+    out, scales, x, out_head, out_element, x_head, head, written, cosine, sine, half, dim,
+    PAGE: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Rotates heads `head` of one token from x, elements side by side, to out; element i pairs with i + half."""
+    """Rotates heads `head` of one token from x, elements side by side, to out; element i pairs with i + half. BYTES: as int8,
+    with a scale each."""
     i = tl.arange(0, PAIRS)[None, :]
     inside = written & (i < half)
     first, second = x + head * x_head + i, x + head * x_head + half + i
     a = tl.load(first, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(second, mask=inside, other=0.0).to(tl.float32)
+    a, b = tl.fma(a, cosine, -(b * sine)), tl.fma(a, sine, b * cosine)
     to = out + head * out_head + i * out_element
-    tl.store(to, tl.fma(a, cosine, -(b * sine)).to(out.dtype.element_ty), mask=inside)
-    tl.store(to + half * out_element, tl.fma(a, sine, b * cosine).to(out.dtype.element_ty), mask=inside)
     if REST > 0:  # elements past the table's width
-        i = 2 * half + tl.arange(0, REST)[None, :]
-        inside = written & (i < dim)
-        rest = tl.load(x + head * x_head + i, mask=inside, other=0.0)
-        tl.store(out + head * out_head + i * out_element, rest, mask=inside)
+        j = 2 * half + tl.arange(0, REST)[None, :]
+        beyond = written & (j < dim)
+        rest = tl.load(x + head * x_head + j, mask=beyond, other=0.0)
+    if BYTES:
+        top = tl.maximum(largest(tl.where(inside, a, 0.0)), largest(tl.where(inside, b, 0.0)))
+        if REST > 0:
+            top = tl.maximum(top, largest(rest.to(tl.float32)))
+        inverse = store_scale(scales + head * 2 * PAGE, top, written)
+        a, b = a * inverse, b * inverse
+        if REST > 0:
+            rest = rest.to(tl.float32) * inverse
+    tl.store(to, stored(a, out, BYTES), mask=inside)
+    tl.store(to + half * out_element, stored(b, out, BYTES), mask=inside)
+    if REST > 0:
+        tl.store(out + head * out_head + j * out_element, stored(rest, out, BYTES), mask=beyond)
 
 
 @triton.jit
 def append_kernel(
-    q_out, k_pages, v_pages, q, k, v, slot, position, table,
+    q_out, k_pages, v_pages, scales, q, k, v, slot, position, table,
     heads, kv_heads, dim, half, positions, slots,
-    q_row, q_head, k_row, k_head, v_row, v_head, k_page, v_page, k_token, k_element,
+    q_row, q_head, k_row, k_head, v_row, v_head, k_page, v_page, scale_page, k_token, k_element,
     PAGE: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, DIM: tl.constexpr,
+    BYTES: tl.constexpr,
 ):  # fmt: skip
     # A program takes HEADS heads of one token: of q first, then of k and v.
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -78,19 +118,28 @@ def append_kernel(
     if block < q_blocks:
         head = (block * HEADS + tl.arange(0, HEADS))[:, None].to(tl.int64)
         to = q_out + token * heads * dim
-        turn(to, q + token * q_row, dim, 1, q_head, head, head < heads, cosine, sine, half, dim, PAIRS, REST)
+        turn(
+            to, None, q + token * q_row, dim, 1, q_head, head, head < heads, cosine, sine, half, dim,
+            PAGE, PAIRS, REST, False,
+        )  # fmt: skip
     else:
         head = ((block - q_blocks) * HEADS + tl.arange(0, HEADS))[:, None].to(tl.int64)
         s = tl.load(slot + token)
         written = (head < kv_heads) & (s >= 0) & (s < slots)
         page, offset = s // PAGE, s % PAGE
         to = k_pages + page * k_page + offset * k_token
+        own = scales + page * scale_page + offset if BYTES else None
         turn(
-            to, k + token * k_row, PAGE * dim, k_element, k_head, head, written, cosine, sine, half, dim, PAIRS, REST
+            to, own, k + token * k_row, PAGE * dim, k_element, k_head, head, written, cosine, sine, half, dim,
+            PAGE, PAIRS, REST, BYTES,
         )  # fmt: skip
         i = tl.arange(0, DIM)[None, :]
         values = tl.load(v + token * v_row + head * v_head + i, mask=written & (i < dim), other=0.0)
-        tl.store(v_pages + page * v_page + head * PAGE * dim + offset * dim + i, values, mask=written & (i < dim))
+        if BYTES:
+            values = values.to(tl.float32)
+            values = values * store_scale(own + head * 2 * PAGE + PAGE, largest(values), written)
+        to = v_pages + page * v_page + head * PAGE * dim + offset * dim + i
+        tl.store(to, stored(values, v_pages, BYTES), mask=written & (i < dim))
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
@@ -101,7 +150,7 @@ def _output(k: Tensor, q: Tensor | None) -> Tensor:
 
 
 def cpu(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor,
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, scales: Tensor | None,
     slot: Tensor, position: Tensor, table: Tensor, q: Tensor | None,
 ) -> Tensor:  # fmt: skip
     q_out = _output(k, q)
@@ -117,10 +166,10 @@ def cpu(
         tokens, kv_heads, dim = k.shape
         status = _C.kv_append(
             q_out.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), pointer(q), k.data_ptr(), v.data_ptr(),
-            slot.data_ptr(), position.data_ptr(), table.data_ptr(),
+            slot.data_ptr(), position.data_ptr(), table.data_ptr(), pointer(scales),
             tokens, 0 if q is None else q.shape[1], kv_heads, dim, table.shape[1], table.shape[0], k_pages.shape[0],
             *((0, 0) if q is None else q.stride()[:2]), *k.stride()[:2], *v.stride()[:2], position.dtype == torch.int64,
-            k_pages.stride(0), v_pages.stride(0), DTYPES[k.dtype],
+            k_pages.stride(0), v_pages.stride(0), 0 if scales is None else scales.stride(0), DTYPES[k.dtype],
         )  # fmt: skip
         if status:
             raise IndexError(
@@ -131,7 +180,7 @@ def cpu(
 
 
 def gpu(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor,
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, scales: Tensor | None,
     slot: Tensor, position: Tensor, table: Tensor, q: Tensor | None,
 ) -> Tensor:  # fmt: skip
     q_out = _output(k, q)
@@ -142,13 +191,13 @@ def gpu(
         heads, half = 0 if q is k else q.shape[1], table.shape[1] // 2
         block = min(8, triton.next_power_of_2(max(heads, kv_heads)))  # heads a program: 2 KiB of 128 bf16 elements
         append_kernel[(tokens, triton.cdiv(heads, block) + triton.cdiv(kv_heads, block))](
-            q_out, k_pages, v_pages, q, k, v, slot, position, table,
+            q_out, k_pages, v_pages, scales, q, k, v, slot, position, table,
             heads, kv_heads, dim, half, table.shape[0], k_pages.shape[0] * PAGE,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], k_pages.stride(0), v_pages.stride(0),
-            k_pages.stride(3), k_pages.stride(2),
+            0 if scales is None else scales.stride(0), k_pages.stride(3), k_pages.stride(2),
             PAGE=PAGE, HEADS=block, PAIRS=triton.next_power_of_2(max(half, 1)),
             REST=triton.next_power_of_2(dim - 2 * half) if dim > 2 * half else 0, DIM=triton.next_power_of_2(dim),
-            num_warps=2,
+            BYTES=scales is not None, num_warps=2,
         )  # fmt: skip
     return q_out
 
@@ -156,10 +205,10 @@ def gpu(
 # -------------------------------------------------------------------------------------------------------- registration
 
 forward = Op(
-    "kv_append(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot, Tensor position, Tensor table, "
-    "Tensor? q) -> Tensor",
+    "kv_append(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? scales, Tensor slot, "
+    "Tensor position, Tensor table, Tensor? q) -> Tensor",
     reference=reference,
-    fake=lambda k, v, k_pages, v_pages, slot, position, table, q: _output(k, q),
+    fake=lambda k, v, k_pages, v_pages, scales, slot, position, table, q: _output(k, q),
     cpu=cpu,
     triton=gpu,
 )
@@ -174,7 +223,7 @@ def kv_append(
     (rows in range are written then).
     """
     check_dtype("kv_append", "k", k)
-    for name, other in (("v", v), ("k_pages", cache.k), ("v_pages", cache.v), *((("q", q),) if q is not None else ())):
+    for name, other in (("v", v), *((("q", q),) if q is not None else ())):
         check_like("kv_append", name, other, "k", k)
     check(
         k.dim() == 3 and k.shape == v.shape,
@@ -185,12 +234,12 @@ def kv_append(
         lambda: f"kv_append: q {tuple(q.shape)} must be [{k.shape[0]}, H, {k.shape[2]}] beside k {tuple(k.shape)}",
     )
     check(k.shape[2] <= 256, lambda: f"kv_append: head dim {k.shape[2]}, allowed: up to 256")
-    check_pages("kv_append", cache.k, cache.v, k.shape[1], k.shape[2])
+    check_pages("kv_append", cache, "k", k, k.shape[1], k.shape[2])
     check_dtype("kv_append", "slot", slot, (torch.int64,))
     check(
         slot.shape == k.shape[:1] and position.shape == k.shape[:1],
         lambda: f"kv_append: slot {tuple(slot.shape)} and position {tuple(position.shape)} must be [{k.shape[0]}]",
     )
     check_table("kv_append", position, table, k.shape[2])
-    rotated = forward(k, v, cache.k, cache.v, slot, position, table, q)
+    rotated = forward(k, v, *cache, slot, position, table, q)
     return None if q is None else rotated

@@ -15,11 +15,14 @@ NAN = float("nan")
 
 def test_compile_and_opcheck():
     _oracle.check_compile(SUITE, SUITE.correct[2])
-    inputs = _oracle.draw(SUITE, SUITE.correct[6], torch.float32)
-    spec = inputs.pop("spec")
-    torch.library.opcheck(
-        OPS["paged_attention"].raw, (*inputs.values(), None, None, True, 0, 0.125, spec.softcap or 0.0, False)
-    )
+    int8 = next(case for case in SUITE.correct if "int8" in case.label)
+    for case in (SUITE.correct[6], int8):
+        inputs = _oracle.draw(SUITE, case, torch.float32)
+        pages = inputs["k_pages"], inputs["v_pages"], inputs.get("scales")
+        lengths = inputs["block_table"], inputs["context_len"], inputs["cu_q"]
+        settings = (None, None, True, 0, 0.125, inputs["spec"].softcap or 0.0, False)
+        torch.library.opcheck(OPS["paged_attention"].raw, (inputs["q"], *pages, *lengths, *settings))
+    _oracle.check_compile(SUITE, int8)
 
 
 def int32(*values):
@@ -29,12 +32,14 @@ def int32(*values):
 class Filled:
     """A cache filled chunk by chunk, as an engine does it, in pages of NaN taken in random order."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, spare: int = 3):
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, spare: int = 3, dtype: torch.dtype = torch.float32):
         tokens, kv_heads, dim = k.shape
         count = -(-tokens // 16)
         self.k, self.v, self.written = k, v, 0
         shape = (count + spare, kv_heads)
-        self.cache = KVPages(torch.full((*shape, dim, 16), NAN), torch.full((*shape, 16, dim), NAN))
+        self.cache = KVPages.empty(*shape, dim, dtype)
+        for tensor in self.cache[:2] if dtype == torch.float32 else self.cache[2:]:
+            tensor.fill_(NAN)
         self.table = torch.randperm(count + spare)[:count].int()[None]
         self.rotation = ops.rope_table(1, dim - dim % 2)  # position 0: no rotation
 
@@ -76,10 +81,36 @@ def test_any_chunks_equal_the_dense_forward(heads, kv_heads, dim, spec, chunk):
     assert torch.equal(torch.cat(chunks), dense)
 
 
+@pytest.mark.parametrize("spec", [AttentionSpec(), AttentionSpec(window=70, softcap=2.0)], ids=["plain", "window"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (16, 1, 128), (4, 4, 16)])
+def test_int8_pages_have_the_same_bits_in_any_chunks_pages_and_threads(heads, kv_heads, dim, spec):
+    tokens = 700
+    q, k, v = torch.randn(tokens, heads, dim), torch.randn(tokens, kv_heads, dim), torch.randn(tokens, kv_heads, dim)
+    whole = Filled(k, v, dtype=torch.int8)
+    expected = whole.attend(q, spec)
+    for chunk in (1, 7, 64):
+        filled = Filled(k, v, dtype=torch.int8)
+        previous = _C.set_thread_limit(1 if chunk == 7 else 0)
+        try:
+            chunks = [filled.attend(piece, spec) for piece in q.split(chunk)]
+        finally:
+            _C.set_thread_limit(previous)
+        assert torch.equal(torch.cat(chunks), expected)
+    exact = ops.attention(q[None], k[None], v[None], spec)[0]
+    assert (expected - exact).abs().max() < 0.05 and not torch.equal(expected, exact)
+
+
+def test_a_nan_in_int8_pages_stays_with_those_who_see_it():
+    filled = Filled(torch.randn(40, 1, 16), torch.randn(40, 1, 16), dtype=torch.int8)
+    filled.k[20, 0, 3] = filled.v[30, 0, 5] = NAN
+    nan = filled.attend(torch.randn(40, 2, 16), AttentionSpec()).isnan()
+    assert not nan[:20].any() and nan[20:].all()
+
+
 @_oracle.dtypes(SUITE)
 def test_equals_the_dense_forward_in_every_dtype(dtype):
     cache, table, context, cu_q, q = batch((700, 33, 1025), (1, 33, 40), kv_heads=2, heads=6)
-    cache, q = KVPages(*(t.to(dtype) for t in cache)), q.to(dtype)
+    cache, q = KVPages(*(t.to(dtype) for t in cache[:2])), q.to(dtype)
     spec = AttentionSpec(alibi=slopes(6), sinks=torch.linspace(-1, 1, 6))
     out = ops.paged_attention(q, cache, table, context, cu_q, spec)
     for b, keys in enumerate(context.tolist()):
@@ -142,15 +173,15 @@ def test_page_order_and_batch_neighbours_do_not_change_a_bit():
 def test_pages_and_entries_past_the_context_are_never_used():
     cache, table, context, cu_q, q = batch((40, 300), (1, 20))
     out = ops.paged_attention(q, cache, table, context, cu_q)
-    before = [t.clone() for t in cache]
+    before = [t.clone() for t in cache[:2]]
     for b, n in enumerate(context.tolist()):
         last = int(table[b, (n - 1) // 16])
         if n % 16:
             cache.k[last, :, :, n % 16 :], cache.v[last, :, n % 16 :] = NAN, NAN
         table[b, -(-n // 16) :] = 10**9
-    poisoned = [t.clone() for t in cache]
+    poisoned = [t.clone() for t in cache[:2]]
     assert torch.equal(ops.paged_attention(q, cache, table, context, cu_q), out)
-    for now, then, was in zip(cache, poisoned, before, strict=True):
+    for now, then, was in zip(cache[:2], poisoned, before, strict=True):
         assert torch.equal(now.nan_to_num(7.0), then.nan_to_num(7.0)) and not torch.equal(now, was)
 
 

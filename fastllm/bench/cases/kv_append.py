@@ -3,7 +3,7 @@
 import torch
 
 from ... import ops
-from ...ops.kv_cache import PAGE, KVPages
+from ...ops.kv_cache import PAGE, KVPages, to_int8
 from ..case import Case, Suite
 from .rope import plain as plain_rope
 
@@ -13,7 +13,8 @@ def run(k, v, slot, position, table, q=None, pages=0, cache=None):
     if cache is None:
         cache = KVPages.empty(pages, k.shape[1], k.shape[2], k.dtype, k.device)
     rotated = ops.kv_append(k, v, cache, slot, position, table, q)
-    return tuple(cache) if q is None else (rotated, *cache)
+    outputs = cache if cache.scales is not None else cache[:2]
+    return tuple(outputs) if q is None else (rotated, *outputs)
 
 
 def plain(k, v, slot, position, table, q=None, pages=0, cache=None):
@@ -22,12 +23,18 @@ def plain(k, v, slot, position, table, q=None, pages=0, cache=None):
     new_q, new_k = plain_rope(k if q is None else q, k, position, table)
     written = torch.nonzero(slot >= 0).flatten()
     page, offset = slot[written] // PAGE, slot[written] % PAGE
-    cache.k[page, :, :, offset] = new_k[written]
-    cache.v[page, :, offset] = v[written]
-    return tuple(cache) if q is None else (new_q, *cache)
+    new_k, new_v, outputs = new_k[written], v[written], cache[:2]
+    if cache.scales is not None:
+        (new_k, cache.scales[page, :, 0, offset]), (new_v, cache.scales[page, :, 1, offset]) = map(
+            to_int8, (new_k, new_v)
+        )
+        outputs = cache
+    cache.k[page, :, :, offset] = new_k
+    cache.v[page, :, offset] = new_v
+    return tuple(outputs) if q is None else (new_q, *outputs)
 
 
-def inputs(make, tokens: int, heads: int, kv_heads: int, dim: int, rotary: int | None, in_order: bool, keep: bool):
+def inputs(make, tokens, heads, kv_heads, dim, rotary, in_order, keep, int8=False):
     pages = tokens // PAGE + 2
     order = torch.arange(pages * PAGE) if in_order else torch.randperm(pages * PAGE, generator=make.generator)
     slot = order[:tokens].clone()
@@ -41,17 +48,22 @@ def inputs(make, tokens: int, heads: int, kv_heads: int, dim: int, rotary: int |
         "table": ops.rope_table(1000, rotary or dim, device=make.device),
         "pages": pages,
         **({"q": make.normal(tokens, heads, dim)} if heads else {}),
-        **({"cache": KVPages.empty(pages, kv_heads, dim, make.dtype, make.device)} if keep else {}),
+        **(
+            {"cache": KVPages.empty(pages, kv_heads, dim, torch.int8 if int8 else make.dtype, make.device)}
+            if keep
+            else {}
+        ),
     }
 
 
-def case(tokens, heads, kv_heads, dim, rotary=None, in_order=False, keep=False) -> Case:
+def case(tokens, heads, kv_heads, dim, rotary=None, in_order=False, keep=False, int8=False) -> Case:
     label = f"{tokens} tokens, {heads}/{kv_heads} heads of {dim}" + (f", rotary {rotary}" if rotary else "")
+    label += ", int8" if int8 else ""
     elements = tokens * (heads + 2 * kv_heads) * dim
     return Case(
         label,
-        lambda make: inputs(make, tokens, heads, kv_heads, dim, rotary, in_order, keep),
-        bytes=lambda size: 2 * elements * size,
+        lambda make: inputs(make, tokens, heads, kv_heads, dim, rotary, in_order, keep, int8),
+        bytes=lambda size: 2 * elements * size,  # of int8: what is read, and more than what is written
         flops=3 * elements,
     )
 
@@ -79,6 +91,7 @@ SUITE = Suite(
         case(1, 9, 3, 64, in_order=True, keep=True),
         case(1, 32, 4, 64, in_order=True, keep=True),
         case(512, 9, 3, 64, in_order=True, keep=True),
+        case(512, 9, 3, 64, in_order=True, keep=True, int8=True),
         case(64, 32, 8, 128, in_order=True, keep=True),
     ),
 )

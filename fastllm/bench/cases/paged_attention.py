@@ -12,9 +12,9 @@ from .attention import CAUSAL, extra, learned, on_device, spec_of
 from .attention import plain as plain_attention
 
 
-def run(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, sinks=None):
+def run(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, sinks=None, scales=None):
     spec = spec if sinks is None else AttentionSpec(**{**vars(spec), "sinks": sinks})
-    return ops.paged_attention(q, KVPages(k_pages, v_pages), block_table, context_len, cu_q, spec)
+    return ops.paged_attention(q, KVPages(k_pages, v_pages, scales), block_table, context_len, cu_q, spec)
 
 
 def gather(pages: torch.Tensor, table: torch.Tensor, keys: int, transposed: bool) -> torch.Tensor:
@@ -24,7 +24,8 @@ def gather(pages: torch.Tensor, table: torch.Tensor, keys: int, transposed: bool
     return rows.reshape(-1, rows.shape[2], rows.shape[3])[:keys]
 
 
-def plain(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, sinks=None):
+def plain(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, sinks=None, scales=None):
+    k_pages, v_pages, _ = KVPages(k_pages, v_pages, scales).floats(q.dtype)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for b, keys in enumerate(context_len.tolist()):
         k, v = gather(k_pages, block_table[b], keys, True), gather(v_pages, block_table[b], keys, False)
@@ -33,7 +34,7 @@ def plain(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, sink
     return out
 
 
-def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0, sinks=False):
+def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0, sinks=False, int8=False):
     pages = [-(-c // PAGE) for c in contexts]
     shuffled = torch.randperm(sum(pages) + 2, generator=make.generator).int()
     table = torch.full((len(contexts), max(pages, default=0) + 1), -1, dtype=torch.int32)  # -1: never read
@@ -42,7 +43,7 @@ def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0, sin
         table[b, :count] = shuffled[begin : begin + count]
     ends = torch.tensor([0, *queries]).cumsum(0).int()
     rows = (len(shuffled), kv_heads, PAGE, dim)
-    cache = KVPages.of(make.normal(*rows), make.normal(*rows))
+    cache = KVPages.of(make.normal(*rows), make.normal(*rows), torch.int8 if int8 else None)
     return {
         "q": make.normal(int(ends[-1]) + unclaimed, heads, dim),
         "k_pages": cache.k,
@@ -52,25 +53,29 @@ def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0, sin
         "cu_q": ends.to(make.device),
         "spec": on_device(spec, make),
         **learned(make, heads, (), sinks),
+        **({"scales": cache.scales} if int8 else {}),
     }
 
 
 def copied(inputs):
     """A deepcopy would take the pages out of their huge pages."""
-    cache = KVPages.of(inputs["k_pages"].mT, inputs["v_pages"])
+    cache = KVPages.empty(*inputs["k_pages"].shape[:3], inputs["k_pages"].dtype, inputs["q"].device)
+    cache.k.copy_(inputs["k_pages"]), cache.v.copy_(inputs["v_pages"])
     others = {name: value for name, value in inputs.items() if name not in ("k_pages", "v_pages")}
     return {**copy.deepcopy(others), "k_pages": cache.k, "v_pages": cache.v}
 
 
-def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, sinks=False, **fields) -> Case:
+def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, sinks=False, int8=False, **fields) -> Case:
     spec = spec_of(heads, **fields)
     pairs = sum(n * c - (n * (n - 1) // 2 if spec.causal else 0) for n, c in zip(queries, contexts, strict=True))
-    words = extra(spec) + (" sinks" if sinks else "")
+    words = extra(spec) + (" sinks" if sinks else "") + (" int8" if int8 else "")
     brief = ", ".join(f"{n}@{c}" for n, c in zip(queries, contexts, strict=True))
     return Case(
         f"{brief} H{heads}/{kv_heads} D{dim}{words}",
-        lambda make: inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed, sinks),
-        bytes=lambda size: (2 * sum(queries) * heads + 2 * sum(contexts) * kv_heads) * dim * size,
+        lambda make: inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed, sinks, int8),
+        bytes=lambda size: (
+            2 * sum(queries) * heads * dim * size + 2 * sum(contexts) * kv_heads * (dim + 4 if int8 else dim * size)
+        ),
         flops=4 * heads * dim * pairs,
     )
 
@@ -97,13 +102,19 @@ SUITE = Suite(
         case([2, 3], [50, 290], 6, 2, 32, alibi=True, sinks=True),
         case([4], [300], 4, 4, 16, causal=False, window=40),
         case([], [], 2, 1, 16, unclaimed=1),
+        case([1, 1], [1500, 20], 9, 3, 64, int8=True),
+        case([1], [1100], 32, 4, 80, int8=True),
+        case([130, 7], [130, 600], 6, 2, 48, int8=True, window=100, softcap=3.0),
+        case([3, 0, 2], [40, 17, 0], 4, 4, 16, unclaimed=2, int8=True, sinks=True),
     ),
     benchmark=(
         case([1], [4096], 32, 4, 64),
+        case([1], [4096], 32, 4, 64, int8=True),
         case([1], [4096], 32, 4, 128),
         case([1], [4096], 32, 8, 128, exact=True, window=1024, softcap=30.0),
         case([1], [128], 9, 3, 64),
         case([1] * 16, [512] * 16, 9, 3, 64),
+        case([1] * 16, [512] * 16, 9, 3, 64, int8=True),
         case([512], [512], 9, 3, 64),
     ),
 )

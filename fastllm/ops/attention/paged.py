@@ -1,13 +1,15 @@
 """paged_attention: attention of packed sequences over a paged KV cache: a decode step, a chunk of a prefill, or a mix.
 
-Shapes: q [T, H, D], the sequences' new tokens one after another; cache: KVPages with Hk heads; block_table
+Shapes: q [T, H, D], the sequences' new tokens one after another; cache: KVPages with Hk heads, of q's dtype or int8; block_table
 [B, max_pages] int32, the page of each 16 tokens; context_len [B] int32, the keys of each sequence, its new tokens
 (appended already) included; cu_q [B + 1] int32, where each sequence's tokens begin in q. Result [T, H, D]. Query i of n
 in a sequence stands at position context_len - n + i. Rows of q that no sequence claims are zeros, as are rows of a
 sequence with context_len 0.
 
 The spec's bias and dropout are not for decoding. Dtypes: float32, bfloat16, float16, one for q and the cache. q may be a
-view of a fused qkv. Arithmetic: that of ops.attention, bit for bit. Entries of the block table and slots of a page past
+view of a fused qkv. Arithmetic: that of ops.attention, bit for bit. Of an int8 cache a score is the chain over its integers
+times scale times the key's own scale, and a weight is multiplied by its value's scale: the bits depend on neither page order,
+chunks nor threads there either. Entries of the block table and slots of a page past
 context_len are never used, whatever they hold.
 Lengths are read when the kernel runs: a plan may replay with new ones. A length below 0 or beyond the block table, or a
 page outside the cache, raises IndexError; on a GPU, which a check would make wait, it makes its sequence NaN.
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from .._op import DTYPES, Op, check, check_dtype, check_like, pointer
+from .._op import DTYPES, Op, check, check_dtype, pointer
 from ..kv_cache import PAGE, KVPages, check_pages
 from ..rope import unit_stride
 from . import dense
@@ -33,11 +35,12 @@ from .triton_paged import gpu
 
 
 def reference(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_len: Tensor, cu_q: Tensor,
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, scales: Tensor | None, block_table: Tensor, context_len: Tensor, cu_q: Tensor,
     alibi: Tensor | None, sinks: Tensor | None,
     causal: bool, window: int, scale: float, softcap: float, exact: bool,
 ) -> Tensor:  # fmt: skip
     settings = Settings(causal, window, scale, softcap, 0.0, 0, 0, exact)
+    k_pages, v_pages, _ = KVPages(k_pages, v_pages, scales).floats()
     pieces, ends, done = [], cu_q.tolist(), 0
     for b, keys in enumerate(context_len.tolist()):
         pages = block_table[b, : -(-keys // PAGE)].long()
@@ -45,7 +48,9 @@ def reference(
         v = v_pages[pages].transpose(1, 2).reshape(-1, k_pages.shape[1], k_pages.shape[2])[:keys]
         rows = q[ends[b] : ends[b + 1]]
         pieces.append(q.new_zeros(ends[b] - done, *q.shape[1:]))
-        out, _ = dense_reference(rows[None], k[None], v[None], None, None, None, alibi, sinks, *settings)
+        out, _ = dense_reference(
+            rows[None], k[None].to(q.dtype), v[None].to(q.dtype), None, None, None, alibi, sinks, *settings
+        )
         pieces.append(out[0])
         done = ends[b + 1]
     return torch.cat((*pieces, q.new_zeros(q.shape[0] - done, *q.shape[1:])))
@@ -59,7 +64,7 @@ def _output(q: Tensor) -> Tensor:
 
 
 def cpu(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_len: Tensor, cu_q: Tensor,
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, scales: Tensor | None, block_table: Tensor, context_len: Tensor, cu_q: Tensor,
     alibi: Tensor | None, sinks: Tensor | None,
     causal: bool, window: int, scale: float, softcap: float, exact: bool,
 ) -> Tensor:  # fmt: skip
@@ -70,9 +75,9 @@ def cpu(
         status = _C.paged_attention(
             out.data_ptr(), q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(),
             block_table.data_ptr(), context_len.data_ptr(), cu_q.data_ptr(), pointer(alibi), pointer(sinks),
-            block_table.shape[0], rows, heads, k_pages.shape[1], dim, k_pages.shape[0],
+            pointer(scales), block_table.shape[0], rows, heads, k_pages.shape[1], dim, k_pages.shape[0],
             block_table.shape[1], block_table.stride(0), q.stride(0), q.stride(1),
-            k_pages.stride(0), v_pages.stride(0),
+            k_pages.stride(0), v_pages.stride(0), 0 if scales is None else scales.stride(0),
             DTYPES[q.dtype], causal, window, scale, softcap,
         )  # fmt: skip
         if status:
@@ -87,8 +92,8 @@ def cpu(
 # -------------------------------------------------------------------------------------------------------- registration
 
 forward = Op(
-    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor context_len, Tensor cu_q, "
-    "Tensor? alibi, Tensor? sinks, bool causal, int window, float scale, float softcap, bool exact) -> Tensor",
+    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? scales, Tensor block_table, Tensor context_len, "
+    "Tensor cu_q, Tensor? alibi, Tensor? sinks, bool causal, int window, float scale, float softcap, bool exact) -> Tensor",
     reference=reference,
     fake=lambda q, *others: _output(q),
     cpu=cpu,
@@ -110,8 +115,6 @@ def paged_attention(
     out of range.
     """
     check_dtype("paged_attention", "q", q)
-    check_like("paged_attention", "k_pages", cache.k, "q", q)
-    check_like("paged_attention", "v_pages", cache.v, "q", q)
     check(q.dim() == 3, lambda: f"paged_attention: q {tuple(q.shape)} must be [T, H, D]")
     for name, tensor in (("block_table", block_table), ("context_len", context_len), ("cu_q", cu_q)):
         check_dtype("paged_attention", name, tensor, (torch.int32,))
@@ -127,7 +130,7 @@ def paged_attention(
         context_len.is_contiguous() and cu_q.is_contiguous(),
         lambda: "paged_attention: context_len and cu_q must be contiguous; call .contiguous()",
     )
-    check_pages("paged_attention", cache.k, cache.v, None, q.shape[2])
+    check_pages("paged_attention", cache, "q", q, None, q.shape[2])
     dense.check_heads("paged_attention", q.shape[1], cache.k.shape[1], q.shape[2])
     check(
         spec.bias is None and spec.dropout is None,
@@ -136,4 +139,4 @@ def paged_attention(
     spec.check_tensors("paged_attention", q, q.shape[1])
     s = spec.settings(q.shape[2])
     shaping = (spec.alibi, spec.sinks, s.causal, s.window, s.scale, s.softcap, s.exact)
-    return forward(q, cache.k, cache.v, block_table, context_len, cu_q, *shaping)
+    return forward(q, *cache, block_table, context_len, cu_q, *shaping)

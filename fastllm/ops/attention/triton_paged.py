@@ -53,10 +53,10 @@ def share(begin, end, splits, STEP: tl.constexpr):
 
 @triton.jit
 def part(
-    q, k_pages, v_pages, table, row, slope, begin, end, keys, pages, dim,
-    k_page, v_page, window, scale, softcap,
-    PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    SHAPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, k_pages, v_pages, scales, table, row, slope, begin, end, keys, pages, dim,
+    k_page, v_page, scale_page, window, scale, softcap,
+    PAGE: tl.constexpr, BYTES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, SHAPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What keys [begin, end) give the rows; pages of one KV head."""
     acc, total, top = nothing(BLOCK_M, BLOCK_D)
@@ -69,7 +69,14 @@ def part(
         offset = (key % PAGE)[:, None] * dim + d
         k = tl.load(k_pages + page[:, None] * k_page + offset, mask=inside, other=0.0)
         v = tl.load(v_pages + page[:, None] * v_page + offset, mask=inside, other=0.0)
+        if BYTES:
+            own = scales + page * scale_page + key % PAGE
+            k_scale = tl.load(own, mask=(key < keys) & known, other=0.0)
+            v_scale = tl.load(own + PAGE, mask=(key < keys) & known, other=0.0)
+            k, v = k.to(q.dtype), v.to(q.dtype)  # exact
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if BYTES:
+            s = s * k_scale[None, :]
         unit = scale * 1.4426950408889634
         if SHAPED:
             distance = row[:, None] - key[None, :]
@@ -78,18 +85,20 @@ def part(
         s = tl.where(known[None, :], s, float("nan"))  # a page outside the cache
         s = tl.where(sight(row[:, None], key[None, :], keys, window, CAUSAL, WINDOW), s, -float("inf"))
         p, fade, total, top = weigh(total, top, s, unit)
+        if BYTES:
+            p = tl.where(p > 0, p * v_scale[None, :], 0.0)  # what is not seen stays out, whatever its scale
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
     return acc, total, top
 
 
 @triton.jit
 def paged_kernel(
-    out, accs, totals, tops, q, k_pages, v_pages, table, context_len, cu_q, alibi, sinks,
-    batch, rows, heads, group, dim, pages, max_pages, table_row, q_row, q_head, k_page, v_page, parts, splits,
-    window, scale, softcap,
-    PAGE: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, SINKS: tl.constexpr, SHAPED: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr,
-    GROUP: tl.constexpr, TOKENS: tl.constexpr, BATCH: tl.constexpr,
+    out, accs, totals, tops, q, k_pages, v_pages, scales, table, context_len, cu_q, alibi, sinks,
+    batch, rows, heads, group, dim, pages, max_pages, table_row, q_row, q_head, k_page, v_page, scale_page,
+    parts, splits, window, scale, softcap,
+    PAGE: tl.constexpr, BYTES: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, SHAPED: tl.constexpr, EXACT: tl.constexpr,
+    SPLIT: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, BATCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     at = tl.num_programs(0) - 1 - tl.program_id(0)  # later rows see more keys: they begin first
@@ -117,15 +126,16 @@ def paged_kernel(
     each = share(begin, end, splits, STEP)
     start, stop = begin + split * each, tl.minimum(begin + (split + 1) * each, end)
     k_head, v_head = k_pages + kv_head * PAGE * dim, v_pages + kv_head * PAGE * dim
+    scales_head = scales + kv_head * 2 * PAGE if BYTES else None
     entries = table + tl.maximum(tl.minimum(b, batch - 1), 0).to(tl.int64) * table_row
     at_part = (token_r * heads + head) * parts
     if EXACT:
         acc, total, top = nothing(BLOCK_M, BLOCK_D)
         for tile in range(start, stop, TILE):
             acc_b, total_b, top_b = part(
-                rows_q, k_head, v_head, entries, row, slope, tile, tl.minimum(tile + TILE, stop), keys, pages, dim,
-                k_page, v_page, window, scale, softcap,
-                PAGE, CAUSAL, WINDOW, SOFTCAP, ALIBI, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
+                rows_q, k_head, v_head, scales_head, entries, row, slope, tile, tl.minimum(tile + TILE, stop), keys,
+                pages, dim, k_page, v_page, scale_page, window, scale, softcap,
+                PAGE, BYTES, CAUSAL, WINDOW, SOFTCAP, ALIBI, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             if SPLIT:
                 to = at_part + tile // TILE
@@ -136,9 +146,9 @@ def paged_kernel(
                 acc, total, top = fold(acc, total, top, acc_b, total_b, top_b)
     else:
         acc, total, top = part(
-            rows_q, k_head, v_head, entries, row, slope, start, stop, keys, pages, dim,
-            k_page, v_page, window, scale, softcap,
-            PAGE, CAUSAL, WINDOW, SOFTCAP, ALIBI, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
+            rows_q, k_head, v_head, scales_head, entries, row, slope, start, stop, keys, pages, dim,
+            k_page, v_page, scale_page, window, scale, softcap,
+            PAGE, BYTES, CAUSAL, WINDOW, SOFTCAP, ALIBI, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         if SPLIT and start < stop:
             to = at_part + split
@@ -214,7 +224,7 @@ def plan(blocks: int, row_bytes: int, keys: int, step: int, exact: bool, device:
 
 
 def gpu(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_len: Tensor, cu_q: Tensor,
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, scales: Tensor | None, block_table: Tensor, context_len: Tensor, cu_q: Tensor,
     alibi: Tensor | None, sinks: Tensor | None,
     causal: bool, window: int, scale: float, softcap: float, exact: bool,
 ) -> Tensor:  # fmt: skip
@@ -243,9 +253,10 @@ def gpu(
         "TOKENS": tokens, "BATCH": triton.next_power_of_2(batch + 1), "BLOCK_N": size.keys, "BLOCK_D": padded(dim),
     }  # fmt: skip
     paged_kernel[(rows // tokens + batch + 2, kv_heads * triton.cdiv(group, members), splits)](
-        out, accs, totals, tops, q, k_pages, v_pages, block_table, context_len, cu_q, alibi, sinks,
+        out, accs, totals, tops, q, k_pages, v_pages, scales, block_table, context_len, cu_q, alibi, sinks,
         batch, rows, heads, group, dim, k_pages.shape[0], max_pages, block_table.stride(0), q.stride(0), q.stride(1),
-        k_pages.stride(0), v_pages.stride(0), parts, splits, window, scale, softcap,
+        k_pages.stride(0), v_pages.stride(0), 0 if scales is None else scales.stride(0), parts, splits, window, scale,
+        softcap, BYTES=scales is not None,
         SOFTCAP=softcap > 0, ALIBI=alibi is not None, SHAPED=softcap > 0 or alibi is not None or scale <= 0,
         SPLIT=splits > 1, GROUP=members, BLOCK_M=size.rows, **modes, num_warps=size.warps, num_stages=3,
     )  # fmt: skip
