@@ -2,6 +2,7 @@
 
     python benchmarks/batch.py
     python benchmarks/batch.py --quantize int8 --depth 512 --profile
+    python benchmarks/batch.py --kv-dtype int8       # and what that costs in perplexity
 
 Batches of every size take turns (round after round, medians). A step's overhead is its wall time less that of the
 replayed plan. Ends in one JSON line.
@@ -9,9 +10,12 @@ replayed plan. Ends in one JSON line.
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections import Counter
+
+import texts
 
 from fastllm import LLM, SamplingParams
 from fastllm.decode.scheduler import Sequence
@@ -70,16 +74,23 @@ def first_token(engine, prefix: list[int], salt: int) -> float:
     return time.perf_counter() - began
 
 
+def perplexity(llm: LLM, windows: list[list[int]]) -> float:
+    scores = [score for window in llm.logprobs(windows) for score in window]
+    return math.exp(-sum(scores) / len(scores))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quantize")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--depth", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="milliseconds by kernel, for 1 and 16 rows")
     a = parser.parse_args()
-    engine = LLM(a.model, quantize=a.quantize, dtype=a.dtype).engine
+    llm = LLM(a.model, quantize=a.quantize, dtype=a.dtype, kv_dtype=a.kv_dtype)
+    engine = llm.engine
     sizes = engine.sizes
     for size in sizes:
         steps(engine, size, a.depth, 3)  # captures
@@ -105,6 +116,16 @@ def main() -> None:
         for name in result["profile"][sizes[-1]]:
             one, all_ = (result["profile"][size].get(name, 0.0) for size in (1, sizes[-1]))
             print(f"{name:>24} {one:8.3f} {all_:8.3f} ms")
+    if a.kv_dtype != "auto":
+        stream = texts.token_stream(llm.path)
+        windows = [stream[i : i + 1024] for i in range(0, 16 * 1024, 1024)]
+        plain = LLM(a.model, quantize=a.quantize, dtype=a.dtype)
+        result["perplexity"] = [perplexity(model, windows) for model in (plain, llm)]
+        print(
+            "perplexity of 16 windows of 1,024 tokens, float32 and {}: {:.3f}, {:.3f}".format(
+                a.kv_dtype, *result["perplexity"]
+            )
+        )
     print(json.dumps(result))
 
 

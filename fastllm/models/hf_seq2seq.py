@@ -193,24 +193,15 @@ def load(folder: Folder) -> Seq2Seq:
 def _architecture(c: Seq2SeqConfig) -> str:
     """What of transformers this is, or our own."""
     shape = (c.position, c.norm, c.norm_first, c.bias, c.scale, bool(c.bins), c.tied, c.head_bias)
-    inner = c.heads * c.head_dim == c.dim
     if shape[:6] == ("relative", "rms", True, False, 1.0, False) and not c.head_bias and c.embed_scale == 1.0:
         return "T5ForConditionalGeneration"
-    if (
-        shape == ("halves", "layer", False, True, None, False, True, True)
-        and c.activation not in GATED
-        and inner
-        and c.eps == 1e-5
-    ):
-        return "MarianMTModel"
-    if (
-        shape == ("learned", "layer", True, True, None, True, True, False)
-        and c.activation not in GATED
-        and inner
-        and c.eps == 1e-5
-    ):
-        return "WhisperForConditionalGeneration"
-    return OWN
+    if c.activation in GATED or c.heads * c.head_dim != c.dim or c.eps != 1e-5:
+        return OWN
+    bart = {
+        ("halves", "layer", False, True, None, False, True, True): "MarianMTModel",
+        ("learned", "layer", True, True, None, True, True, False): "WhisperForConditionalGeneration",
+    }
+    return bart.get(shape, OWN)
 
 
 def _write_config(c: Seq2SeqConfig, name: str) -> dict[str, Any]:

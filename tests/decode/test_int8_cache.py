@@ -53,7 +53,8 @@ def test_neighbours_change_no_bit():
 
 def test_scores_stay_close():
     (exact,), (close,) = engine().score([PROMPT]), engine(**INT8).score([PROMPT])
-    assert 0 < (exact - close).abs().max() < 0.05
+    difference = (exact - close).abs()
+    assert 0 < difference.mean() < 0.03 and difference.max() < 0.3
 
 
 def test_arguments(tmp_path):
