@@ -73,7 +73,7 @@ def part(
             own = scales + page * scale_page + key % PAGE
             k_scale = tl.load(own, mask=(key < keys) & known, other=0.0)
             v_scale = tl.load(own + PAGE, mask=(key < keys) & known, other=0.0)
-            k, v = k.to(q.dtype), v.to(q.dtype)  # exact
+            k, v = k.to(tl.float32).to(q.dtype), v.to(tl.float32).to(q.dtype)  # exact
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if BYTES:
             s = s * k_scale[None, :]
