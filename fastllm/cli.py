@@ -148,6 +148,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto keeps what the file stores; float32 dequantises it.")] = "auto",
     quantize: Annotated[str | None, typer.Option(help="int8 or int4.  [default: as stored]")] = None,
     kv_dtype: Annotated[str, typer.Option(help="Of the KV cache: auto (float32) or int8, a quarter of it.")] = "auto",
+    adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter: a folder in PEFT's format.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="How many to generate at most.")] = 128,
     min_new_tokens: Annotated[int, typer.Option(help="No end of sequence before so many.")] = 0,
@@ -189,6 +190,7 @@ def generate(
         stop=stop or (),
         ignore_eos=ignore_eos,
         logprobs=logprobs,
+        adapter=adapter and str(adapter),
         **drawing,
     )
     request, interrupted = None, False
@@ -198,6 +200,8 @@ def generate(
         llm = LLM(
             model, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len, num_threads=threads
         )
+        if adapter:
+            llm.load_adapter(str(adapter), adapter)
         request = llm.request(llm.chat_ids([{"role": "user", "content": text}]) if chat else text, params)
         if as_json:
             for _ in llm.run(request):
@@ -225,6 +229,7 @@ def chat(
     dtype: Annotated[str, typer.Option(help="auto keeps what the file stores; float32 dequantises it.")] = "auto",
     quantize: Annotated[str | None, typer.Option(help="int8 or int4.  [default: as stored]")] = None,
     kv_dtype: Annotated[str, typer.Option(help="Of the KV cache: auto (float32) or int8, a quarter of it.")] = "auto",
+    adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter: a folder in PEFT's format.")] = None,
     system: Annotated[str | None, typer.Option(help="The system's message: how the model is to answer.")] = None,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
@@ -242,7 +247,7 @@ def chat(
 
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed,
+        repetition_penalty=repetition_penalty, seed=seed, adapter=adapter and str(adapter),
     )  # fmt: skip
     from .conversation import Conversation
     from .llm import LLM
@@ -252,6 +257,8 @@ def chat(
         model, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len, max_num_seqs=1,
         num_threads=threads,
     )  # fmt: skip
+    if adapter:
+        llm.load_adapter(str(adapter), adapter)
     talk = Conversation(llm, params, system)
     if load is not None:
         talk.load(load)

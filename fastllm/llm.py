@@ -27,6 +27,7 @@ from .models.gguf import GGUFFile
 from .models.hf_encoder import ARCHITECTURES as ENCODERS
 from .models.weights import load_packed
 from .ops import Panels, QWeight
+from .peft import lora
 from .sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -245,28 +246,58 @@ class LLM:
     def _writers(self, request: RequestOutput) -> list["_Writer"]:
         return [_Writer(self, request, index) for index in range(request.params.n)]
 
+    # ------------------------------------------------------------------------------------------------------ adapters
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Loads a LoRA adapter, a folder in PEFT's format, under a name that `SamplingParams(adapter=name)` and the `adapter`
+        of the scores take. Requests with different adapters, or none, run in one batch, each with the bits that it would
+        have alone.
+
+        A name that is loaded already then stands for the new adapter; requests that were made with the old one end with it.
+        Adapters are held in float32. FileNotFoundError where there is no such folder; ValueError for what cannot be used:
+        another base's adapter, pickles, adapters of the embedding, modules that were trained whole.
+        """
+        self._check_decoder()
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"load_adapter: name={name!r}; allowed: a string that is not empty")
+        self.engine.load_adapter(name, lora.read(path))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets a name; requests that were made with it run to their end, then its memory and its pages of the KV cache
+        are given back. ValueError for one that is not loaded."""
+        self._check_decoder()
+        self.engine.unload_adapter(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names that are loaded."""
+        self._check_decoder()
+        return list(self.engine.adapters.named)
+
     # ------------------------------------------------------------------------------------------------------- scoring
 
-    def logprobs(self, prompts: Prompt | Sequence[Prompt]) -> list[list[float]]:
+    def logprobs(self, prompts: Prompt | Sequence[Prompt], *, adapter: str | None = None) -> list[list[float]]:
         """For each text or list of ids, log p of every token after the first given those before it."""
         requests = self._to_score(prompts)
-        return [scores.tolist() for scores in self.engine.score(requests)]
+        return [scores.tolist() for scores in self.engine.score(requests, adapter)]
 
-    def perplexity(self, prompts: Prompt | Sequence[Prompt]) -> list[float]:
+    def perplexity(self, prompts: Prompt | Sequence[Prompt], *, adapter: str | None = None) -> list[float]:
         """exp(-mean log p) of the tokens after the first, for each text or list of ids (of at least two tokens)."""
         requests = self._to_score(prompts)
         for ids in requests:
             if len(ids) < 2:
                 raise ValueError(f"perplexity: {len(ids)} token; it takes at least two, the first is only context")
-        values = self.logprobs(requests)
+        values = self.logprobs(requests, adapter=adapter)
         return [torch.tensor(v, dtype=torch.float64).mean().neg().exp().item() for v in values]
 
-    def embed(self, prompts: Prompt | Sequence[Prompt]) -> torch.Tensor:
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, adapter: str | None = None) -> torch.Tensor:
         """A vector of length 1 for each prompt, float32 [number of prompts, dim]: the mean of its final hidden states, or
         what an encoder's folder asks for."""
         if self.encoder:
+            if adapter is not None:
+                raise ValueError(f"embed: adapter={adapter!r}; an encoder takes none, allowed: None")
             return self.encoder.embed(_as_list(prompts))
-        return self.engine.embed(self._to_score(prompts))
+        return self.engine.embed(self._to_score(prompts), adapter)
 
     # --------------------------------------------------------------------------------------------------- validation
 
@@ -314,7 +345,7 @@ class LLM:
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params is {type(params).__name__}; give a SamplingParams")
         if params.adapter is not None:
-            raise ValueError(f"adapter={params.adapter!r} is not loaded; this model has no adapters")
+            self.engine.adapters.find(params.adapter)
         vocab = self.model.config.vocab
         for token in params.stop_token_ids:
             if token >= vocab:

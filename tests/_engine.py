@@ -64,13 +64,30 @@ def alone(s: Made, longest: int = 64) -> list[tuple[int, float]]:
     return _alone(tuple(s.prompt), s.params, s.index, s.seed, count)[: min(s.room, s.stop or s.room)]
 
 
+def join_and_leave(engine: Engine, sequences: list[Made]) -> set[int]:
+    """Sequences that join one after the other, at different steps; the indices of those that are cancelled on the way."""
+    left = set()
+    for turn, s in enumerate(sequences):
+        engine.submit([s])
+        for _ in range(turn % 3):
+            engine.step()
+        if turn in (3, 6, 7, 10):
+            engine.cancel([sequences[turn - 2]])
+            left.add(turn - 2)
+    for s in sequences:
+        engine.wait(lambda s=s: s.ended)
+    return left
+
+
+LENGTHS = (1, 2, 16, 17, 31, 33, 5, 48, 100, 255, 256, 257, 258, 90, 12, 64)  # around the borders of pages and tiles
+
+
 def mixed(count: int = 16) -> list[Made]:
-    """Requests of all kinds: lengths around the borders of pages and tiles, some that begin alike, several completions."""
-    lengths = (1, 2, 16, 17, 31, 33, 5, 48, 100, 255, 256, 257, 258, 90, 12, 64)
+    """Requests of all kinds: prompts of many lengths, some that begin alike, several completions."""
     kinds, twin = list(KINDS.values()), PROMPT[:47]
     made = []
     for i in range(count):
-        n = lengths[i % 16]
+        n = LENGTHS[i % 16]
         prompt = twin if i % 5 == 4 else PROMPT[:n] if i % 2 else PROMPT[i : i + n]
         made.append(Made(prompt, kinds[i % 3], 8 + 3 * (i % 7), index=i if prompt is twin else 0, seed=i % 4))
     return made

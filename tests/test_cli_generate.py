@@ -8,12 +8,14 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import _lora
 import _tiny
 import pytest
 from _cli import call
 
 from fastllm import LLM, SamplingParams, hub
 from fastllm.bench import harness
+from fastllm.peft import lora
 
 PROMPT = "in the rain"
 STATISTICS = (
@@ -260,3 +262,16 @@ def test_pull(monkeypatch, capsys, path, tmp_path):
 def test_help_says_what_is_what(monkeypatch, capsys):
     status, out, _ = call(monkeypatch, capsys, "generate", "--help")
     assert status == 0 and "0 takes the likeliest token" in out and "--repetition-penalty" in out
+
+
+def test_an_adapter(generate, path, tmp_path):
+    tuned = LLM(path)
+    lora.write(tmp_path, _lora.draw(tuned.model, 1))
+    tuned.load_adapter("it", tmp_path)
+    params = SamplingParams(temperature=0.0, max_new_tokens=20, ignore_eos=True)
+    wanted = tuned.generate(PROMPT, replace(params, adapter="it"))[0].text
+    options = ("--max-new-tokens", 20, "--ignore-eos", "--no-stats")
+    assert wanted != tuned.generate(PROMPT, params)[0].text
+    assert generate(PROMPT, "--adapter", tmp_path, *options)[:2] == (0, wanted + "\n")
+    status, out, err = generate(PROMPT, "--adapter", tmp_path / "none", *options)
+    assert (status, out) == (1, "") and "none is no folder; give a folder that PEFT's save_pretrained wrote" in err

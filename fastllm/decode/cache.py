@@ -2,8 +2,9 @@
 
 A page is free, or held by one or more sequences, or idle: nobody holds it, but it is known to hold a beginning of some
 text and a later sequence may take it up. Pages are known by a chain: the page before, by a number that is never used
-again, and the 16 tokens. So a match is exact, whatever the hashes do. Of idle pages the one unused for longest is given
-up first, and of one text the end before the beginning.
+again, and the 16 tokens. A chain begins with a root: the model's, or that of an adapter, whose keys and values are others.
+So a match is exact, whatever the hashes do. Of idle pages the one unused for longest is given up first, and of one text the
+end before the beginning.
 """
 
 import itertools
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from .. import ops
 from ..models.arena import Arena
-from ..models.blocks import PagedBatch
+from ..models.blocks import Adapters, PagedBatch
 from ..models.decoder import DecoderConfig
 
 PAGE = ops.PAGE
-_Link = tuple[int, tuple[int, ...]]  # (number of the page before, 0: none; the tokens)
+_Link = tuple[int, tuple[int, ...]]  # (number of the page before, or of the root; the tokens)
 
 
 def pages_for(tokens: int) -> int:
@@ -90,9 +91,13 @@ class KVCache:
                 else:
                     self._free.append(page)
 
-    def match(self, ids: Sequence[int]) -> list[int]:
+    def root(self) -> int:
+        """A number of its own to begin chains with: what is known under it is not known under another. 0 is the model's."""
+        return next(self._numbers)
+
+    def match(self, ids: Sequence[int], root: int = 0) -> list[int]:
         """The pages of the longest known beginning of `ids`, which are held once more."""
-        pages, number = [], 0
+        pages, number = [], root
         for start in range(0, len(ids) - PAGE + 1, PAGE):
             page = self._page_of.get((number, tuple(ids[start : start + PAGE])))
             if page is None:
@@ -111,9 +116,9 @@ class KVCache:
     def copy(self, source: int, target: int) -> None:
         self._block[target] = self._block[source]
 
-    def learn(self, ids: Sequence[int], pages: Sequence[int]) -> None:
+    def learn(self, ids: Sequence[int], pages: Sequence[int], root: int = 0) -> None:
         """`pages` hold the keys and values of `ids`: from now on the full ones are known."""
-        number = 0
+        number = root
         for page, start in zip(pages, range(0, len(ids) - PAGE + 1 if self.remember else 0, PAGE), strict=False):
             link = (number, tuple(ids[start : start + PAGE]))
             known = self._page_of.get(link)  # another page with the same text stays what is known
@@ -123,10 +128,13 @@ class KVCache:
                 self._link_of[page] = link, next(self._numbers)
             number = self._link_of[known][1]
 
-    def forget(self) -> None:
-        """No text is known any more: the weights have changed."""
-        for page in list(self._link_of):
-            self._forget(page)
+    def forget(self, root: int | None = None) -> None:
+        """No text is known any more, or none under this root: the weights have changed."""
+        under = {root}
+        for page, (link, number) in sorted(self._link_of.items(), key=lambda item: item[1][1]):  # beginnings first
+            if root is None or link[0] in under:
+                under.add(number)
+                self._forget(page)
 
     def _forget(self, page: int) -> None:
         self._unlink(page)
@@ -153,7 +161,7 @@ def _pages(block: Tensor, c: DecoderConfig, dtype: torch.dtype) -> ops.KVPages:
     )
 
 
-def chunk(cache: KVCache, pages: Sequence[int], start: int, stop: int) -> PagedBatch:
+def chunk(cache: KVCache, pages: Sequence[int], start: int, stop: int, adapters: Adapters | None = None) -> PagedBatch:
     """The batch that reads tokens [start, stop) of one sequence."""
     table, position = torch.tensor([pages], dtype=torch.int32), torch.arange(start, stop)
     return PagedBatch(
@@ -163,4 +171,5 @@ def chunk(cache: KVCache, pages: Sequence[int], start: int, stop: int) -> PagedB
         context_len=torch.tensor([stop], dtype=torch.int32),
         cu_q=torch.tensor([0, stop - start], dtype=torch.int32),
         pages=cache.layers,
+        adapters=adapters,
     )

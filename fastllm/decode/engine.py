@@ -9,18 +9,26 @@ and the next one may be run by another. So there is no thread in the background,
 
 By the arithmetic contract tokens and log-probabilities depend on no neighbour, on no piece, and not on what the cache
 held. So a sequence can also be made anew from its tokens, at any time: after a step that was interrupted, all are.
+
+A step in which any row has an adapter is another plan, of the same sizes; the plans of steps without one know nothing of
+adapters. A row without one has the same bits in both.
 """
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .. import _C, ops
+from ..models.blocks import Adapters
 from ..models.decoder import Decoder
+from ..peft import lora
+from ..sampling_params import SamplingParams
+from .adapters import Adapter, AdapterTable
 from .cache import PAGE, KVCache, chunk, pages_for
 from .graph import Captured, capture
 from .rows import Rows
@@ -49,15 +57,19 @@ class Engine:
     prefix_cache: bool = True
     kv_dtype: torch.dtype = torch.float32
     _plans: dict[int, Captured] = field(default_factory=dict, init=False)  # by number of rows
+    _adapted_plans: dict[int, Captured] = field(default_factory=dict, init=False)  # where any row has an adapter
     _rate: float = field(default=LEAST / PIECE_S, init=False)  # prompt tokens a second, as the last piece had them
     _unsure: bool = field(default=False, init=False)  # the rows may be a token ahead of the sequences
-    _busy: bool = field(default=False, init=False)  # a thread runs a step
+    _busy: bool = field(default=False, init=False)  # a thread runs a step, or changes adapters
+    _wanted: int = field(default=0, init=False)  # threads that are to change adapters before the next step
 
     def __post_init__(self) -> None:
         pages = self.max_num_seqs * pages_for(self.capacity) if self.pages is None else self.pages
         self.cache = KVCache(self.model.config, pages, self.prefix_cache, self.kv_dtype)
         self.rows = Rows(self.cache, self.max_num_seqs, self.capacity, self.eos_ids)
         self.scheduler = Scheduler(self.cache, self.max_num_seqs)
+        self.adapters = AdapterTable(self.model)
+        self._planned = self.adapters.pools
         self._turn = threading.Condition()
         self._cancelled: list[Sequence] = []
         self.sizes = (*(1 << i for i in range((self.max_num_seqs - 1).bit_length())), self.max_num_seqs)
@@ -65,7 +77,8 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- from any thread
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
-        """Puts sequences in line. They are served while somebody waits for anything. ValueError for one that never fits."""
+        """Puts sequences in line. They are served while somebody waits for anything. ValueError for one that never fits, or
+        an adapter that is not loaded."""
         sequences = list(sequences)
         for s in sequences:
             tokens, need = len(s.prompt) + s.room, pages_for(len(s.prompt) + s.room)
@@ -74,6 +87,10 @@ class Engine:
                     f"a sequence of {tokens} tokens ({need} pages) with {len(s.prompt)} to read; allowed: 1 to "
                     f"{self.capacity} tokens, in a cache of {self.cache.pages} pages"
                 )
+        with self._turn:  # between finding an adapter and using it nobody may take it out
+            named = [(s, self.adapters.find(s.params.adapter)) for s in sequences if s.params.adapter is not None]
+            for s, s.adapter in named:
+                s.adapter.users.add(s)
         self.scheduler.waiting.extend(sequences)
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
@@ -88,7 +105,7 @@ class Engine:
         while not ready():
             try:
                 with self._turn:
-                    self._turn.wait_for(lambda: ready() or not self._busy)
+                    self._turn.wait_for(lambda: ready() or not (self._busy or self._wanted))
                     if ready():
                         return
                     drives = self._busy = True
@@ -112,6 +129,61 @@ class Engine:
         for s in sequences:
             if s.error:
                 raise s.error
+
+    # ------------------------------------------------------------------------------------------------------- adapters
+
+    def load_adapter(self, name: str, adapter: lora.Lora) -> None:
+        """Sequences that are put in line from now on may name it; those that have an older one of that name keep it.
+        Waits for the step that is running. ValueError for an adapter of another base."""
+        parts = lora.parts(adapter, self.model)
+        with self._between_steps():
+            old = self.adapters.named.get(name)
+            try:
+                self.adapters.load(name, parts, self.cache.root())
+            finally:
+                self._drop_plans()
+            with self._turn:
+                if old:
+                    self._retire(old)
+
+    def unload_adapter(self, name: str) -> None:
+        """The name is unknown from now on; sequences in line that have the adapter end with it. Waits as load_adapter."""
+        with self._between_steps(), self._turn:
+            adapter = self.adapters.find(name)
+            del self.adapters.named[name]
+            self._retire(adapter)
+
+    def _retire(self, adapter: Adapter) -> None:
+        adapter.retired = True
+        if not adapter.users:
+            self.cache.forget(adapter.root)
+            self.adapters.free(adapter)
+            self._drop_plans()
+
+    def _drop_plans(self) -> None:
+        """Those whose pools have gone."""
+        if self._planned is not self.adapters.pools:
+            self._planned = self.adapters.pools
+            self._adapted_plans.clear()
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """Nobody runs a step meanwhile; whoever is about to begin the next one waits."""
+        with self._turn:
+            self._wanted += 1
+            try:
+                self._turn.wait_for(lambda: not self._busy)
+                self._busy = True
+            finally:
+                self._wanted -= 1
+                self._turn.notify_all()
+        try:
+            yield
+        finally:
+            self._busy = False
+            with self._turn:
+                self._sweep_between_steps()
+                self._turn.notify_all()
 
     def _sweep_between_steps(self) -> None:
         if not self._busy:  # else that step does it
@@ -148,10 +220,12 @@ class Engine:
     def _decode(self) -> None:
         running, began = list(self.scheduler.running), time.perf_counter()
         size = next(n for n in self.sizes if n >= len(running))
-        captures = size not in self._plans
+        adapted = bool(self.adapters.pools) and any(s.adapter for s in running)
+        plans = self._adapted_plans if adapted else self._plans
+        captures = size not in plans
         self._unsure = True  # an exception from here on may leave rows a token ahead of their sequences
         try:
-            token, logprob, logits = self._capture(size) if captures else self._replay(self._plans[size])
+            token, logprob, logits = self._capture(size, plans) if captures else self._replay(plans[size])
         except Exception as error:  # LogitsError: of those rows, and none has moved on
             for row in error.rows if isinstance(error, ops.LogitsError) else range(len(running)):
                 running[row].error = error
@@ -166,13 +240,14 @@ class Engine:
         self._unsure = False
         self._end_done()
 
-    def _forward(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(self, size: int, adapted: bool) -> tuple[Tensor, Tensor, Tensor]:
         rows = slice(0, size)
-        return self.rows.draw(self.model.logits(self.model.step(self.rows.ids[rows], self.rows.batch(rows))), rows)
+        batch = self.rows.batch(rows, self.adapters.pools if adapted else None)
+        return self.rows.draw(self.model.logits(self.model.step(self.rows.ids[rows], batch)), rows)
 
-    def _capture(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        self._plans[size] = capture(lambda: self._forward(size))
-        return self._plans[size].outputs
+    def _capture(self, size: int, plans: dict[int, Captured]) -> tuple[Tensor, Tensor, Tensor]:
+        plans[size] = capture(lambda: self._forward(size, plans is self._adapted_plans))
+        return plans[size].outputs
 
     def _replay(self, plan: Captured) -> tuple[Tensor, Tensor, Tensor]:
         if plan.replay(self.threads) and not plan.outputs[1].isnan().any():
@@ -204,7 +279,10 @@ class Engine:
         start, stop = s.read, min(s.read + most, s.to_read)
         if stop > start:
             began = time.perf_counter()
-            hidden = self.model.step(torch.tensor(s.prompt[start:stop]), chunk(self.cache, s.pages, start, stop))
+            slots = s.adapter and torch.full((stop - start,), s.adapter.slot)
+            adapters = None if slots is None else Adapters(slots, self.adapters.pools)
+            batch = chunk(self.cache, s.pages, start, stop, adapters)
+            hidden = self.model.step(torch.tensor(s.prompt[start:stop]), batch)
             if s.hidden:
                 s.hidden(hidden)
             seconds = time.perf_counter() - began
@@ -234,19 +312,25 @@ class Engine:
                 self.rows.seat(running[row])
             self.rows.clear(len(running))
         s.ended = True
+        if s.adapter:
+            s.adapter.users.discard(s)
+            if s.adapter.retired and not s.adapter.users:
+                self._retire(s.adapter)
 
     # ------------------------------------------------------------------------------------------------------- prompts
 
-    def score(self, texts: Iterable[list[int]]) -> list[Tensor]:
+    def score(self, texts: Iterable[list[int]], adapter: str | None = None) -> list[Tensor]:
         """log p(ids[i] | ids[:i]) for i from 1, float32 [n - 1], of each text: the bits that decoding would report."""
         scores = [_Scores(self.model, ids) for ids in texts]
-        self.run([Sequence(s.ids, hidden=s.add) for s in scores])
+        params = SamplingParams(adapter=adapter)
+        self.run([Sequence(s.ids, params=params, hidden=s.add) for s in scores])
         return [torch.cat(s.found) if s.found else torch.empty(0) for s in scores]
 
-    def embed(self, texts: Iterable[list[int]]) -> Tensor:
+    def embed(self, texts: Iterable[list[int]], adapter: str | None = None) -> Tensor:
         """Mean over the tokens of the normed final hidden states, of length 1: float32 [number of texts, dim]."""
         means = [_Mean(self.model, ids) for ids in texts]
-        self.run([Sequence(m.ids, hidden=m.add) for m in means])
+        params = SamplingParams(adapter=adapter)
+        self.run([Sequence(m.ids, params=params, hidden=m.add) for m in means])
         return torch.stack([m.found for m in means])
 
 

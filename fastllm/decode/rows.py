@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..models.blocks import PagedBatch
+from ..models.blocks import Adapters, PagedBatch
+from .adapters import Pools
 from .cache import PAGE, KVCache, pages_for
 from .scheduler import Sequence
 
@@ -24,6 +25,7 @@ class Rows:
         self.context_len = torch.zeros(count, dtype=torch.int32)
         self.block_table = torch.full((count, pages_for(capacity)), -1, dtype=torch.int32)
         self.who = torch.full((count,), -1, dtype=torch.int32)  # row of the sampler's state: the same, or nobody
+        self.adapter = torch.full((count,), -1, dtype=torch.int64)
         self.state = ops.SampleState.create(count, history=capacity + 1, suppress=max(1, len(self._eos)))
         self._starts = torch.arange(count + 1, dtype=torch.int32)
         self.slot.fill_(-1)
@@ -36,15 +38,16 @@ class Rows:
         # the last token of a prompt may lie in a page that others read; then it is there, with the same bits
         self.slot[row] = s.pages[last // PAGE] * PAGE + last % PAGE if last >= s.known else -1
         self.block_table[row, : len(s.pages)] = torch.tensor(s.pages, dtype=torch.int32)
-        self.who[row] = row
+        self.who[row], self.adapter[row] = row, s.adapter.slot if s.adapter else -1
         self.state.set(row, s.params, index=s.index, seed=s.seed, prompt=ids, eos=self._eos)
         self.state.prompt_len[row] = len(s.prompt)
 
     def clear(self, row: int) -> None:
         self.ids[row] = self.position[row] = self.context_len[row] = 0
-        self.slot[row] = self.who[row] = -1
+        self.slot[row] = self.who[row] = self.adapter[row] = -1
 
-    def batch(self, rows: slice) -> PagedBatch:
+    def batch(self, rows: slice, pools: Pools | None = None) -> PagedBatch:
+        """pools: of the adapters, where any row has one."""
         return PagedBatch(
             self.position[rows],
             self.slot[rows],
@@ -52,6 +55,7 @@ class Rows:
             self.context_len[rows],
             self._starts[: rows.stop - rows.start + 1],
             self.cache.layers,
+            None if pools is None else Adapters(self.adapter[rows], pools),
         )
 
     def draw(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:

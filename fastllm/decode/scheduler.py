@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..ops import LogitsError
 from ..sampling_params import SamplingParams
+from .adapters import Adapter
 from .cache import PAGE, KVCache, pages_for
 
 
@@ -63,6 +64,7 @@ class Sequence:
     timing: Timing = field(default_factory=Timing)
 
     tokens: list[int] = field(default_factory=list, init=False)  # generated so far
+    adapter: Adapter | None = field(default=None, init=False)  # the one that params names, once it is in line
     pages: list[int] = field(default_factory=list, init=False)
     known: int = field(default=0, init=False)  # tokens at the beginning of the prompt that the cache had
     read: int = field(default=0, init=False)  # tokens of the prompt whose keys and values are in the pages
@@ -70,6 +72,11 @@ class Sequence:
     done: bool = field(default=False, init=False)  # has its last token
     ended: bool = field(default=False, init=False)  # and has left, or was cancelled, or failed
     error: Exception | None = field(default=None, init=False)
+
+    @property
+    def root(self) -> int:
+        """What the cache knows its text under."""
+        return self.adapter.root if self.adapter else 0
 
     @property
     def to_read(self) -> int:
@@ -102,11 +109,12 @@ class Scheduler:
     def _admit(self, s: Sequence) -> bool:
         if s.room and len(self.running) == self.rows:
             return False
-        sibling = next((r for r in self.running if r.prompt is s.prompt), None) if s.room else None
+        alike = (r for r in self.running if r.prompt is s.prompt and r.adapter is s.adapter)
+        sibling = next(alike, None) if s.room else None
         if sibling:  # its full pages are shared; of the page that ends the prompt, each has its own copy
             known, shared = s.to_read, self.cache.share(sibling.pages[: s.to_read // PAGE])
         else:
-            shared = self.cache.match(s.prompt) if s.room else []
+            shared = self.cache.match(s.prompt, s.root) if s.room else []
             known = len(shared) * PAGE
         need = pages_for(len(s.prompt) + s.room) - len(shared)
         if need > self.cache.available:
@@ -122,7 +130,7 @@ class Scheduler:
 
     def run(self, s: Sequence) -> None:
         """The first in line has been read in: it takes the next row."""
-        self.cache.learn(s.prompt[: s.read], s.pages)
+        self.cache.learn(s.prompt[: s.read], s.pages, s.root)
         s.row = len(self.running)
         self.running.append(s)
         self.waiting.popleft()
@@ -134,7 +142,7 @@ class Scheduler:
             if last is not s:
                 self.running[s.row], last.row = last, s.row
             if not s.error:
-                self.cache.learn([*s.prompt, *s.tokens][:-1], s.pages)
+                self.cache.learn([*s.prompt, *s.tokens][:-1], s.pages, s.root)
         else:
             self.waiting.remove(s)
         self.cache.release(s.pages, forget=s.error is not None)

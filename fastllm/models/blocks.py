@@ -1,7 +1,7 @@
 """The pieces that models are built from: a projection and an embedding whose weights may be packed, norms, activations, and the
 batch of a paged forward. They call the ops and hold no arithmetic of their own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from .. import ops
 from ..ops import Panels, QWeight
 
 Weight = Tensor | Panels | QWeight
+Adapted = tuple[ops.AdapterPool, Tensor]  # the pool of a projection, and which of its adapters each row takes
 
 
 class Projection(nn.Module):
@@ -27,13 +28,22 @@ class Projection(nn.Module):
         self.weight: Weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
-    def forward(self, x: Tensor, norm: "RMSNorm | LayerNorm | None" = None, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        norm: "RMSNorm | LayerNorm | None" = None,
+        residual: Tensor | None = None,
+        adapted: Adapted | None = None,
+    ) -> Tensor:
         """x [..., K] -> [..., N]; norm is applied to x first, residual [..., N] is added last."""
-        fused: dict[str, Any] = {"residual": residual, "swiglu": self.swiglu}
+        fused: dict[str, Any] = {"residual": residual}
         if isinstance(norm, RMSNorm):
             fused |= {"norm": norm.gain, "eps": norm.eps}
         elif norm is not None:
             x = norm(x)
+        if adapted is not None:
+            return ops.multi_lora(x, self.weight, *adapted, self.bias, **fused)
+        fused["swiglu"] = self.swiglu
         linear = ops.quant_linear if isinstance(self.weight, QWeight) else ops.linear
         return linear(x, self.weight, self.bias, **fused)
 
@@ -125,11 +135,26 @@ def replace_weight(module: nn.Module, weight: Panels | QWeight) -> None:
 
 
 @dataclass
+class Adapters:
+    """Which adapter each row of a forward takes: ids int64 [...], -1: none; pools: of (layer, name of the projection), those
+    that any adapter changes."""
+
+    ids: Tensor
+    pools: Mapping[tuple[int, str], ops.AdapterPool]
+
+    def of(self, layer: int, name: str) -> Adapted | None:
+        """What a projection is to know."""
+        pool = self.pools.get((layer, name))
+        return None if pool is None else (pool, self.ids)
+
+
+@dataclass
 class PagedBatch:
     """What a forward over a paged KV cache must know about its rows: T tokens of B sequences, packed.
 
     position int64 [T]; slot int64 [T], where the cache takes each token; block_table int32 [B, P]; context_len int32 [B],
-    keys per sequence with these tokens included; cu_q int32 [B + 1]; pages: one record of K and V pages a layer.
+    keys per sequence with these tokens included; cu_q int32 [B + 1]; pages: one record of K and V pages a layer; adapters of
+    the tokens, None where no token has one.
     """
 
     position: Tensor
@@ -138,3 +163,4 @@ class PagedBatch:
     context_len: Tensor
     cu_q: Tensor
     pages: list[ops.KVPages]
+    adapters: Adapters | None = None

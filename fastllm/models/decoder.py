@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import AttentionSpec, RopeScaling
-from .blocks import ACTIVATIONS, GATED, Embedding, LayerNorm, PagedBatch, Projection, RMSNorm
+from .blocks import ACTIVATIONS, GATED, Adapted, Adapters, Embedding, LayerNorm, PagedBatch, Projection, RMSNorm
 
 NORMS, POSITIONS = ("rms", "layer"), ("rope", "learned", "alibi")
 
@@ -189,30 +189,38 @@ class Layer(nn.Module):
         self.activation = None if fused else ACTIVATIONS[c.mlp]
         self.down = Projection(c.ffn, c.dim, bias=c.mlp_bias)
 
-    def forward(self, x: Tensor, added: Tensor | None, index: int, attend: Attend) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, added: Tensor | None, index: int, attend: Attend, adapters: Adapters | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """x, added [..., dim]; attend(q [..., H, D], k and v [..., Hk, D], layer index) -> [..., H, D]."""
-        x, qkv = self._read(self.qkv, self.attn_norm, x, added)
+
+        def adapted(name: str) -> Adapted | None:
+            return None if adapters is None else adapters.of(index, name)
+
+        x, qkv = self._read(self.qkv, self.attn_norm, x, added, adapted("qkv"))
         y = attend(*self._heads(qkv), index).flatten(-2)
-        x, added = self._write(self.out, self.post_attn_norm, x, y)
-        x, h = self._read(self.get_submodule(self.first), self.mlp_norm, x, added)
+        x, added = self._write(self.out, self.post_attn_norm, x, y, adapted("out"))
+        x, h = self._read(self.get_submodule(self.first), self.mlp_norm, x, added, adapted(self.first))
         if self.activation is not None:
             h = self.activation(h)
-        return self._write(self.down, self.post_mlp_norm, x, h)
+        return self._write(self.down, self.post_mlp_norm, x, h, adapted("down"))
 
-    def _read(self, projection: Projection, norm: nn.Module, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _read(
+        self, projection: Projection, norm: nn.Module, x: Tensor, added: Tensor | None, adapted: Adapted | None
+    ) -> tuple[Tensor, Tensor]:
         """x + added, and the projection of its norm."""
         if added is None:
-            return x, projection(x, norm=norm)
+            return x, projection(x, norm=norm, adapted=adapted)
         h, x = norm(x, added)
-        return x, projection(h)
+        return x, projection(h, adapted=adapted)
 
     def _write(
-        self, projection: Projection, norm: RMSNorm | None, x: Tensor, h: Tensor
+        self, projection: Projection, norm: RMSNorm | None, x: Tensor, h: Tensor, adapted: Adapted | None
     ) -> tuple[Tensor, Tensor | None]:
         """The stream with the projection of h added, or to be added once it is normed."""
         if norm is None:
-            return projection(h, residual=x), None
-        return x, norm(projection(h))
+            return projection(h, residual=x, adapted=adapted), None
+        return x, norm(projection(h, adapted=adapted))
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """[..., (H + 2 Hk) D] as views q [..., H, D], k and v [..., Hk, D]."""
@@ -299,9 +307,9 @@ class Decoder(nn.Module):
         """The angles by which a layer turns."""
         return self.rope if self.rope_local is None or self.config.window_of(layer) is None else self.rope_local
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, adapters: Adapters | None = None) -> Tensor:
         """Residual stream after the last layer, before the final norm: ids int64 [B, S] -> [B, S, dim]; with a scaled
-        embedding it is kept divided by that scale, which no norm sees."""
+        embedding it is kept divided by that scale, which no norm sees. adapters: of the tokens [B, S]."""
         if ids.dim() != 2:
             raise ValueError(f"Decoder: ids have shape {tuple(ids.shape)}; they must be [B, S]")
         if ids.shape[1] > self.config.max_position:
@@ -314,16 +322,16 @@ class Decoder(nn.Module):
                 q, k = ops.rope(q, k, position, self.table(layer))
             return ops.attention(q, k, v, self.spec(layer))
 
-        return self._stream(ids, position, attend)
+        return self._stream(ids, position, attend, adapters)
 
-    def _stream(self, ids: Tensor, position: Tensor, attend: Attend) -> Tensor:
+    def _stream(self, ids: Tensor, position: Tensor, attend: Attend, adapters: Adapters | None) -> Tensor:
         x, added = self.embedding(ids), None
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         if self.positions is not None:
             added = self.positions(position)
         for index, layer in enumerate(self.layers):
-            x, added = layer(x, added, index, attend)
+            x, added = layer(x, added, index, attend, adapters)
         if added is not None:
             _, x = self.norm(x, added)  # for the sum
         return x
@@ -332,8 +340,8 @@ class Decoder(nn.Module):
         """[..., dim] -> [..., V], final norm included."""
         return self.head(hidden, norm=self.norm)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.logits(self.hidden(ids))
+    def forward(self, ids: Tensor, adapters: Adapters | None = None) -> Tensor:
+        return self.logits(self.hidden(ids, adapters))
 
     def step(self, ids: Tensor, batch: PagedBatch) -> Tensor:
         """ids int64 [T] of a paged batch -> hidden [T, dim]; writes their keys and values into the batch's pages."""
@@ -346,4 +354,4 @@ class Decoder(nn.Module):
                 turned if turns else q, pages, batch.block_table, batch.context_len, batch.cu_q, self.spec(layer)
             )
 
-        return self._stream(ids, batch.position, attend)
+        return self._stream(ids, batch.position, attend, batch.adapters)

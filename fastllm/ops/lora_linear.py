@@ -26,7 +26,18 @@ from ._dropout import Dropout, keep, threshold
 from ._lora_gpu import expand, shrink, sum_over_rows
 from ._lora_gpu import row_norms as row_norms_of
 from ._op import DTYPES, Op, as_rows, check, check_dtype, check_like, pointer, wants_gradient
-from .linear import PANELS, PANELS_ACROSS, ROWS, ROWS_ACROSS, Panels, fields, unit_stride, unpack
+from .linear import (
+    GATE_UP,
+    PANELS,
+    PANELS_ACROSS,
+    ROWS,
+    ROWS_ACROSS,
+    WHOLE,
+    Panels,
+    fields,
+    unit_stride,
+    unpack,
+)
 from .quant_linear import QWeight, form_of, group_of, unpack_panels
 from .quant_linear import gpu as quant_gpu
 from .quant_linear import gpu_backward as quant_gpu_backward
@@ -66,22 +77,22 @@ def height(weight: Tensor, form: list[int]) -> int:
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
-def dense(weight: Tensor, form: list[int]) -> Tensor:
-    """The row-major weight again, of a QWeight dequantised."""
+def dense(weight: Tensor, form: list[int], alternate: bool = False) -> Tensor:
+    """The row-major weight again, of a QWeight dequantised. alternate: its panels are those of swiglu."""
     if not form:
         return weight
     if len(form) == 1:
-        return unpack(weight, form[0], False)
-    q, s, m = unpack_panels(weight, form[0], form[2], bool(form[3]), False)
+        return unpack(weight, form[0], alternate)
+    q, s, m = unpack_panels(weight, form[0], form[2], bool(form[3]), alternate)
     return (q * s.unsqueeze(-1) + (0 if m is None else m.unsqueeze(-1))).flatten(1)[:, : form[1]]
 
 
-def base_reference(x: Tensor, weight: Tensor, form: list[int]) -> Tensor:
+def base_reference(x: Tensor, weight: Tensor, form: list[int], alternate: bool = False) -> Tensor:
     """x W^T in the wide dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide, halves = torch.promote_types(x.dtype, torch.float32), GATE_UP if alternate else WHOLE
     if len(form) == 4:
-        return quant_reference(x, weight, *form[:3], bool(form[3]), None, None, 0.0, None, 0).to(wide)
-    return x.to(wide) @ dense(weight, form).to(wide).t()
+        return quant_reference(x, weight, *form[:3], bool(form[3]), None, None, 0.0, None, halves).to(wide)
+    return x.to(wide) @ dense(weight, form, alternate).to(wide).t()
 
 
 def dropped(x: Tensor, p: float, seed: int, call: int) -> Tensor:
@@ -126,11 +137,12 @@ def reference_norms(weight, form, a, b, scale) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ GPU launchers
 
 
-def gpu_base(x: Tensor, weight: Tensor, form: list[int]) -> Tensor:
+def gpu_base(x: Tensor, weight: Tensor, form: list[int], alternate: bool = False) -> Tensor:
     """x W^T of rows, rounded. `Panels`, which are a CPU's, are unpacked."""
     if len(form) == 4:
-        return quant_gpu(x, weight, *form[:3], bool(form[3]), None, None, 0.0, None, 0)
-    return torch.mm(x, dense(weight, form).to(x.dtype).t())
+        halves = GATE_UP if alternate else WHOLE
+        return quant_gpu(x, weight, *form[:3], bool(form[3]), None, None, 0.0, None, halves)
+    return torch.mm(x, dense(weight, form, alternate).to(x.dtype).t())
 
 
 def gpu_base_backward(dz: Tensor, weight: Tensor, form: list[int]) -> Tensor:
@@ -298,12 +310,14 @@ def row_norms(weight: Tensor | Panels | QWeight, a: Tensor, b: Tensor, scale: fl
     return forward_norms(*split(weight), a.detach(), b.detach(), scale)
 
 
-def check_base(op: str, x: Tensor, weight: Tensor | Panels | QWeight, bias: Tensor | None) -> None:
-    """A frozen weight [N, K], x [..., K] and bias [N]."""
+def check_base(
+    op: str, x: Tensor, weight: Tensor | Panels | QWeight, bias: Tensor | None, swiglu: bool = False
+) -> None:
+    """A frozen weight [N, K], x [..., K] and bias [N]. swiglu: it may be packed so."""
     check_dtype(op, "x", x)
     if isinstance(weight, (Panels, QWeight)):
         check(
-            not weight.swiglu,
+            swiglu or not weight.swiglu,
             lambda: f"{op}: the weight was packed with swiglu; pack its halves apart, an adapter each",
         )
         check(

@@ -4,11 +4,18 @@ x [..., K], adapter_id int64 [...], -1: none; W [N, K], a tensor, `Panels` or `Q
 lie in an `AdapterPool`; their ranks may differ. Dtypes and rounding as in `lora_linear`, whose bits every row has, whatever
 stands beside it and in whatever order. Forward only: what serves. Asked for a gradient, the reference runs.
 
+A weight may stack parts (q, k and v): each part of an adapter has an A, a B, a rank and a scale of its own, or is absent.
+Around it stand norm, residual and swiglu as in `linear` and `quant_linear`, with their bits: those of a row without an
+adapter are those of the plain op. The adapter reads norm(x); swiglu is that of a pool made with swiglu=True.
+
 An id outside [-1, slots) or of an empty slot raises IndexError on the CPU; on a GPU, where asking would wait for the
 device, such a row has no adapter.
 
 Sources: Chen et al. 2023 (Punica, arXiv 2310.18547) for the batching of adapters.
 """
+
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,32 +23,45 @@ from torch import Tensor
 from .. import _C
 from ._op import DTYPES, Op, as_rows, check, pointer
 from ._triton import tl, triton
-from .linear import Panels, fields, unit_stride
+from .linear import SWIGLU, WHOLE, Panels, check_fusion, fields, unit_stride
 from .lora_linear import base_reference, check_base, code, gpu_base, group, height, split
 from .quant_linear import QWeight
+from .rms_norm import rms_norm
+from .swiglu import swiglu as swiglu_op
+
+Part = tuple[Tensor, Tensor, float]  # a [R, K], b [N of the part, R], scale
 
 
 class AdapterPool:
-    """Room for `slots` adapters of up to `max_rank`, for one weight [cols, depth].
+    """Room for `slots` adapters of up to `max_rank`, for one weight [cols, depth] or one that stacks parts of `cols` rows.
 
     Memory, fixed when made (a captured step keeps its pointers, and `add` and `remove` change what they point to):
-    a [slots, ceil(max_rank / 16), depth, 16] and b [slots, ceil(cols / 16), max_rank, 16] are panels of 16 rows of A and
-    of B, [.., i, .., j] of row 16 i + j; rank int64 [slots], 0 in an empty slot; scale float32 [slots]; gain float32
-    [slots, cols] where the pool takes DoRA adapters (ones for the others). On a CPU a and b are float32.
+    a [slots, parts, ceil(max_rank / 16), depth, 16] and b [slots, panels, max_rank, 16] are panels of 16 rows of A and of
+    B, [.., i, .., j] of row 16 i + j; with swiglu the panels of B's halves alternate, as the weight's do. rank int64
+    [slots, parts], -1 in an empty slot, and scale float32 [slots, parts]; part int64 [panels], the part of a panel; gain
+    float32 [slots, panels, 16] where the pool takes DoRA adapters (ones for the others). On a CPU a and b are float32.
+
+    Parts that do not begin at a multiple of 16 rows are held as one part: A stacked, B block-wise, zeros elsewhere.
     """
 
     def __init__(
         self,
-        cols: int,
+        cols: int | Sequence[int],
         depth: int,
         slots: int,
         max_rank: int,
         dora: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        swiglu: bool = False,
+        take: Callable[[int], Tensor] | None = None,
     ) -> None:
-        """Raises ValueError for a size below one, or a dtype that the device does not read."""
-        for name, size in (("cols", cols), ("depth", depth), ("slots", slots), ("max_rank", max_rank)):
+        """take: gives a and b their memory, so many zero bytes; None: torch does.
+
+        Raises ValueError for a size below one, parts that swiglu cannot have, or a dtype that the device does not read."""
+        self.sizes = (cols,) if isinstance(cols, int) else tuple(cols)
+        sizes = (("cols", min(self.sizes, default=0)), ("depth", depth), ("slots", slots), ("max_rank", max_rank))
+        for name, size in sizes:
             check(size >= 1, lambda name=name, size=size: f"AdapterPool: {name} is {size}, allowed: 1 and more")
         cpu = torch.device(device).type == "cpu"
         check(
@@ -50,93 +70,199 @@ class AdapterPool:
                 f"AdapterPool: dtype is {dtype}; on a CPU the pool is float32, which holds bfloat16 and float16 too"
             ),
         )
-        self.cols, self.depth, self.slots, self.max_rank = cols, depth, slots, max_rank
+        self.cols, self.depth, self.slots, self.max_rank, self.swiglu = sum(self.sizes), depth, slots, max_rank, swiglu
+        halves = 2 if swiglu else 1
+        check(
+            not swiglu or (self.cols % 2 == 0 and set(self.sizes) <= {self.cols, self.cols // 2}),
+            lambda: f"AdapterPool: parts of {self.sizes} rows with swiglu; allowed: one of 2F rows, or two of F",
+        )
+        panels = -(-self.cols // halves // 16) * halves
+        self._stacked = not swiglu and any(size % 16 for size in self.sizes[:-1])
+        self.held = (self.cols,) if self._stacked else self.sizes
+        if swiglu:
+            part = torch.arange(panels) % len(self.held)
+        else:
+            part = torch.arange(len(self.held)).repeat_interleave(torch.tensor([-(-size // 16) for size in self.held]))
+        self.max_rank_of_part = max_rank
+        if self._stacked:
+            self.max_rank = max_rank = max_rank * len(self.sizes)
         place = {"dtype": dtype, "device": device}
-        self.a = torch.zeros(slots, -(-max_rank // 16), depth, 16, **place)
-        self.b = torch.zeros(slots, -(-cols // 16), max_rank, 16, **place)
-        self.rank = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.scale = torch.zeros(slots, dtype=torch.float32, device=device)
-        self.gain = torch.ones(slots, cols, dtype=torch.float32, device=device) if dora else None
+        shapes = (slots, len(self.held), -(-max_rank // 16), depth, 16), (slots, panels, max_rank, 16)
+        self.a, self.b = (
+            torch.zeros(shape, **place)
+            if take is None
+            else take(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+            for shape in shapes
+        )
+        self.rank = torch.full((slots, len(self.held)), -1, dtype=torch.int64, device=device)
+        self.scale = torch.zeros(slots, len(self.held), dtype=torch.float32, device=device)
+        self.part = part.to(device)
+        self.gain = torch.ones(slots, panels, 16, dtype=torch.float32, device=device) if dora else None
 
-    def add(self, a: Tensor, b: Tensor, scale: float, gain: Tensor | None = None) -> int:
+    def add(self, a: Tensor, b: Tensor, scale: float, gain: Tensor | None = None, slot: int | None = None) -> int:
         """The id of an adapter a [R, depth], b [cols, R] from now on. gain [cols]: magnitude / norm of a DoRA adapter.
 
-        Raises ValueError for shapes that do not fit or a rank above max_rank, RuntimeError when every slot is taken.
+        Raises as `add_parts`.
         """
-        rank = a.shape[0]
+        return self.add_parts([(a, b, scale)], gain, slot)
+
+    def add_parts(self, parts: Sequence[Part | None], gain: Tensor | None = None, slot: int | None = None) -> int:
+        """The id of an adapter whose parts are (a [R, depth], b [size, R], scale), or None where it leaves one as it is;
+        slot: the id that it is to have.
+
+        Raises ValueError for shapes that do not fit or a rank above max_rank, RuntimeError when every slot is taken, or
+        the one that is asked for.
+        """
         check(
-            a.dim() == 2 and b.dim() == 2 and a.shape[1] == self.depth and b.shape == (self.cols, rank),
-            lambda: (
-                f"AdapterPool.add: a {tuple(a.shape)} and b {tuple(b.shape)} must be [R, {self.depth}] and "
-                f"[{self.cols}, R]"
-            ),
+            len(parts) == len(self.sizes),
+            lambda: f"AdapterPool.add: {len(parts)} parts; this pool's weight has {len(self.sizes)}",
         )
-        check(
-            1 <= rank <= self.max_rank,
-            lambda: (
-                f"AdapterPool.add: rank {rank}, allowed: 1 to {self.max_rank}; make the pool with a larger max_rank"
-            ),
-        )
+        given = [(part, size) for part, size in zip(parts, self.sizes, strict=True) if part is not None]
+        for (a, b, _), size in given:
+            rank, most = a.shape[0], self.max_rank_of_part
+            check(
+                a.dim() == 2 and b.dim() == 2 and a.shape[1] == self.depth and b.shape == (size, rank),
+                lambda a=a, b=b, size=size: (
+                    f"AdapterPool.add: a {tuple(a.shape)} and b {tuple(b.shape)} must be [R, {self.depth}] and "
+                    f"[{size}, R]"
+                ),
+            )
+            check(
+                1 <= rank <= most,
+                lambda rank=rank, most=most: (
+                    f"AdapterPool.add: rank {rank}, allowed: 1 to {most}; make the pool with a larger max_rank"
+                ),
+            )
         check(
             gain is None or (self.gain is not None and gain.shape == (self.cols,)),
             lambda: f"AdapterPool.add: gain needs a pool made with dora=True, and the shape ({self.cols},)",
         )
-        free = (self.rank == 0).nonzero()
+        free = (self.rank[:, 0] < 0).nonzero().flatten().tolist()
+        check(bool(free), lambda: f"AdapterPool.add: all {self.slots} slots are taken; remove one first", RuntimeError)
         check(
-            len(free) > 0, lambda: f"AdapterPool.add: all {self.slots} slots are taken; remove one first", RuntimeError
+            slot is None or slot in free,
+            lambda: f"AdapterPool.add: slot {slot} is taken or is none; free are {free}",
+            RuntimeError,
         )
-        slot = int(free[0])
-        for panels, matrix in ((self.a[slot], a), (self.b[slot], b)):
-            rows = matrix.detach().to(panels.device, panels.dtype)
-            rows = torch.nn.functional.pad(rows, (0, 0, 0, panels.shape[0] * 16 - rows.shape[0]))
-            panels[:, : rows.shape[1]] = rows.view(panels.shape[0], 16, -1).transpose(1, 2)
-        self.scale[slot] = scale
+        self._put(free[0] if slot is None else slot, self._stack(parts) if self._stacked else parts, gain)
+        return free[0] if slot is None else slot
+
+    def _stack(self, parts: Sequence[Part | None]) -> list[Part | None]:
+        given = [part for part in parts if part is not None]
+        if not given:
+            return [None]
+        scale = given[0][2]
+        b = [
+            torch.zeros(size, 0) if part is None else part[1] if part[2] == scale else part[1] * (part[2] / scale)
+            for part, size in zip(parts, self.sizes, strict=True)
+        ]
+        return [(torch.cat([a for a, _, _ in given]), torch.block_diag(*b), scale)]
+
+    def _put(self, slot: int, parts: Sequence[Part | None], gain: Tensor | None) -> None:
+        whole, first = torch.zeros(self.cols, self.max_rank), 0
+        for i, (part, size) in enumerate(zip(parts, self.held, strict=True)):
+            if part is not None:
+                a, b, scale = part
+                rows = torch.nn.functional.pad(a.detach().to(self.a), (0, 0, 0, -a.shape[0] % 16))
+                self.a[slot, i, : rows.shape[0] // 16] = rows.unflatten(0, (-1, 16)).transpose(1, 2)
+                whole[first : first + size, : a.shape[0]] = b.detach()
+                self.scale[slot, i] = scale
+            first += size
+        self.b[slot] = self._to_panels(whole)
         if self.gain is not None:
-            self.gain[slot] = 1.0 if gain is None else gain.detach().to(self.gain)
-        self.rank[slot] = rank  # last: from here on the slot is in use
-        return slot
+            ones = torch.ones(self.cols) if gain is None else gain.detach().to("cpu", torch.float32)
+            self.gain[slot] = self._to_panels(ones.unsqueeze(1))[:, 0]
+        ranks = [0 if part is None else part[0].shape[0] for part in parts]
+        self.rank[slot] = torch.tensor(ranks)  # last: from here on the slot is in use
+
+    def _to_panels(self, rows: Tensor) -> Tensor:
+        """[cols, R] -> [panels, R, 16]"""
+        halves = rows.unflatten(0, (1 + self.swiglu, -1))
+        halves = torch.nn.functional.pad(halves, (0, 0, 0, -halves.shape[1] % 16)).unflatten(1, (-1, 16))
+        return halves.transpose(0, 1).flatten(0, 1).transpose(1, 2)
 
     def remove(self, adapter: int) -> None:
         """Frees the slot of an adapter. IndexError where there is none."""
         self._check(adapter)
-        self.rank[adapter] = 0
+        self.rank[adapter] = -1
 
-    def get(self, adapter: int) -> tuple[Tensor, Tensor, float, Tensor | None]:
-        """a, b, scale and gain of an adapter, copies. IndexError where there is none."""
+    def grown(
+        self, slots: int, max_rank: int, dora: bool, take: Callable[[int], Tensor] | None = None
+    ) -> "AdapterPool":
+        """A larger pool that holds the same adapters under the same ids."""
+        place = {"dtype": self.a.dtype, "device": self.a.device, "swiglu": self.swiglu, "take": take}
+        pool = AdapterPool(self.sizes, self.depth, slots, max_rank, dora, **place)
+        for slot in in_use(self.rank):
+            pool.a[slot, :, : self.a.shape[2]] = self.a[slot]
+            pool.b[slot, :, : self.max_rank] = self.b[slot]
+        for name in ("rank", "scale") if self.gain is None else ("rank", "scale", "gain"):
+            getattr(pool, name)[: self.slots] = getattr(self, name)
+        return pool
+
+    def get(self, adapter: int, part: int = 0) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        """a, b, scale and gain of a part of an adapter, copies. IndexError where there is none."""
         self._check(adapter)
-        rank, (a, b) = int(self.rank[adapter]), (self.a[adapter], self.b[adapter])
+        rank, first = int(self.rank[adapter, part]), sum(self.held[:part])
+        rows = slice(first, first + self.held[part])
+        gain = None if self.gain is None else from_panels(self.gain[adapter].unsqueeze(1), self.cols, self.swiglu)
         return (
-            a.transpose(1, 2).flatten(0, 1)[:rank].clone(),
-            b[:, :rank].transpose(1, 2).flatten(0, 1)[: self.cols].clone(),
-            float(self.scale[adapter]),
-            None if self.gain is None else self.gain[adapter].clone(),
+            self.a[adapter, part].transpose(1, 2).flatten(0, 1)[:rank].clone(),
+            from_panels(self.b[adapter], self.cols, self.swiglu)[rows, :rank].clone(),
+            float(self.scale[adapter, part]),
+            None if gain is None else gain[rows, 0].clone(),
         )
 
     def _check(self, adapter: int) -> None:
-        if not 0 <= adapter < self.slots or not int(self.rank[adapter]):
-            used = self.rank.nonzero().flatten().tolist()
-            raise IndexError(f"AdapterPool: there is no adapter {adapter}; there are {used} in {self.slots} slots")
+        if not 0 <= adapter < self.slots or int(self.rank[adapter, 0]) < 0:
+            raise IndexError(
+                f"AdapterPool: there is no adapter {adapter}; there are {in_use(self.rank)} in {self.slots} slots"
+            )
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.a, self.b, self.rank, self.scale, self.gain) if t is not None)
+        held = (self.a, self.b, self.rank, self.scale, self.part, self.gain)
+        return sum(t.nbytes for t in held if t is not None)
+
+
+def in_use(rank: Tensor) -> list[int]:
+    """The slots that hold an adapter."""
+    return (rank[:, 0] >= 0).nonzero().flatten().tolist()
+
+
+def from_panels(panels: Tensor, cols: int, swiglu: bool) -> Tensor:
+    """[panels, R, 16] -> [cols, R]"""
+    halves = panels.transpose(1, 2).unflatten(0, (-1, 1 + swiglu)).transpose(0, 1).flatten(1, 2)
+    return halves[:, : cols // (1 + swiglu)].flatten(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
-def reference(x, weight, form, a, b, rank, scale, gain, adapter_id, bias) -> Tensor:
-    z, cols = base_reference(x, weight, form), height(weight, form)
+def reference(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    v = x.to(wide)
+    if norm is not None:
+        v = (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * norm.to(wide)).to(x.dtype).to(wide)
+    z, cols = base_reference(v.to(x.dtype), weight, form, swiglu), height(weight, form)
+    its = from_panels(part.to(wide).view(-1, 1, 1).expand(-1, 1, 16), cols, swiglu)[:, 0]  # the part of each column
     for i in range(rank.shape[0]):
-        r = int(rank[i])
-        low_a = a[i].transpose(1, 2).flatten(0, 1)[:r].to(z.dtype)
-        low_b = b[i, :, :r].transpose(1, 2).flatten(0, 1)[:cols].to(z.dtype)
-        with_it = z + (scale[i].to(z.dtype) * (x.to(z.dtype) @ low_a.t())) @ low_b.t()
+        with_it = z
+        for p in range(rank.shape[1]):
+            r = max(int(rank[i, p]), 0)
+            low_a = a[i, p].transpose(1, 2).flatten(0, 1)[:r].to(wide)
+            low_b = from_panels(b[i], cols, swiglu)[:, :r].to(wide)
+            low = (scale[i, p].to(wide) * (v @ low_a.t())) @ low_b.t()
+            with_it = torch.where(its == p, with_it + low, with_it)
         if gain is not None:
-            with_it = with_it * gain[i].to(z.dtype)
-        z = torch.where(((adapter_id == i) & (rank[i] > 0)).unsqueeze(-1), with_it, z)
+            with_it = with_it * from_panels(gain[i].unsqueeze(1), cols, swiglu)[:, 0].to(wide)
+        z = torch.where(((adapter_id == i) & (rank[i, 0] >= 0)).unsqueeze(-1), with_it, z)
     if bias is not None:
-        z = z + bias.to(z.dtype)
+        z = z + bias.to(wide)
+    if swiglu:
+        gate, up = z.chunk(2, -1)
+        z = torch.nn.functional.silu(gate) * up
+    if residual is not None:
+        z = z + residual.to(wide)
     return z.to(x.dtype).contiguous()
 
 
@@ -147,74 +273,85 @@ LARGEST_RANK = 256  # of the Triton kernel: s of 16 rows is held in registers
 
 @triton.jit
 def kernel(
-    y, x, a, b, rank, scale, gain, adapter, rows, cols, depth, max_rank, x_stride,
-    HAS_GAIN: tl.constexpr, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+    y, x, a, b, rank, scale, gain, part, adapter, rows, cols, depth, max_rank, x_stride, half,
+    HAS_GAIN: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    # Of M rows, those of one adapter: s = scale * x A^T once, then y = (y + s B^T) * gain for this program's columns.
+    # Of M rows, those of one adapter: s = scale * x A^T once a part, then y = (y + s B^T) * gain for this program's columns.
     slot = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     mine = tl.load(adapter + row, mask=row < rows, other=-1) == slot
-    its_rank = tl.load(rank + slot)
-    if (tl.max(mine.to(tl.int32), 0) > 0) & (its_rank > 0):
-        r = tl.arange(0, R)
-        acc = tl.zeros((M, R), tl.float32)
-        panels = (slot * tl.cdiv(max_rank, 16) + r // 16) * depth * 16 + r % 16
-        for start in range(0, depth, K):
-            k = start + tl.arange(0, K)
-            v = tl.load(x + row[:, None] * x_stride + k[None, :], mask=mine[:, None] & (k < depth)[None, :], other=0.0)
-            w = tl.load(
-                a + panels[None, :] + k[:, None] * 16, mask=(k < depth)[:, None] & (r < its_rank)[None, :], other=0.0
-            )
-            acc = tl.dot(v, w.to(v.dtype), acc, input_precision="ieee")
-        s = (acc * tl.load(scale + slot)).to(y.dtype.element_ty)
-        for first in range(tl.program_id(2) * N, cols, tl.num_programs(2) * N):
-            n = first + tl.arange(0, N)
-            at = ((slot * tl.cdiv(cols, 16) + n // 16)[None, :] * max_rank + r[:, None]) * 16 + (n % 16)[None, :]
-            w = tl.load(b + at, mask=(r < its_rank)[:, None] & (n < cols)[None, :], other=0.0)
-            out, inside = y + row[:, None] * cols + n[None, :], mine[:, None] & (n < cols)[None, :]
-            low = tl.dot(s, w.to(s.dtype), input_precision="ieee")
-            v = tl.load(out, mask=inside, other=0.0).to(tl.float32) + low
-            if HAS_GAIN:
-                v = v * tl.load(gain + slot * cols + n, mask=n < cols, other=0.0)[None, :]
-            tl.store(out, v.to(y.dtype.element_ty), mask=inside)
+    count = tl.cdiv(half, 16) * HALVES
+    for p in range(PARTS):
+        its_rank = tl.load(rank + slot * PARTS + p)
+        if (tl.max(mine.to(tl.int32), 0) > 0) & (its_rank + HAS_GAIN > 0):
+            r = tl.arange(0, R)
+            acc = tl.zeros((M, R), tl.float32)
+            panels = ((slot * PARTS + p) * tl.cdiv(max_rank, 16) + r // 16) * depth * 16 + r % 16
+            for start in range(0, depth, K):
+                k = start + tl.arange(0, K)
+                inside = mine[:, None] & (k < depth)[None, :]
+                v = tl.load(x + row[:, None] * x_stride + k[None, :], mask=inside, other=0.0)
+                inside = (k < depth)[:, None] & (r < its_rank)[None, :]
+                w = tl.load(a + panels[None, :] + k[:, None] * 16, mask=inside, other=0.0)
+                acc = tl.dot(v, w.to(v.dtype), acc, input_precision="ieee")
+            s = (acc * tl.load(scale + slot * PARTS + p)).to(y.dtype.element_ty)
+            for first in range(tl.program_id(2) * N, cols, tl.num_programs(2) * N):
+                n = first + tl.arange(0, N)
+                panel, lane = n % half // 16 * HALVES + n // half, n % half % 16
+                its = tl.load(part + panel, mask=n < cols, other=-1) == p
+                if tl.max(its.to(tl.int32), 0) > 0:
+                    at = ((slot * count + panel)[None, :] * max_rank + r[:, None]) * 16 + lane[None, :]
+                    w = tl.load(b + at, mask=(r < its_rank)[:, None] & its[None, :], other=0.0)
+                    out, inside = y + row[:, None] * cols + n[None, :], mine[:, None] & its[None, :]
+                    low = tl.dot(s, w.to(s.dtype), input_precision="ieee")
+                    v = tl.load(out, mask=inside, other=0.0).to(tl.float32) + low
+                    if HAS_GAIN:
+                        v = v * tl.load(gain + (slot * count + panel) * 16 + lane, mask=its, other=0.0)[None, :]
+                    tl.store(out, v.to(y.dtype.element_ty), mask=inside)
 
 
-def gpu(x, weight, form, a, b, rank, scale, gain, adapter_id, bias) -> Tensor:
-    max_rank = b.shape[2]
+def gpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu) -> Tensor:
+    max_rank, (slots, parts) = b.shape[2], rank.shape
     if max_rank > LARGEST_RANK:
-        return reference(x, weight, form, a, b, rank, scale, gain, adapter_id, bias)
-    rows = as_rows(x)
-    y = gpu_base(rows, weight, form)
+        return reference(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu)
+    rows = as_rows(x if norm is None else rms_norm(x, norm, eps))
+    y, halves = gpu_base(rows, weight, form, swiglu), 1 + swiglu
     if y.numel():
         block = max(16, triton.next_power_of_2(max_rank))
-        kernel[(triton.cdiv(rows.shape[0], 16), a.shape[0], min(4, triton.cdiv(y.shape[1], 64)))](
-            y, rows, a, b, rank, scale, y if gain is None else gain, adapter_id.contiguous(),
-            rows.shape[0], y.shape[1], rows.shape[1], max_rank, rows.stride(0),
-            HAS_GAIN=gain is not None, M=16, K=64 if block <= 64 else 32, N=64, R=block, num_warps=4,
+        kernel[(triton.cdiv(rows.shape[0], 16), slots, min(4, triton.cdiv(y.shape[1], 64)))](
+            y, rows, a, b, rank, scale, y if gain is None else gain, part, adapter_id.contiguous(),
+            rows.shape[0], y.shape[1], rows.shape[1], max_rank, rows.stride(0), y.shape[1] // halves,
+            HAS_GAIN=gain is not None, PARTS=parts, HALVES=halves, M=16, K=64 if block <= 64 else 32, N=64, R=block,
+            num_warps=4,
         )  # fmt: skip
     if bias is not None:
         y += bias
-    return y.view(*x.shape[:-1], y.shape[1])
+    if swiglu:
+        y = swiglu_op(*y.chunk(2, -1))
+    y = y.view(*x.shape[:-1], y.shape[1])
+    return y if residual is None else y + residual
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 
-def cpu(x, weight, form, a, b, rank, scale, gain, adapter_id, bias) -> Tensor:
-    y = torch.empty((*x.shape[:-1], height(weight, form)), dtype=x.dtype)
+def cpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu) -> Tensor:
+    y = torch.empty((*x.shape[:-1], height(weight, form) // (1 + swiglu)), dtype=x.dtype)
     if y.numel():
         ids, rows, weight = adapter_id.contiguous(), as_rows(x), weight if form else unit_stride(weight)
+        other, halves = None if residual is None else as_rows(residual), SWIGLU if swiglu else WHOLE
         status = _C.multi_lora(
-            *fields(y, rows, weight, code(form), bias, group=group(weight, form)),
-            a.data_ptr(), b.data_ptr(), pointer(gain), rank.data_ptr(), scale.data_ptr(), ids.data_ptr(),
-            a.shape[0], b.shape[2],
+            *fields(y, rows, weight, code(form), bias, norm, eps, other, halves, group(weight, form)),
+            a.data_ptr(), b.data_ptr(), pointer(gain), rank.data_ptr(), scale.data_ptr(), part.data_ptr(),
+            ids.data_ptr(), *rank.shape, *b.shape[1:3],
         )  # fmt: skip
         if status:
-            bad = (ids != -1) & ((ids < 0) | (ids >= a.shape[0]) | (rank[ids.clamp(0, a.shape[0] - 1)] == 0))
+            bad = (ids != -1) & ((ids < 0) | (ids >= a.shape[0]) | (rank[ids.clamp(0, a.shape[0] - 1), 0] < 0))
             at = bad.nonzero()[0].tolist()
             raise IndexError(
                 f"multi_lora: adapter_id {ids[tuple(at)].item()} at position {tuple(at)} is no adapter of the pool; "
-                f"there are {rank.nonzero().flatten().tolist()}, and -1 for none"
+                f"there are {in_use(rank)}, and -1 for none"
             )
     return y
 
@@ -223,10 +360,10 @@ def cpu(x, weight, form, a, b, rank, scale, gain, adapter_id, bias) -> Tensor:
 
 forward = Op(
     "multi_lora(Tensor x, Tensor weight, int[] form, Tensor a, Tensor b, Tensor rank, Tensor scale, Tensor? gain,"
-    " Tensor adapter_id, Tensor? bias) -> Tensor",
+    " Tensor part, Tensor adapter_id, Tensor? bias, Tensor? norm, float eps, Tensor? residual, bool swiglu) -> Tensor",
     reference=reference,
-    fake=lambda x, weight, form, a, b, rank, scale, gain, adapter_id, bias: torch.empty(
-        (*x.shape[:-1], height(weight, form)), dtype=x.dtype, device=x.device
+    fake=lambda x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu: (
+        torch.empty((*x.shape[:-1], height(weight, form) // (1 + swiglu)), dtype=x.dtype, device=x.device)
     ),
     cpu=cpu,
     triton=gpu,
@@ -234,14 +371,23 @@ forward = Op(
 
 
 def multi_lora(
-    x: Tensor, weight: Tensor | Panels | QWeight, pool: AdapterPool, adapter_id: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | Panels | QWeight,
+    pool: AdapterPool,
+    adapter_id: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] through W [N, K] and, row by row, the adapter adapter_id [...] of the pool (-1: none) -> [..., N].
 
+    norm [K] and eps: of an RMS norm of x; residual [..., N]: added last; with a pool made with swiglu=True y is [..., N/2].
     Raises IndexError for an id that is no adapter of the pool, ValueError for shapes and devices that do not fit,
     TypeError for dtypes. See the head of this file.
     """
-    check_base("multi_lora", x, weight, bias)
+    check_base("multi_lora", x, weight, bias, pool.swiglu)
+    check_fusion("multi_lora", x, weight, bias, norm, residual, pool.swiglu)
     rows, depth = weight.shape
     check(
         (pool.cols, pool.depth) == (rows, depth),
@@ -262,4 +408,7 @@ def multi_lora(
             f"multi_lora: adapter_id has shape {tuple(adapter_id.shape)}, want {tuple(x.shape[:-1])}: one a row of x"
         ),
     )
-    return forward(x, *split(weight), pool.a, pool.b, pool.rank, pool.scale, pool.gain, adapter_id, bias)
+    return forward(
+        x, *split(weight), pool.a, pool.b, pool.rank, pool.scale, pool.gain, pool.part, adapter_id, bias, norm, eps,
+        residual, pool.swiglu,
+    )  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import replace
 import _tiny
 import pytest
 import torch
-from _engine import GREEDY, KINDS, PROMPT, SAMPLED, Made, alone, engine, mixed, steps
+from _engine import GREEDY, KINDS, PROMPT, SAMPLED, Made, alone, engine, join_and_leave, mixed, steps
 from _paged import check
 
 from fastllm.decode import engine as engine_module
@@ -103,18 +103,11 @@ def test_sixteen_together(threads, chunk, prefix_cache):
 
 def test_those_who_join_late_and_those_who_leave():
     e, sequences = engine(max_num_seqs=8), mixed(12)
-    for turn, s in enumerate(sequences):
-        s.room += 10
-        e.submit([s])
-        for _ in range(turn % 3):
-            e.step()
-        if turn in (3, 6, 7, 10):
-            e.cancel([sequences[turn - 2]])
     for s in sequences:
-        e.wait(lambda s=s: s.ended)
+        s.room += 10
+    left = join_and_leave(e, sequences)
     for turn, s in enumerate(sequences):
-        cancelled = turn in (1, 4, 5, 8)
-        assert s.made == alone(s)[: len(s.made)] and (cancelled or len(s.made) == s.room)
+        assert s.made == alone(s)[: len(s.made)] and (turn in left or len(s.made) == s.room)
     check(e.cache)
 
 

@@ -55,6 +55,99 @@ def test_each_row_has_the_bits_of_its_adapter_alone(rows, dora, form):
     assert torch.equal(ops.multi_lora(x[in_order], weight, pool, ids[in_order], bias), y[in_order])
 
 
+SHAPES = {  # parts of a weight, whether gate and up are multiplied
+    "q, k, v": ((48, 16, 32), False),
+    "parts within panels": ((5, 16, 14), False),
+    "gate, up": ((35, 35), True),
+    "gate and up as one": ((70,), True),
+}
+
+
+def held_as(weight: torch.Tensor, form: str, swiglu: bool):
+    if form == "rows":
+        return weight
+    return Panels.pack(weight, swiglu) if form == "panels" else QWeight.quantize(weight, int(form[3:]), swiglu)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("form", ["rows", "panels", "int4", "int8"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 3, 5, 60])
+def test_parts_and_what_stands_around(rows, shape, form, dora):
+    """Each part as lora_linear alone, with norm, swiglu and residual as ops of their own."""
+    (sizes, swiglu), weight = SHAPES[shape], torch.randn(sum(SHAPES[shape][0]), 96) / 9
+    pool = AdapterPool(sizes, 96, 5, 20, dora, swiglu=swiglu)
+    x, norm, residual = torch.randn(rows, 96), torch.rand(96) + 0.5, torch.randn(rows, sum(sizes) // (1 + swiglu))
+    each = []
+    for ranks in ((16, 4, 20), (3, 0, 7), (1, 16, 16), (0, 0, 0)):
+        parts = [
+            (torch.randn(r, 96) / 9, torch.randn(size, r), 0.5 if shape == "parts within panels" else 0.25 * (i + 1))
+            if r
+            else None
+            for i, (r, size) in enumerate(zip(ranks, sizes, strict=False))
+        ]
+        gain = torch.rand(sum(sizes)) + 0.5 if dora and len(each) == 1 else None
+        assert pool.add_parts(parts, gain) == len(each)
+        each.append((parts, gain))
+    ids, packed = torch.randint(-1, 4, (rows,)), held_as(weight, form, swiglu)
+    y = ops.multi_lora(x, packed, pool, ids, norm=norm, eps=1e-5, residual=residual)
+    linear = ops.quant_linear if form.startswith("int") else ops.linear
+    fused = linear(x, packed, norm=norm, eps=1e-5, residual=residual, swiglu=swiglu)
+    assert torch.equal(y[ids == -1], fused[ids == -1]) and torch.equal(y[ids == 3], fused[ids == 3])
+    normed = ops.rms_norm(x, norm, 1e-5)
+    for i, (parts, gain) in enumerate(each[:3]):
+        whole = []
+        for j, (part, rows_of) in enumerate(zip(parts, weight.split(sizes), strict=True)):
+            held = held_as(rows_of.contiguous(), form, False)
+            own = None if gain is None else gain.split(sizes)[j]
+            if part is None:
+                z = linear(normed, held)
+                whole.append(z if own is None else z * own)
+            else:
+                whole.append(alone(normed, held, (*part, own)))
+        wanted = torch.cat(whole, -1)
+        wanted = (ops.swiglu(*wanted.chunk(2, -1)) if swiglu else wanted) + residual
+        assert torch.equal(y[ids == i], wanted[ids == i])
+    pool = pool.grown(9, 33, True)
+    again = ops.multi_lora(x, packed, pool, ids, norm=norm, eps=1e-5, residual=residual)
+    assert torch.equal(again, y)
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(ops.multi_lora(x, packed, pool, ids, norm=norm, eps=1e-5, residual=residual), y)
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_the_reference_of_parts():
+    for sizes, swiglu in SHAPES.values():
+        pool, weight = AdapterPool(sizes, 96, 2, 20, True, swiglu=swiglu), torch.randn(sum(sizes), 96) / 9
+        pool.add_parts([(torch.randn(4, 96) / 9, torch.randn(size, 4), 0.5) for size in sizes], torch.rand(sum(sizes)))
+        pool.add_parts([None] * len(sizes))
+        x, ids, norm = torch.randn(7, 96), torch.tensor([0, -1, 1, 0, 0, -1, 1]), torch.rand(96)
+        residual = torch.randn(7, sum(sizes) // (1 + swiglu))
+        for form in ("rows", "panels", "int8"):
+            held = held_as(weight, form, swiglu)
+            given = (
+                pool.a,
+                pool.b,
+                pool.rank,
+                pool.scale,
+                pool.gain,
+                pool.part,
+                ids,
+                None,
+                norm,
+                1e-5,
+                residual,
+                swiglu,
+            )
+            wanted = OPS["multi_lora"].reference(x, *split(held), *given)
+            y = ops.multi_lora(x, held, pool, ids, norm=norm, eps=1e-5, residual=residual)
+            torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_strided_x_weight_and_ids():
     pool, _ = adapters(35, 96, [16, 1])
     x, weight, ids = torch.randn(96, 9), torch.randn(96, 35), torch.randint(-1, 2, (9, 2))
@@ -109,7 +202,7 @@ def test_pool_gives_back_what_was_added():
         got = pool.get(i)
         assert torch.equal(got[0], a) and torch.equal(got[1], b) and got[2] == scale
         assert torch.equal(got[3], torch.ones(35) if gain is None else gain)
-    assert pool.nbytes == sum(t.nbytes for t in (pool.a, pool.b, pool.rank, pool.scale, pool.gain))
+    assert pool.nbytes == sum(t.nbytes for t in (pool.a, pool.b, pool.rank, pool.scale, pool.part, pool.gain))
     pool.remove(2)
     assert pool.add(torch.randn(2, 50), torch.randn(35, 2), 1.0) == 2
 
@@ -125,8 +218,9 @@ def test_opcheck():
     pool, _ = adapters(33, 64, [16, 3], dora=True)
     weight, x, ids = torch.randn(33, 64), torch.randn(4, 64), torch.tensor([0, 1, -1, 0])
     for held in (weight, Panels.pack(weight), QWeight.quantize(weight, 8)):
-        given = (pool.a, pool.b, pool.rank, pool.scale, pool.gain, ids, torch.randn(33))
-        torch.library.opcheck(OPS["multi_lora"].raw, (x, *split(held), *given))
+        given = (pool.a, pool.b, pool.rank, pool.scale, pool.gain, pool.part, ids, torch.randn(33))
+        around = (torch.randn(64), 1e-5, torch.randn(4, 33), False)
+        torch.library.opcheck(OPS["multi_lora"].raw, (x, *split(held), *given, *around))
 
 
 X, W, IDS = torch.randn(3, 8), torch.randn(6, 8), torch.tensor([0, -1, 0])
@@ -150,6 +244,11 @@ POOL, _ = adapters(6, 8, [2, 4])
         (lambda: POOL.add(torch.randn(2, 8), torch.randn(6, 2), 1.0, torch.ones(6)), ValueError, "made with dora=True"),
         (lambda: POOL.remove(3), IndexError, r"there is no adapter 3; there are \[0, 1\] in 4 slots"),
         (lambda: POOL.get(-1), IndexError, "there is no adapter -1"),
+        (lambda: AdapterPool((6, 4), 8, 2, 4, swiglu=True), ValueError, r"parts of \(6, 4\) rows with swiglu; allowed: one of"),
+        (lambda: POOL.add_parts([None, None]), ValueError, "2 parts; this pool's weight has 1"),
+        (lambda: POOL.add_parts([None], slot=0), RuntimeError, r"slot 0 is taken or is none; free are \[2, 3\]"),
+        (lambda: ops.multi_lora(X, W, POOL, IDS, norm=torch.ones(7)), ValueError, r"norm has shape \(7,\), want \(8,\)"),
+        (lambda: ops.multi_lora(X, Panels.pack(W, True), POOL, IDS), ValueError, "packed with swiglu"),
         (lambda: AdapterPool(6, 8, 0, 4), ValueError, "slots is 0, allowed: 1 and more"),
         (lambda: AdapterPool(6, 8, 1, 4, dtype=torch.bfloat16), ValueError, "on a CPU the pool is float32"),
     ],
