@@ -3,65 +3,84 @@
     python benchmarks/speculate.py
     python benchmarks/speculate.py --quantize int8 --speculate 15 --texts 16
 
-Each prompt is decoded with and without in turns, by two engines over the same weights; both outputs must agree to the bit.
-Times are from the first token to the last. Ends in one JSON line.
+Every prompt is decoded without and with it in turns, by two engines over the same weights; both outputs must agree to the
+bit. Times are from the first token to the last, medians of the rounds. "noise" is drawn at temperature 2: no guess is ever
+right. "three beside": three "go on, drawn" in one batch with one "correct", which may not slow them. "slowest" is the
+worst prompt of a task. Ends in one JSON line.
 """
 
 import argparse
 import json
 import statistics
 import time
-from dataclasses import replace
+from itertools import chain
 
 from texts import passages
 
 from fastllm import LLM, SamplingParams
 from fastllm.decode.engine import Engine
-from fastllm.decode.scheduler import Sequence
+from fastllm.decode.scheduler import Sequence, Step
 
 GREEDY = SamplingParams(temperature=0.0)
-SAMPLED = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, seed=1)
+DRAWN = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, seed=1)
+NOISE = SamplingParams(temperature=2.0, seed=1)
 QUESTIONS = (
     "What is gravity?", "Write a short story about a fox.", "Explain how a bicycle works.", "Who was Ada Lovelace?",
     "How do I bake bread?", "Why is the sky blue?", "Describe a sunset by the sea.", "How does a bank earn money?",
     "What should I know before a job interview?", "Tell me about the history of Rome.",
 )  # fmt: skip
+Request = tuple[list[int], SamplingParams]
 
 
-def tasks(llm: LLM, count: int) -> dict[str, tuple[list[list[int]], SamplingParams]]:
-    """Prompts by what is asked for, over real text; each takes other passages."""
+def tasks(llm: LLM, count: int) -> dict[str, list[list[Request]]]:
+    """Batches of requests by what is asked for, over real text; no two take the same passage."""
     texts = iter([p for p in (" ".join(p.split()) for p in passages()) if len(p) > 1200])
 
     def asked(task: str, length: int) -> list[list[int]]:
-        cut = [next(texts)[:length].rpartition(". ")[0] + "." for _ in range(count)]
+        cut = (text[:length].rpartition(". ")[0] + "." for text in texts)
+        cut = [next(text for text in cut if len(text) > length // 2) for _ in range(count)]
         return [llm.chat_ids([{"role": "user", "content": f"{task}\n\n{text}"}]) for text in cut]
 
-    openings = [llm.tokenizer.encode(next(texts)[:200]) for _ in range(2 * count)]
+    def alone(prompts: list[list[int]], params: SamplingParams) -> list[list[Request]]:
+        return [[(prompt, params)] for prompt in prompts]
+
+    openings = [llm.tokenizer.encode(next(texts)[:200]) for _ in range(count + 2)]
     questions = [llm.chat_ids([{"role": "user", "content": q}]) for q in QUESTIONS[:count]]
+    correct = alone(asked("Correct the spelling of this text, and change nothing else:", 900), GREEDY)
+    drawn = alone(openings, DRAWN)
     return {
-        "edit": (asked('Rewrite this text with "the" replaced by "that":', 900), GREEDY),
-        "correct": (asked("Correct the spelling of this text, and change nothing else:", 900), GREEDY),
-        "summarise": (asked("Summarise this text:", 1200), GREEDY),
-        "question": (questions, GREEDY),
-        "question, drawn": (questions, SAMPLED),
-        "go on": (openings[:count], GREEDY),
-        "go on, drawn": (openings[count:], SAMPLED),
+        "edit": alone(asked('Rewrite this text with "the" replaced by "that":', 900), GREEDY),
+        "correct": correct,
+        "summarise": alone(asked("Summarise this text:", 1200), GREEDY),
+        "question": alone(questions, GREEDY),
+        "question, drawn": alone(questions, DRAWN),
+        "go on": alone(openings[:count], GREEDY),
+        "go on, drawn": drawn[:count],
+        "noise": alone(openings[:count], NOISE),
+        "three beside": [[*chain(*drawn[i : i + 3]), *correct[i]] for i in range(count)],
     }
 
 
-def decode(engine: Engine, prompt: list[int], params: SamplingParams, eos: frozenset[int], room: int):
-    """(tokens with log-probabilities, seconds from the first to the last, timing)."""
-    made, begun = [], [0.0]
+class Told:
+    """What a request was given, and when."""
 
-    def receive(step) -> bool:
-        if not made:
-            begun[0] = time.perf_counter()
-        made.append((step.token, step.logprob))
-        return step.token in eos
+    def __init__(self, request: Request, room: int, eos: frozenset[int]):
+        self.made, self.times = [], []
 
-    s = Sequence(prompt, room, params, 0, 1, receive)
-    engine.run([s])
-    return made, time.perf_counter() - begun[0], s.timing
+        def receive(step: Step) -> bool:
+            self.made.append((step.token, step.logprob))
+            self.times.append(time.perf_counter())
+            return step.token in eos
+
+        self.sequence = Sequence(request[0], room, request[1], 0, 1, receive)
+
+
+def decode(engine: Engine, batch: list[Request], room: int) -> tuple[list[Told], list[float]]:
+    """The requests of a batch, and of each the seconds from when the last was read to its last token."""
+    told = [Told(request, room, engine.eos_ids) for request in batch]
+    engine.run([t.sequence for t in told])
+    begun = max(t.times[0] for t in told)
+    return told, [t.times[-1] - begun for t in told]
 
 
 def main() -> None:
@@ -77,31 +96,35 @@ def main() -> None:
     a = parser.parse_args()
     llm = LLM(a.model, quantize=a.quantize, dtype=a.dtype, max_num_seqs=1)
     eos = llm.tokenizer.eos_ids
-    plain, drafting = (Engine(llm.model, llm.max_model_len, eos, 1, speculate=n) for n in (0, a.speculate))
-    for engine in (plain, drafting):  # captures
-        decode(engine, [5, 6, 7, 8] * 20, replace(GREEDY, min_new_tokens=200), frozenset(), 200)
-    result = {"model": a.model, "quantize": a.quantize, "speculate": a.speculate, "tasks": {}}
+    engines = [Engine(llm.model, llm.max_model_len, eos, 4, speculate=n) for n in (0, a.speculate)]
+    for engine in engines:  # captures
+        for together in (1, 3, 4):
+            engine.eos_ids = frozenset()
+            decode(engine, [([5, 6, 7, 8] * 20, GREEDY)] * together, 200)
+            engine.eos_ids = eos
+    result = {"model": a.model, "quantize": a.quantize, "dtype": a.dtype, "speculate": a.speculate, "tasks": {}}
     print(f"{'':>16} {'tokens/s':>9} {'with':>6} {'times':>6} {'slowest':>8} {'drafted':>8} {'right':>6} {'a step':>7}")
-    for task, (prompts, params) in tasks(llm, a.texts).items():
+    for task, batches in tasks(llm, a.texts).items():
         if a.only and task not in a.only:
             continue
-        seconds, ratios, tokens, drafted, accepted, steps = [0.0, 0.0], [], 0, 0, 0, 0
-        for prompt in prompts:
-            pairs = []
+        seconds, ratios, counts = [0.0, 0.0], [], [0, 0, 0, 0]
+        for batch in batches:
+            found = [[], []]
             for turn in range(a.rounds):
-                order = (plain, drafting) if turn % 2 else (drafting, plain)
-                found = {id(e): decode(e, prompt, params, eos, a.room) for e in order}
-                (made, without, _), (same, with_, timing) = found[id(plain)], found[id(drafting)]
-                assert made == same
-                pairs.append((without, with_))
-            if len(made) < 16:
-                continue
-            best = [statistics.median(p[i] for p in pairs) for i in (0, 1)]
-            seconds = [x + y for x, y in zip(seconds, best, strict=True)]
-            ratios.append(best[0] / best[1])
-            tokens += len(made) - 1
-            drafted, accepted = drafted + timing.drafted, accepted + timing.accepted
-            steps += timing.steps
+                told = [[], []]
+                for which in ((0, 1), (1, 0))[turn % 2]:
+                    told[which], each = decode(engines[which], batch, a.room)
+                    found[which].append(each)
+                assert [t.made for t in told[0]] == [t.made for t in told[1]]
+            for i, t in enumerate(told[1][: 3 if len(batch) > 1 else 1]):  # of "three beside" the three
+                if len(t.made) > 16:
+                    without, with_ = (statistics.median(each[i] for each in f) for f in found)
+                    seconds = [seconds[0] + without, seconds[1] + with_]
+                    ratios.append(without / with_)
+                    timing = t.sequence.timing
+                    more = len(t.made) - 1, timing.drafted, timing.accepted, timing.steps
+                    counts = [x + y for x, y in zip(counts, more, strict=True)]
+        tokens, drafted, accepted, steps = counts
         row = {
             "without": tokens / seconds[0], "with": tokens / seconds[1], "times": seconds[0] / seconds[1],
             "slowest": min(ratios), "tokens": tokens, "drafted": drafted, "accepted": accepted, "steps": steps,

@@ -168,7 +168,8 @@ def generate(
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and completion.")] = None,
     threads: Annotated[int | None, typer.Option(help="[default: as torch has it]")] = None,
     speculate: Annotated[
-        int, typer.Option(help="Guess up to so many tokens a step from the text itself: the same output, perhaps sooner.")
+        int,
+        typer.Option(help="Guess up to so many tokens a step from the text itself: the same output, perhaps sooner."),
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of text.")] = False,
     stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Measure, and say how fast it was.")] = True,
@@ -238,7 +239,8 @@ def chat(
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of the history that the model sees.")] = None,
     threads: Annotated[int | None, typer.Option(help="[default: as torch has it]")] = None,
     speculate: Annotated[
-        int, typer.Option(help="Guess up to so many tokens a step from the text itself: the same output, perhaps sooner.")
+        int,
+        typer.Option(help="Guess up to so many tokens a step from the text itself: the same output, perhaps sooner."),
     ] = 0,
 ) -> None:
     """Talk to a chat model: a line is a message; /help says more. Messages come from standard input, too."""

@@ -9,8 +9,8 @@ bit, and only the time is uncertain, as rows are not free.
 So guesses are followed also where none is tried: every token shows whether the guess would have been right, at no cost
 but the look-up. Rows are taken once that was so often enough, as many as pay by what steps of so many rows have taken
 here. And each sequence has a ledger: what rows beside its own cost it, for its guesses or its neighbours', may exceed what
-they saved by one step and 2 % of its tokens. So a text that does not repeat is hardly slower, nor one beside another
-that does.
+they saved by 2 % of the time that it has taken so far, reading included. So a text that does not repeat is hardly slower,
+nor one beside another that does.
 
 Saxena, "Prompt Lookup Decoding" (2023); Leviathan et al., "Fast Inference from Transformers via Speculative Decoding"
 (2023).
@@ -25,12 +25,12 @@ from .scheduler import Sequence
 
 LONGEST, SHORTEST = 4, 2  # tokens of the n-grams that are looked up
 # How likely a guess is before anything is known, by how many tokens before it agree with those at its source: 2, 3, ...
-CHANCE = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8)
+CHANCE = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9)
 LEAST_CHANCE = 0.1  # of a guess that takes a row
 MEMORY = 8  # of so many guesses each new one makes up one part
-CREDIT, SHARE = 1.0, 0.02  # what a sequence may lose: steps, and steps for each token
+SHARE = 0.02  # of its time that a sequence may lose
 WORTH = 1.1  # drafts must be expected to bring so many times the tokens a second
-RECENT = 8  # steps, of which the fastest says how long they take
+RECENT = 8  # steps, whose median says how long they take
 
 
 class Lookup:
@@ -72,8 +72,8 @@ class Lookup:
 class Drafter:
     """One sequence's guesses, how often they were right, and its ledger: `balance`, in steps."""
 
-    def __init__(self, ids: Tokens[int]):
-        self.lookup, self.balance, self._chance = Lookup(ids), CREDIT, list(CHANCE)
+    def __init__(self, ids: Tokens[int], balance: float):
+        self.lookup, self.balance, self._chance = Lookup(ids), balance, list(CHANCE)
 
     def follow(self, tokens: Tokens[int]) -> None:
         """The text goes on with tokens that were generated."""
@@ -124,7 +124,9 @@ class Speculator:
         self._times: dict[
             tuple[int, int], deque[float]
         ] = {}  # and by rows: how many times as long steps with them took
-        self._missed: Counter[int] = Counter()  # by size of a plan that is not captured: steps that it would have saved
+        self._missed: Counter[int] = (
+            Counter()
+        )  # by size of a plan that is not captured: tokens more that it would have brought
         self._capture_s = 0.0
 
     def size(self, rows: int) -> int:
@@ -136,11 +138,12 @@ class Speculator:
         size, taken = self.size(n), []
         if not self.most or n == self.sizes[-1] or size not in plans or not all(s.tokens for s in running):
             return size, []
-        ranked = sorted(((c, row) for row, s in enumerate(running) for c in self._chances(s)), reverse=True)
+        step_s = _median(self._plain.get(n, (0.0,)))
+        ranked = sorted(((c, row) for row, s in enumerate(running) for c in self._chances(s, step_s)), reverse=True)
         affordable, value, wish, wanted = 1 + min(s.drafter.balance for s in running), WORTH, WORTH, 0
         for candidate in self.sizes[self.sizes.index(size) :] if ranked else ():
             best = ranked[: candidate - n]
-            times = min(self._times_of(n, n + len(best)))
+            times = _median(self._times_of(n, n + len(best)))
             if not best or self.size(n + len(best)) < candidate or times > affordable:
                 continue
             rate = (n + sum(chance for chance, _ in best)) / (n * times)  # tokens a second, over those without drafts
@@ -150,7 +153,7 @@ class Speculator:
                 wanted, wish = candidate, rate
         if wish > value:
             self._missed[wanted] += wish - value
-            if self._missed[wanted] * min(self._plain.get(n, (0.0,))) >= self._capture_s:
+            if self._missed[wanted] * step_s >= self._capture_s:
                 return wanted, []
         drafts, first = [], n
         for row, count in Counter(row for _, row in taken).items():
@@ -169,19 +172,25 @@ class Speculator:
             self._plain.setdefault(n, deque(maxlen=RECENT)).append(seconds)
         else:
             times = self._times_of(n, n + sum(len(draft.tokens) for draft in drafts))
-            for s, count in zip(running, counts, strict=True):
-                s.drafter.balance += count - min(times)
             if n in self._plain:
-                times.append(seconds / min(self._plain[n]))
+                times.append(seconds / _median(self._plain[n]))
+            for s, count in zip(running, counts, strict=True):
+                s.drafter.balance += count - _median(times)
 
     def _times_of(self, n: int, rows: int) -> deque[float]:
         """At first: weights take as long to read as four rows to compute."""
         at_first = (4 + self.size(rows)) / (4 + self.size(n))
         return self._times.setdefault((n, rows), deque((at_first,), maxlen=RECENT))
 
-    def _chances(self, s: Sequence) -> list[float]:
+    def _chances(self, s: Sequence, step_s: float) -> list[float]:
         if s.drafter is None:
-            s.drafter = Drafter([*s.prompt, *s.tokens])
+            steps = s.timing.prefill_s / step_s if step_s else 0.0
+            s.drafter = Drafter([*s.prompt, *s.tokens], SHARE * (steps + len(s.tokens)))
         else:
             s.drafter.follow(s.tokens[len(s.drafter.lookup.ids) - len(s.prompt) :])
         return s.drafter.chances(min(self.most, s.room - len(s.tokens) - 1))
+
+
+def _median(values: Collection[float]) -> float:
+    """The lower one of two."""
+    return sorted(values)[(len(values) - 1) // 2]
