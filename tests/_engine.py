@@ -5,6 +5,7 @@ from functools import cache
 
 import _tiny
 import torch
+from _paged import check
 
 from fastllm import SamplingParams
 from fastllm.decode.engine import Engine
@@ -76,6 +77,23 @@ def mixed(count: int = 16) -> list[Made]:
         prompt = twin if i % 5 == 4 else PROMPT[:n] if i % 2 else PROMPT[i : i + n]
         made.append(Made(prompt, kinds[i % 3], 8 + 3 * (i % 7), index=i if prompt is twin else 0, seed=i % 4))
     return made
+
+
+def come_and_go(e: Engine, sequences: list[Made]) -> None:
+    """They join late and some leave early; each is given what it would be given alone."""
+    for turn, s in enumerate(sequences):
+        s.room += 10
+        e.submit([s])
+        for _ in range(turn % 3):
+            e.step()
+        if turn in (3, 6, 7, 10):
+            e.cancel([sequences[turn - 2]])
+    for s in sequences:
+        e.wait(lambda s=s: s.ended)
+    for turn, s in enumerate(sequences):
+        cancelled = turn in (1, 4, 5, 8)
+        assert s.made == alone(s)[: len(s.made)] and (cancelled or len(s.made) == s.room)
+    check(e.cache)
 
 
 class Forced(Speculator):

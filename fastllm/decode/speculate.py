@@ -121,12 +121,8 @@ class Speculator:
     def __init__(self, most: int, sizes: tuple[int, ...]):
         self.most, self.sizes = most, sizes
         self._plain: dict[int, deque[float]] = {}  # by sequences that run: seconds of the last steps without drafts
-        self._times: dict[
-            tuple[int, int], deque[float]
-        ] = {}  # and by rows: how many times as long steps with them took
-        self._missed: Counter[int] = (
-            Counter()
-        )  # by size of a plan that is not captured: tokens more that it would have brought
+        self._times: dict[tuple[int, int], deque[float]] = {}  # and by rows: of steps with drafts, over those seconds
+        self._missed: Counter[int] = Counter()  # by size of a plan not captured yet: tokens that it would have brought
         self._capture_s = 0.0
 
     def size(self, rows: int) -> int:
@@ -140,8 +136,10 @@ class Speculator:
             return size, []
         step_s = _median(self._plain.get(n, (0.0,)))
         ranked = sorted(((c, row) for row, s in enumerate(running) for c in self._chances(s, step_s)), reverse=True)
+        if not ranked:
+            return size, []
         affordable, value, wish, wanted = 1 + min(s.drafter.balance for s in running), WORTH, WORTH, 0
-        for candidate in self.sizes[self.sizes.index(size) :] if ranked else ():
+        for candidate in self.sizes[self.sizes.index(size) :]:
             best = ranked[: candidate - n]
             times = _median(self._times_of(n, n + len(best)))
             if not best or self.size(n + len(best)) < candidate or times > affordable:

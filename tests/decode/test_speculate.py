@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import _tiny
 import pytest
-from _engine import GREEDY, KINDS, PENALISED, PROMPT, SAMPLED, Made, alone, engine, forced, mixed
+from _engine import GREEDY, KINDS, PENALISED, PROMPT, SAMPLED, Made, alone, come_and_go, engine, forced, mixed
 from _paged import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,20 +101,7 @@ def test_the_real_choice_among_many():
 
 
 def test_those_who_join_late_and_those_who_leave():
-    e, sequences = speculating(max_num_seqs=4), mixed(12)
-    for turn, s in enumerate(sequences):
-        s.room += 10
-        e.submit([s])
-        for _ in range(turn % 3):
-            e.step()
-        if turn in (3, 6, 7, 10):
-            e.cancel([sequences[turn - 2]])
-    for s in sequences:
-        e.wait(lambda s=s: s.ended)
-    for turn, s in enumerate(sequences):
-        cancelled = turn in (1, 4, 5, 8)
-        assert s.made == alone(s)[: len(s.made)] and (cancelled or len(s.made) == s.room)
-    check(e.cache)
+    come_and_go(speculating(max_num_seqs=4), mixed(12))
 
 
 def test_completions_of_one_prompt():
