@@ -18,9 +18,8 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-import torch
-
 import texts
+import torch
 
 from fastllm import LLM, SamplingParams
 from fastllm.decode.scheduler import Sequence

@@ -169,6 +169,10 @@ def generate(
     logprobs: Annotated[int | None, typer.Option(help="Alternatives for each token, with --json.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and completion.")] = None,
     threads: Annotated[int | None, typer.Option(help="[default: as torch has it]")] = None,
+    speculate: Annotated[
+        int,
+        typer.Option(help="Guess up to so many tokens a step from the text itself: the same output, perhaps sooner."),
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of text.")] = False,
     stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Measure, and say how fast it was.")] = True,
 ) -> None:
@@ -198,8 +202,9 @@ def generate(
         from .llm import LLM
 
         llm = LLM(
-            model, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len, num_threads=threads
-        )
+            model, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len, num_threads=threads,
+            speculate=speculate,
+        )  # fmt: skip
         if adapter:
             llm.load_adapter(str(adapter), adapter)
         request = llm.request(llm.chat_ids([{"role": "user", "content": text}]) if chat else text, params)
@@ -241,6 +246,10 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Makes the answers repeatable.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of the history that the model sees.")] = None,
     threads: Annotated[int | None, typer.Option(help="[default: as torch has it]")] = None,
+    speculate: Annotated[
+        int,
+        typer.Option(help="Guess up to so many tokens a step from the text itself: the same output, perhaps sooner."),
+    ] = 0,
 ) -> None:
     """Talk to a chat model: a line is a message; /help says more. Messages come from standard input, too."""
     from .sampling_params import SamplingParams
@@ -255,7 +264,7 @@ def chat(
 
     llm = LLM(
         model, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len, max_num_seqs=1,
-        num_threads=threads,
+        num_threads=threads, speculate=speculate,
     )  # fmt: skip
     if adapter:
         llm.load_adapter(str(adapter), adapter)
@@ -321,6 +330,8 @@ def _statistics_line(report: dict) -> str:
         line += f", {report['prompt_tokens_per_second']:.0f} tok/s"
     if rate:
         line += f"; decoded: {timing['decoded']} tokens, {rate:.1f} tok/s"
+        if timing["drafted"]:
+            line += f", {timing['accepted']} of {timing['drafted']} guesses right"
         line += f"; {report['bytes_per_token'] / 1e6:.1f} MB/token, {report['gb_per_s']:.1f} GB/s"
     if report["roofline"]:
         line += f", {report['roofline']:.0%} of the memory roofline ({report['read_gb_per_s']:.1f} GB/s)"

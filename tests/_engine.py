@@ -1,13 +1,16 @@
 """Tiny engines, sequences that remember what they were given, and what each would have been alone."""
 
+import random
 from functools import cache
 
 import _tiny
 import torch
+from _paged import check
 
 from fastllm import SamplingParams
 from fastllm.decode.engine import Engine
 from fastllm.decode.scheduler import Sequence
+from fastllm.decode.speculate import Draft, Speculator
 
 EOS = frozenset({0, 2})
 GREEDY = SamplingParams(temperature=0.0)
@@ -91,3 +94,43 @@ def mixed(count: int = 16) -> list[Made]:
         prompt = twin if i % 5 == 4 else PROMPT[:n] if i % 2 else PROMPT[i : i + n]
         made.append(Made(prompt, kinds[i % 3], 8 + 3 * (i % 7), index=i if prompt is twin else 0, seed=i % 4))
     return made
+
+
+def come_and_go(e: Engine, sequences: list[Made]) -> None:
+    """They join late and some leave early; each is given what it would be given alone."""
+    for s in sequences:
+        s.room += 10
+    left = join_and_leave(e, sequences)
+    for turn, s in enumerate(sequences):
+        assert s.made == alone(s)[: len(s.made)] and (turn in left or len(s.made) == s.room)
+    check(e.cache)
+
+
+class Forced(Speculator):
+    """Drafts in every step that has a row free, of any lengths, right up to some guess and wrong from there on. truth: all
+    tokens of a sequence, or as many as are known."""
+
+    def __init__(self, e: Engine, truth=lambda s: [token for token, _ in alone(s)]):
+        super().__init__(e.speculate, e.sizes)
+        self._truth, self._random = truth, random.Random(1)
+
+    def choose(self, running, plans):
+        r, sizes = self._random, [n for n in self.sizes if n >= len(running)]
+        size = r.choice(sizes) if sizes[0] in plans and all(s.tokens for s in running) else sizes[0]
+        first, drafts = len(running), []
+        for row, s in enumerate(running if size in plans else ()):
+            count = r.randint(0, max(min(self.most, s.room - len(s.tokens) - 1, size - first), 0))
+            right = self._truth(s)[len(s.tokens) :][: r.choice((count, r.randint(0, count)))]
+            wrong = [r.randrange(len(_tiny.TOKENS)) for _ in range(count - len(right))]
+            if count and s.tokens:
+                drafts.append(Draft(row, first, right + wrong))
+                first += count
+        return size, drafts
+
+    def saw(self, *_):
+        pass
+
+
+def forced(e: Engine, **fields) -> Engine:
+    e.speculator = Forced(e, **fields)
+    return e

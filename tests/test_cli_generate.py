@@ -102,6 +102,16 @@ def test_json(generate, llm):
     assert generate(PROMPT, *options)[1] == again["text"] + "\n"  # the seed that was drawn makes it again
 
 
+def test_speculate(generate, llm):
+    options = ["--seed", 3, "--max-new-tokens", 60, "--ignore-eos", "--temperature", 0.05]
+    plain = json.loads(generate(PROMPT, *options, "--json")[1])
+    found = json.loads(generate(PROMPT, *options, "--json", "--speculate", 7)[1])
+    assert found["token_ids"] == plain["token_ids"] and found["logprobs"] == plain["logprobs"]
+    assert plain["timing"]["drafted"] == 0 <= found["timing"]["accepted"] <= found["timing"]["drafted"]
+    status, _, err = generate(PROMPT, "--speculate", 64)
+    assert status == 2 and "speculate=64; allowed: an integer in [0, 63]" in err
+
+
 def test_several_completions(generate, llm):
     params = SamplingParams(seed=3, n=3, max_new_tokens=12)
     texts = [c.text for c in llm.generate(PROMPT, params)[0].outputs]

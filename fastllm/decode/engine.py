@@ -33,6 +33,7 @@ from .cache import PAGE, KVCache, chunk, pages_for
 from .graph import Captured, capture
 from .rows import Rows
 from .scheduler import Scheduler, Sequence
+from .speculate import Speculator
 
 SCORE_ROWS = 64  # rows of logits at once when scoring: 64 x 49,152 floats are 12.6 MB
 # What a piece of a prompt may take while others run, and while none does; and its tokens at least. Fewer than 16 take the time
@@ -45,7 +46,8 @@ LEAST, LEAST_ALONE = 16, 64
 class Engine:
     """model: packed. capacity: tokens of the longest sequence. max_num_seqs: how many run together. pages: of the cache;
     None takes enough for all of them. threads: 0 takes torch's number. chunk: prompt tokens that are read at once, at
-    most. prefix_cache: texts that begin alike share the beginning. kv_dtype: of the cache, float32 or int8."""
+    most. prefix_cache: texts that begin alike share the beginning. kv_dtype: of the cache, float32 or int8. speculate: guesses
+    of a sequence that a step may try, in rows that are free (speculate.py)."""
 
     model: Decoder
     capacity: int
@@ -56,6 +58,7 @@ class Engine:
     chunk: int = 512
     prefix_cache: bool = True
     kv_dtype: torch.dtype = torch.float32
+    speculate: int = 0
     _plans: dict[int, Captured] = field(default_factory=dict, init=False)  # by number of rows
     _adapted_plans: dict[int, Captured] = field(default_factory=dict, init=False)  # where any row has an adapter
     _rate: float = field(default=LEAST / PIECE_S, init=False)  # prompt tokens a second, as the last piece had them
@@ -66,13 +69,15 @@ class Engine:
     def __post_init__(self) -> None:
         pages = self.max_num_seqs * pages_for(self.capacity) if self.pages is None else self.pages
         self.cache = KVCache(self.model.config, pages, self.prefix_cache, self.kv_dtype)
-        self.rows = Rows(self.cache, self.max_num_seqs, self.capacity, self.eos_ids)
+        rows = max(self.max_num_seqs, self.speculate + 1)
+        self.rows = Rows(self.cache, rows, self.capacity, self.eos_ids)
         self.scheduler = Scheduler(self.cache, self.max_num_seqs)
         self.adapters = AdapterTable(self.model)
         self._planned = self.adapters.pools
         self._turn = threading.Condition()
         self._cancelled: list[Sequence] = []
-        self.sizes = (*(1 << i for i in range((self.max_num_seqs - 1).bit_length())), self.max_num_seqs)
+        self.sizes = (*(1 << i for i in range((rows - 1).bit_length())), rows)
+        self.speculator = Speculator(self.speculate, self.sizes)
 
     # ------------------------------------------------------------------------------------------------- from any thread
 
@@ -211,6 +216,7 @@ class Engine:
                     self._end_done()
                     for s in self.scheduler.running:
                         self.rows.seat(s)
+                    self.rows.clear(len(self.scheduler.running), self.sizes[-1])
                 if self.scheduler.running:
                     self._decode()
                 self._read()
@@ -219,11 +225,13 @@ class Engine:
 
     def _decode(self) -> None:
         running, began = list(self.scheduler.running), time.perf_counter()
-        size = next(n for n in self.sizes if n >= len(running))
         adapted = bool(self.adapters.pools) and any(s.adapter for s in running)
         plans = self._adapted_plans if adapted else self._plans
+        size, drafts = self.speculator.choose(running, plans)
         captures = size not in plans
         self._unsure = True  # an exception from here on may leave rows a token ahead of their sequences
+        for draft in drafts:
+            self.rows.draft(running[draft.row], draft.first, draft.tokens)
         try:
             token, logprob, logits = self._capture(size, plans) if captures else self._replay(plans[size])
         except Exception as error:  # LogitsError: of those rows, and none has moved on
@@ -231,12 +239,28 @@ class Engine:
                 running[row].error = error
             return self._end_done()
         tokens, logprobs = token.tolist(), logprob.tolist()
-        self._clock(running, time.perf_counter() - began, captures)
-        for row, s in enumerate(running):
+        seconds = time.perf_counter() - began
+        self._clock(running, seconds, captures)
+        drawn = [[row] for row in range(len(running))]  # the rows that drew each one's next tokens
+        for draft in drafts:
+            drawn[draft.row] = draft.right(tokens)
+            running[draft.row].timing.drafted += len(draft.tokens)
+        for s, rows in zip(running, drawn, strict=True):
+            begun, s.timing.accepted = len(s.tokens), s.timing.accepted + len(rows) - 1
             try:
-                s.take(tokens[row], logprobs[row], _top(logits, row, s.params.logprobs))
+                for row in rows:
+                    s.take(tokens[row], logprobs[row], _top(logits, row, s.params.logprobs))
+                    if s.done:
+                        break
+                else:
+                    if drafts:
+                        self.rows.go_on(s, rows[-1], len(rows))
             except Exception as error:
                 s.error = error
+            s.timing.decoded += len(s.tokens) - begun if begun and not captures else 0
+        self.speculator.saw(running, [len(rows) for rows in drawn], drafts, seconds, captures)
+        if drafts:
+            self.rows.clear(len(running), size)
         self._unsure = False
         self._end_done()
 
@@ -257,7 +281,6 @@ class Engine:
     def _clock(self, running: list[Sequence], seconds: float, captures: bool) -> None:
         for s in running:
             s.timing.prompt_tokens += not s.tokens
-            s.timing.decoded += bool(s.tokens) and not captures
         for (_, later), timing in {(id(s.timing), bool(s.tokens)): s.timing for s in running}.items():
             spent = "capture_s" if captures else "decode_s" if later else "prefill_s"
             setattr(timing, spent, getattr(timing, spent) + seconds)
@@ -310,7 +333,7 @@ class Engine:
         if row >= 0:
             if row < len(running):
                 self.rows.seat(running[row])
-            self.rows.clear(len(running))
+            self.rows.clear(len(running), len(running) + 1)
         s.ended = True
         if s.adapter:
             s.adapter.users.discard(s)

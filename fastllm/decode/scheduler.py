@@ -11,6 +11,7 @@ One prompt is read at a time, so that one which begins like another finds that b
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -19,12 +20,16 @@ from ..sampling_params import SamplingParams
 from .adapters import Adapter
 from .cache import PAGE, KVCache, pages_for
 
+if TYPE_CHECKING:
+    from .speculate import Drafter
+
 
 @dataclass
 class Timing:
     """Of one request. prefill_s: seconds of work up to first tokens, in which `prompt_tokens` were read and `cached` more
     were found in the cache; capture_s: of steps that an engine captures; decode_s: of the `steps` that were replayed for
-    `decoded` tokens, which is more where several completions run together. Others' shares in a step are not taken off."""
+    `decoded` tokens, which is more where several completions run together. Others' shares in a step are not taken off.
+    Of `drafted` tokens (speculate.py) `accepted` were right, and are among the decoded."""
 
     prefill_s: float = 0.0
     capture_s: float = 0.0
@@ -33,6 +38,8 @@ class Timing:
     cached: int = 0
     steps: int = 0
     decoded: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass
@@ -69,6 +76,7 @@ class Sequence:
     known: int = field(default=0, init=False)  # tokens at the beginning of the prompt that the cache had
     read: int = field(default=0, init=False)  # tokens of the prompt whose keys and values are in the pages
     row: int = field(default=-1, init=False)
+    drafter: "Drafter | None" = field(default=None, init=False)  # where drafts are made
     done: bool = field(default=False, init=False)  # has its last token
     ended: bool = field(default=False, init=False)  # and has left, or was cancelled, or failed
     error: Exception | None = field(default=None, init=False)

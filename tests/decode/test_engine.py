@@ -6,7 +6,7 @@ from dataclasses import replace
 import _tiny
 import pytest
 import torch
-from _engine import GREEDY, KINDS, PROMPT, SAMPLED, Made, alone, engine, join_and_leave, mixed, steps
+from _engine import GREEDY, KINDS, PROMPT, SAMPLED, Made, alone, come_and_go, engine, mixed, steps
 from _paged import check
 
 from fastllm.decode import engine as engine_module
@@ -102,13 +102,7 @@ def test_sixteen_together(threads, chunk, prefix_cache):
 
 
 def test_those_who_join_late_and_those_who_leave():
-    e, sequences = engine(max_num_seqs=8), mixed(12)
-    for s in sequences:
-        s.room += 10
-    left = join_and_leave(e, sequences)
-    for turn, s in enumerate(sequences):
-        assert s.made == alone(s)[: len(s.made)] and (turn in left or len(s.made) == s.room)
-    check(e.cache)
+    come_and_go(engine(max_num_seqs=8), mixed(12))
 
 
 def test_every_number_of_rows():

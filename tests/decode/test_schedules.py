@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from _engine import KINDS, PROMPT, Made, alone, engine
+from _engine import KINDS, PROMPT, Made, alone, engine, forced
 from _paged import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,10 +28,11 @@ arrivals = st.lists(
 )
 
 
-@pytest.fixture(scope="module")
-def small() -> Engine:
+@pytest.fixture(scope="module", params=[0, 6], ids=["plain", "speculating"])
+def small(request) -> Engine:
     """An engine that is short of everything, used by all examples one after the other."""
-    return engine(max_num_seqs=3, pages=14, capacity=200)
+    e = engine(max_num_seqs=3, pages=14, capacity=200, speculate=request.param)
+    return forced(e) if e.speculate else e
 
 
 @settings(max_examples=60, deadline=None)
