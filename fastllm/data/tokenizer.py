@@ -85,6 +85,14 @@ class Tokenizer:
     eos_ids: frozenset of every id that ends a generation. backend: the `tokenizers.Tokenizer` underneath.
     """
 
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    unk_id: int | None
+    cls_id: int | None
+    sep_id: int | None
+    mask_id: int | None
+
     def __init__(self, backend: Backend, roles: Mapping[str, int | None], eos_ids: Iterable[int] = ()):
         """roles: a token id for the names in ROLES. eos_ids: ends besides the eos and the tokens of END_TOKENS."""
         backend.no_truncation()  # a tokenizer.json may carry both; encode() gives the whole text, unpadded
