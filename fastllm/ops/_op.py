@@ -172,7 +172,7 @@ class Op:
                     plain = False
                 if ask and t.requires_grad:
                     grad = True
-        if grad and not self.backward:
+        if grad and self.backward is None:
             return self.reference(*args)
         if (
             plain
@@ -185,7 +185,7 @@ class Op:
                 return self._eager.apply(*args)
             device = "cpu" if first.is_cpu else first.device.type
             return (self._kernels.get(device) or self.kernel(device)).infer(*args)
-        if self._traced and (grad or (not _is_compiling() and _functorch_level() is not None)):
+        if self._traced is not None and (grad or (not _is_compiling() and _functorch_level() is not None)):
             return self._traced.apply(*args)
         return self.raw(*args)
 
