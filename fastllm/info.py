@@ -73,8 +73,6 @@ def triton_state() -> tuple[bool, str]:
 
     if _triton.available():
         return True, f"Triton {package('triton')}"
-    if torch.version.cuda is None and package("triton"):
-        return False, f"torch {torch.__version__} is built without CUDA"
     return False, _triton.unavailable_reason()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
 
@@ -22,6 +23,8 @@ from .decode.embed import TextEncoder
 from .decode.engine import Engine
 from .decode.scheduler import Sequence as Decoding
 from .decode.scheduler import Step, Timing
+from .models.decoder import Decoder
+from .models.encoder import Encoder
 from .models.folder import Folder
 from .models.gguf import GGUFFile
 from .models.hf_encoder import ARCHITECTURES as ENCODERS
@@ -31,6 +34,7 @@ from .peft import lora
 from .sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
 KV_DTYPES = {"auto": torch.float32, "int8": torch.int8}
 MOST_GUESSES = 63
 KV_BYTES = 1 << 30  # of the cache, where nobody says: 23,000 tokens of the 135M model
@@ -98,6 +102,10 @@ class LLM:
     it does not fit. Calls from several threads run together, each with the bits that it would have alone. A stream may
     be left, or go on after other calls.
     """
+
+    model: Decoder | Encoder
+    tokenizer: Tokenizer
+    max_model_len: int
 
     def __init__(
         self,
@@ -213,14 +221,26 @@ class LLM:
             raise ValueError(f"stream: n={request.params.n}; a stream is one completion, use generate")
         return (piece for piece in self.run(request) if piece)
 
+    @overload
     def chat(
-        self, messages: Sequence[Mapping], params: SamplingParams | None = None, *, stream: bool = False
+        self, messages: Sequence[Message], params: SamplingParams | None = ..., *, stream: Literal[False] = ...
+    ) -> RequestOutput: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = ..., *, stream: Literal[True]
+    ) -> Iterator[str]: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = ..., *, stream: bool
+    ) -> RequestOutput | Iterator[str]: ...
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: bool = False
     ) -> RequestOutput | Iterator[str]:
         """The answer to a list of {"role", "content"} messages, by the model's own chat template."""
         ids = self.chat_ids(messages)
         return self.stream(ids, params) if stream else self.generate(ids, params)[0]
 
-    def chat_ids(self, messages: Sequence[Mapping]) -> list[int]:
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the rendered template, ready for the answer. ValueError where the model has no template."""
         self._check_decoder()
         if isinstance(self._template, ValueError):

@@ -3,8 +3,9 @@
 import functools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 
 def _integer(name: str, value: object, low: int, high: int | None = None, also: str = "") -> int:
@@ -69,6 +70,10 @@ class SamplingParams:
     logprobs: int | None = None
     n: int = 1
     adapter: str | None = None
+    if TYPE_CHECKING:
+        max_tokens: int = 128  # with _accept_max_tokens, the other name of max_new_tokens
+    else:
+        max_tokens = property(lambda self: self.max_new_tokens)
 
     def __post_init__(self) -> None:
         largest = 2**31 - 1
@@ -110,14 +115,10 @@ class SamplingParams:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    @property
-    def max_tokens(self) -> int:
-        return self.max_new_tokens
 
-
-def _accept_max_tokens(init):
+def _accept_max_tokens(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
-    def __init__(self, *, max_tokens: int | None = None, **fields) -> None:
+    def __init__(self: SamplingParams, *, max_tokens: int | None = None, **fields: Any) -> None:
         if max_tokens is not None:
             if "max_new_tokens" in fields:
                 raise TypeError("SamplingParams: max_tokens is another name of max_new_tokens; give one of them")

@@ -16,10 +16,11 @@ from fastllm.bench.cases.lora_linear import SUITE as LORA
 from fastllm.bench.cases.quant_linear import FORMATS as QUANTISED
 from fastllm.bench.cases.quant_linear import GROUPED, random_weight
 from fastllm.bench.cases.sample import PENALTIES, SUITE, USUAL
-from fastllm.ops import _quant_gpu, _sample_gpu
+from fastllm.ops import _quant_gpu, _sample_gpu, _triton
 from fastllm.ops._op import OPS, Kernel
 from fastllm.ops.sample import SampleState
 
+_triton.load()
 pytestmark = pytest.mark.skipif(_C.isa() == "generic", reason="the generic tier rounds an fma twice")
 INF, NAN = math.inf, math.nan
 SAMPLE = OPS["sample"]

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from fastllm import ops
-from fastllm.ops import kv_cache
+from fastllm.ops import _triton, kv_cache
 from fastllm.ops._op import OPS, Kernel
 from fastllm.ops.attention import triton_paged, triton_tile
 from fastllm.ops.kv_append import reference
@@ -78,6 +78,7 @@ def repair_conditions() -> None:
 
 repair_bfloat16()
 repair_conditions()
+_triton.load()
 
 # ------------------------------------------------------------------------------------------------------------- the
 # suites

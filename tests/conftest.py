@@ -7,9 +7,6 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers' threads share the cores: one that waits must not spin
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
-os.environ["FASTLLM_TRITON"] = (
-    "1"  # kernels are interpreted and compiled ahead of time here, whatever torch is built for
-)
 
 import pytest
 import torch

@@ -6,6 +6,7 @@ they would make is noted with its argument types, constants and warps.
 """
 
 import functools
+import gc
 import inspect
 import os
 import subprocess
@@ -22,8 +23,8 @@ from fastllm.bench.cases import suites
 from fastllm.ops import _triton
 from fastllm.ops._op import OPS, Kernel
 
-if _triton._missing:
-    pytest.skip(_triton._missing, allow_module_level=True)
+if reason := _triton.load():
+    pytest.skip(reason, allow_module_level=True)
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -41,6 +42,12 @@ def test_interpreter(file):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / file)]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+def test_triton_takes_every_kernel_that_was_kept_for_it():
+    gc.collect()
+    kept = (_triton.Source, _triton.Constant)
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, kept)]
 
 
 class Launch(NamedTuple):

@@ -47,6 +47,11 @@ const Kernel kKernels[] = {
 const int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 
 #ifdef FASTLLM_X86
+static bool has_f16c() {    // gcc before 11 does not know it by name
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
 static unsigned amd_family() {    // 0: another maker's
   unsigned a, b, c, d;
   __builtin_cpu_init();
@@ -72,8 +77,7 @@ Isa best_isa() {
   Isa best = kGeneric;
 #ifdef FASTLLM_X86
   __builtin_cpu_init();    // also asks the OS (XGETBV) whether it saves the wide registers
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-      __builtin_cpu_supports("bmi2"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() && __builtin_cpu_supports("bmi2"))
     best = kAvx2;
   if (best == kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))

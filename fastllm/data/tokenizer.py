@@ -85,6 +85,14 @@ class Tokenizer:
     eos_ids: frozenset of every id that ends a generation. backend: the `tokenizers.Tokenizer` underneath.
     """
 
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    unk_id: int | None
+    cls_id: int | None
+    sep_id: int | None
+    mask_id: int | None
+
     def __init__(self, backend: Backend, roles: Mapping[str, int | None], eos_ids: Iterable[int] = ()):
         """roles: a token id for the names in ROLES. eos_ids: ends besides the eos and the tokens of END_TOKENS."""
         backend.no_truncation()  # a tokenizer.json may carry both; encode() gives the whole text, unpadded
@@ -211,20 +219,19 @@ class Tokenizer:
         ValueError: there is no tokenizer in the file, or one of another kind, or it contradicts itself.
         """
         meta = file.metadata
-        kind = meta.get("tokenizer.ggml.model")
+        kind = _value(meta, "model", str)
         builder = {"gpt2": _byte_level_backend, "llama": _sentencepiece_backend}.get(kind)
         if builder is None or "tokenizer.ggml.tokens" not in meta:
             what = "no tokenizer" if kind is None else f"a tokenizer of kind {kind!r} without support here or tokens"
             raise ValueError(f"{file.path} holds {what}; supported: gpt2, llama; else use a folder with tokenizer.json")
-        tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(meta["tokenizer.ggml.tokens"])]
+        tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(_value(meta, "tokens", list, item=str))]
         vocab = {token: id for id, token in enumerate(tokens)}
         if len(vocab) != len(tokens):
             twice = next(token for id, token in enumerate(tokens) if vocab[token] != id)
             raise ValueError(f"{file.path}: the vocabulary has the token {twice!r} twice")
-        kinds = meta.get("tokenizer.ggml.token_type", [])
+        kinds = _value(meta, "token_type", list, [], int)
         names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown", "sep": "seperator", "mask": "mask"}
-        roles = {role: meta.get(f"tokenizer.ggml.{name}_token_id") for role, name in names.items()}
-        roles["cls"] = meta.get("tokenizer.ggml.cls_token_id")
+        roles = {role: _value(meta, f"{name}_token_id", int) for role, name in (names | {"cls": "cls"}).items()}
         for role, id in roles.items():
             if id is not None and not 0 <= id < len(tokens):
                 raise ValueError(f"{file.path}: {role} is token {id}, out of a vocabulary of {len(tokens)}")
@@ -239,14 +246,14 @@ class Tokenizer:
                 if kind in (UNKNOWN, CONTROL, USER_DEFINED)
             ]
         )
-        first = roles["bos"] if meta.get("tokenizer.ggml.add_bos_token", add_bos) else None
-        last = roles["eos"] if meta.get("tokenizer.ggml.add_eos_token", False) else None
+        first = roles["bos"] if _value(meta, "add_bos_token", bool, add_bos) else None
+        last = roles["eos"] if _value(meta, "add_eos_token", bool, False) else None
         around = [{"id": f"{id}", "ids": [id], "tokens": [tokens[id]]} for id in {first, last} if id is not None]
         if around:
             single = [f"{id}" for id in (first,) if id is not None] + ["$A"]
             single += [f"{id}" for id in (last,) if id is not None]
             backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
-        ends = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+        ends = [_value(meta, f"{name}_token_id", int) for name in ("eot", "eom")]
         return cls(backend, roles, [id for id in ends if id is not None])
 
     @classmethod
@@ -269,8 +276,8 @@ class Tokenizer:
             token = config.get(f"{role}_token")
             token = token.get("content") if isinstance(token, dict) else token
             roles[role] = backend.token_to_id(token) if isinstance(token, str) else None
-        ends = _read_json(folder / "generation_config.json").get("eos_token_id") or []
-        return cls(backend, roles, [*(ends if isinstance(ends, list) else [ends]), *config.get("eos_token_ids", [])])
+        ends = _read_json(folder / "generation_config.json").get("eos_token_id")
+        return cls(backend, roles, [*_ids(ends, folder), *_ids(config.get("eos_token_ids"), folder)])
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which `from_folder` and transformers read."""
@@ -360,6 +367,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
     return content
+
+
+def _ids(value: Any, folder: Path) -> list[int]:
+    """Token ids of a file: one, a list, or none."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(id) is int for id in ids):
+        raise ValueError(f"{folder}: eos_token_id is {value!r}; wanted a token id, or a list of them")
+    return ids
+
+
+def _value(meta: Mapping[str, Any], name: str, kind: type, default: Any = None, item: type | None = None) -> Any:
+    """tokenizer.ggml.<name>. ValueError for one of another type, or a list of other items."""
+    value = meta.get(f"tokenizer.ggml.{name}", default)
+    if value is not default and (type(value) is not kind or (item and not set(map(type, value)) <= {item})):
+        wanted = f"a list of {item.__name__}" if item else kind.__name__
+        raise ValueError(f"tokenizer.ggml.{name} is {repr(value)[:40]}; wanted {wanted}")
+    return value
 
 
 def _byte_level_backend(meta: Mapping[str, Any], vocab: dict[str, int]) -> tuple[Backend, bool]:

@@ -106,8 +106,10 @@ class _Beams(_Greedy):
         return p.early_stopping is True or self.running[0][0] / reach**p.length_penalty <= self.done[-1].score
 
 
-def generate(model: Seq2Seq, source: Tensor | Memory, mask: Tensor | None = None, params: BeamParams | None = None):
-    """The best hypotheses of each source, list[list[Hypothesis]], best first.
+def generate(
+    model: Seq2Seq, source: Tensor | Memory, mask: Tensor | None = None, params: BeamParams | None = None
+) -> list[list[Hypothesis]]:
+    """The best hypotheses of each source, best first.
 
     source, mask: as Seq2Seq takes them, or what `encode` or `encode_lists` made of them. Weights that `pack_weights` packed
     make it quicker on a CPU. ValueError where prompt and new tokens do not fit the model's positions.

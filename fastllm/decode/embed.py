@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ def _pooling(path: Path) -> tuple[str, bool]:
     return modes[wanted[0]] if wanted else "mean", normalize
 
 
-def _read(path: Path, default):
+def _read(path: Path, default: Any) -> Any:
     if not path.is_file():
         return default
     try:

@@ -94,7 +94,7 @@ class RMSNorm(nn.Module):
     def _gain(self) -> Tensor:
         return ((self.weight.float() + self.offset) * self.scale).to(self.weight.dtype)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of x [..., K]; with a residual (the norm of the sum, the sum)."""
         return ops.rms_norm(x, self.gain, self.eps, residual)
 
@@ -107,7 +107,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of x [..., K]; with a residual (the norm of the sum, the sum)."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps, residual)
 

@@ -232,9 +232,10 @@ def unknown(what: str, known: Iterable[str], where: Any) -> ValueError:
 
 def family_of(hf: Mapping[str, Any], where: Any) -> Family:
     """The family of a config.json. ValueError for another architecture."""
-    architecture = (hf.get("architectures") or ["(none named)"])[0]
+    names = hf.get("architectures")
+    architecture = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "(none named)"
     if architecture not in FAMILIES:
-        raise unknown(str(architecture), FAMILIES, where)
+        raise unknown(architecture, FAMILIES, where)
     return FAMILIES[architecture]
 
 

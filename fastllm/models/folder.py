@@ -92,9 +92,9 @@ class Folder:
             raise ValueError(f"{self.path}/config.json: {key} is {value!r}, wanted {kind.__name__}")
         return value
 
-    def check_layers(self, count: int) -> None:
+    def check_layers(self, count: Any) -> None:
         """ValueError for more layers than the file can hold, before anything is built."""
-        if count > len(self.where):
+        if isinstance(count, int) and count > len(self.where):
             raise ValueError(f"{self.path}: config.json wants {count} layers, the files hold {len(self.where)} tensors")
 
     def find(self, names: str) -> str | None:
@@ -158,7 +158,7 @@ def skeleton(make: Callable[[], nn.Module], path: Path) -> nn.Module:
     try:
         with torch.device("meta"):
             return make()
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: a model of these sizes cannot be: {error}") from error
 
 

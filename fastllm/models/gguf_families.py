@@ -3,6 +3,7 @@
 What its loaders know by the architecture alone (Gemma's sliding windows, its local rope) is stated here as well.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,7 +91,7 @@ class _Reader:
         value = self.meta.get(f"{self.prefix}.{key}", default)
         if value is None:
             raise ValueError(f"{self.file.path}: the metadata lacks {self.prefix}.{key}; the file is incomplete")
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
             raise ValueError(
                 f"{self.file.path}: {self.prefix}.{key} is {value!r}; one number for all layers is supported"
             )
@@ -102,6 +103,8 @@ class _Reader:
     def config(self) -> DecoderConfig:
         traits = TRAITS[self.family.family]
         heads, dim, layers = (int(self.get(k)) for k in ("attention.head_count", "embedding_length", "block_count"))
+        if layers > len(self.file.tensors):
+            raise ValueError(f"{self.file.path} wants {layers} layers and holds {len(self.file.tensors)} tensors")
         head_dim = int(self.get("attention.key_length", dim // max(heads, 1)))
         for key in ("attention.value_length", "rope.dimension_count"):
             if self.get(key, head_dim) != head_dim:
@@ -155,6 +158,8 @@ class _Reader:
 
     def _gemma(self, layers: int, dim: int, heads: int, head_dim: int) -> dict[str, Any]:
         every = int(self.get("attention.sliding_window_pattern", 6))
+        if every < 1:
+            raise ValueError(f"{self.file.path}: a full layer comes every {every} layers; wanted at least 1")
         return {
             "window": int(self.get("attention.sliding_window")),
             "full_layers": tuple(i for i in range(layers) if (i + 1) % every == 0),

@@ -92,7 +92,10 @@ class FolderSource:
 
     def __init__(self, folder: Path):
         self.folder, self._files = folder, Folder(folder)
-        self._names = family_of(self._files.config, folder).names
+        family = family_of(self._files.config, folder)
+        for key in family.keys["layers"].split("|"):
+            self._files.check_layers(self._files.config.get(key))
+        self._names = family.names
         self.config = read_config(self._files.config, folder)
         # A model without its head is saved without the prefix; the head, where it is tied, is the embedding.
         self._bare = bool(self._files.where) and not any(n.startswith(self._names.base) for n in self._files.where)

@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..ops import Panels, QWeight
 from ..ops.quant_linear import GROUP, STORED
 from .arena import Arena
 from .blocks import Embedding, Projection, RMSNorm
-from .decoder import Decoder, DecoderConfig
+from .decoder import Decoder
 from .families import FAMILIES, write_config
-from .folder import Stored, Writing, write_tensors
+from .folder import Stored, Writing, skeleton, write_tensors
 from .sources import Source, float_rows, open_source
 
 FEW_BITS = ("Q4_0", "Q4_1", "Q4_K", "Q5_0")  # 5 or fewer: quantising them again only loses quality
@@ -28,7 +27,7 @@ WIDENED = {"Q5_0": "Q8_0"}  # what a source hands over without loss as another t
 def load(path: str | Path) -> nn.Module:
     """The model in a .gguf file or a folder of transformers, its weights float32 Parameters (a GGUF is dequantised)."""
     source = open_source(path)
-    model = _skeleton(source.config)
+    model = skeleton(lambda: Decoder(source.config), Path(path))
     _check(source, model)
     for ours, module, leaf in _parameters(model):
         setattr(module, leaf, nn.Parameter(float_rows(source, ours)))
@@ -50,7 +49,7 @@ def load_packed(path: str | Path, quantize: str | None = None, as_float: bool = 
     if quantize and as_float:
         raise ValueError(f"quantize={quantize!r} and float32 weights exclude each other; give one of the two")
     source = open_source(path)
-    model = _skeleton(source.config)
+    model = skeleton(lambda: Decoder(source.config), Path(path))
     _check(source, model)
     forms = {ours: _form(source, ours, model, module, quantize, as_float) for ours, module, _ in _parameters(model)}
     arena = Arena(sum(-(-f.nbytes // 4096) * 4096 for f in forms.values() if f))
@@ -132,11 +131,6 @@ def _form(
     if as_float or None in stored:
         return plain
     return replace(plain, bits=max(s[0] for s in stored), has_min=any(s[1] for s in stored))
-
-
-def _skeleton(config: DecoderConfig) -> Decoder:
-    with torch.device("meta"):
-        return Decoder(config)
 
 
 def _parameters(model: Decoder) -> list[tuple[str, nn.Module, str]]:

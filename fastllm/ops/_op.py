@@ -172,7 +172,7 @@ class Op:
                     plain = False
                 if ask and t.requires_grad:
                     grad = True
-        if grad and not self.backward:
+        if grad and self.backward is None:
             return self.reference(*args)
         if (
             plain
@@ -185,7 +185,7 @@ class Op:
                 return self._eager.apply(*args)
             device = "cpu" if first.is_cpu else first.device.type
             return (self._kernels.get(device) or self.kernel(device)).infer(*args)
-        if self._traced and (grad or (not _is_compiling() and _functorch_level() is not None)):
+        if self._traced is not None and (grad or (not _is_compiling() and _functorch_level() is not None)):
             return self._traced.apply(*args)
         return self.raw(*args)
 
@@ -263,7 +263,8 @@ def as_rows(x: Tensor) -> Tensor:
     """[..., n] as [rows, n] with unit stride in n: a view where the strides allow it, else a copy."""
     if x.dim() != 2:
         x = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+    # a compiled backward may not ask for strides (torch 2.6), and what it calls does
+    return x if _is_compiling() or x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
 def row_stride(x: Tensor) -> tuple[Tensor, int]:

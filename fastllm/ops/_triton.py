@@ -1,54 +1,96 @@
-"""Triton, where it is of use: the import guard and what launchers share.
+"""Triton, loaded when its first kernel is asked for, and what launchers share.
 
-Importing Triton costs 70 MB and a quarter of a second, so a torch built without CUDA leaves it out, unless TRITON_INTERPRET
-or FASTLLM_TRITON asks for it (to interpret kernels, or to compile them ahead of time). `fastllm` imports without it: an op
-file writes `from ._triton import tl, triton` and decorates with `@triton.jit` through the stand-ins below, which keep the
-source of a kernel without compiling it.
+Importing Triton costs 70 MB and a third of a second, for nothing where no GPU is used. So an op file writes
+`from ._triton import tl, triton` and decorates with `@triton.jit` through the stand-ins below, which keep a kernel's
+source; `load` puts Triton's own in their place, in every module of this package. Where it is not installed they stay.
 """
 
 import functools
-import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-try:
-    if not (torch.version.cuda or os.environ.get("TRITON_INTERPRET") or os.environ.get("FASTLLM_TRITON")):
-        raise ImportError("this torch is built without CUDA; FASTLLM_TRITON=1 loads Triton all the same")
-    import triton
-    import triton.language as tl
 
-    _missing = None
-except ImportError as error:  # of no use here, or not shipped for this platform
-    _missing = f"no Triton: {error}"
+class Source:
+    """A kernel that Triton has not seen yet."""
 
-    class triton:
-        """Keeps op files importable where Triton is not installed."""
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]):
+        self.function, self.options = function, options
 
-        @staticmethod
-        def jit(function=None, **options):
-            return function if function else lambda function: function
 
-        @staticmethod
-        def cdiv(a: int, b: int) -> int:
-            return -(-a // b)
+class Constant:
+    """Of a kernel: a value at the head of its module, or the annotation of an argument."""
 
-        @staticmethod
-        def next_power_of_2(n: int) -> int:
-            return 1 << (n - 1).bit_length() if n > 1 else 1
+    def __init__(self, value: Any):
+        self.value = value
 
-    class tl:
-        @staticmethod
-        def constexpr(value):
-            return value
+
+class triton:
+    """What op files use of the module before it is loaded."""
+
+    @staticmethod
+    def jit(function=None, **options):
+        return Source(function, options) if function else lambda function: Source(function, options)
+
+    @staticmethod
+    def cdiv(a: int, b: int) -> int:
+        return -(-a // b)
+
+    @staticmethod
+    def next_power_of_2(n: int) -> int:
+        return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+class tl:
+    """triton.language, likewise."""
+
+    constexpr = Constant
+
+
+_loading = threading.RLock()
+
+
+def load() -> str | None:
+    """Loads Triton and gives it every kernel, once; None, or why there is none."""
+    with _loading:
+        return _load()
+
+
+@functools.cache
+def _load() -> str | None:
+    try:
+        import triton as real
+        import triton.language as language
+    except ImportError as error:
+        return f"no Triton: {error}"
+    stand_ins, package = {triton: real, tl: language}, __name__.split(".")[0]
+    spaces = [vars(m) for n, m in list(sys.modules.items()) if n.startswith(f"{package}.")]
+    found = [(space, name, value) for space in spaces for name, value in space.items()]
+    for _, _, value in found:
+        if isinstance(value, Source) and value not in stand_ins:
+            kept = value.function.__annotations__
+            value.function.__annotations__ = {k: language.constexpr if v is Constant else v for k, v in kept.items()}
+            stand_ins[value] = real.jit(**value.options)(value.function)
+    for space, name, value in found:
+        if isinstance(value, Constant):
+            space[name] = language.constexpr(value.value)
+        elif isinstance(value, (Source, type)) and value in stand_ins:
+            space[name] = stand_ins[value]
+    return None
 
 
 @functools.cache
 def available() -> bool:
-    return _missing is None and torch.cuda.is_available()
+    return bool(torch.version.cuda) and torch.cuda.is_available() and load() is None
 
 
 def unavailable_reason() -> str:
-    return _missing or "no CUDA device"
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} is built without CUDA"
+    return "no CUDA device" if not torch.cuda.is_available() else load() or ""
 
 
 def on_device(launcher):

@@ -10,6 +10,8 @@ The cache is written in place and receives no gradient. A slot or position out o
 a check would make wait, such a slot is not written, and such a position gives NaN.
 """
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -214,6 +216,14 @@ forward = Op(
 )
 
 
+@overload
+def kv_append(
+    k: Tensor, v: Tensor, cache: KVPages, slot: Tensor, position: Tensor, table: Tensor, q: None = ...
+) -> None: ...
+@overload
+def kv_append(
+    k: Tensor, v: Tensor, cache: KVPages, slot: Tensor, position: Tensor, table: Tensor, q: Tensor
+) -> Tensor: ...
 def kv_append(
     k: Tensor, v: Tensor, cache: KVPages, slot: Tensor, position: Tensor, table: Tensor, q: Tensor | None = None
 ) -> Tensor | None:

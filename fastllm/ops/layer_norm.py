@@ -11,6 +11,8 @@ dweight = sum(dy * h), dbias = sum(dy), both in fp32, dresidual = dx. On the CPU
 threads, and a row's forward on any device depends on no other row. A constant row gives the bias; a NaN stays in its row.
 """
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -240,9 +242,21 @@ backward = Op(
 )
 
 
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., eps: float = ..., residual: None = ...
+) -> Tensor: ...
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., eps: float = ..., *, residual: Tensor
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., eps: float = ..., residual: Tensor | None = ...
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None
-):
+) -> Tensor | tuple[Tensor, Tensor]:
     """Layer norm of x [..., N] by weight [N] and bias [N] or None; with a residual [..., N], of x + residual.
 
     Returns y [..., N], or (y, x + residual) when a residual is given. Raises ValueError for shapes or devices that do

@@ -48,7 +48,9 @@ class QWeight:
     swiglu: bool = False
 
     @staticmethod
-    def shape_for(rows: int, depth: int, bits: int, has_min: bool, swiglu: bool = False, group: int = GROUP):
+    def shape_for(
+        rows: int, depth: int, bits: int, has_min: bool, swiglu: bool = False, group: int = GROUP
+    ) -> tuple[int, int, int]:
         """The shape of `data`. Raises ValueError for another group than 32, 64 or 128."""
         check(group in GROUPS, lambda: f"QWeight: group={group!r}; allowed: 32, 64, 128")
         halves = 2 if swiglu else 1

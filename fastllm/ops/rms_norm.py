@@ -10,6 +10,8 @@ in fp32, dresidual = dx. A row's forward never depends on other rows; on the CPU
 threads. Zeros give zeros; a NaN stays in its row.
 """
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -197,7 +199,17 @@ backward = Op(
 )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None):
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float = ..., residual: None = ...) -> Tensor: ...
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float = ..., *, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = ..., residual: Tensor | None = ...
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """Root-mean-square norm of x [..., N] by weight [N]; with a residual [..., N], of x + residual.
 
     Returns y [..., N], or (y, x + residual) when a residual is given. Raises ValueError for shapes or devices that do

@@ -36,6 +36,7 @@ No gradient: differentiate the log-probability of the token that came out.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +120,15 @@ class SampleState:
         check(all(t.device == s.device for t in given), lambda: "SampleState: its tensors are on several devices")
 
     @classmethod
-    def create(cls, count: int, *, history: int = 0, suppress: int = 0, device: str | torch.device = "cpu", **fields):
+    def create(
+        cls,
+        count: int,
+        *,
+        history: int = 0,
+        suppress: int = 0,
+        device: str | torch.device = "cpu",
+        **fields: float | Tensor,
+    ) -> "SampleState":
         """`count` records with room for `history` tokens and `suppress` ids each; fields are numbers or [count]
         tensors, the rest is neutral: plain sampling with seed 0."""
         state = cls(
@@ -136,7 +145,7 @@ class SampleState:
         return state
 
     def set(
-        self, row: int, params, *, index: int = 0, seed: int | None = None,
+        self, row: int, params: Any, *, index: int = 0, seed: int | None = None,
         prompt: Sequence[int] = (), eos: Sequence[int] = (),
     ) -> None:  # fmt: skip
         """Writes record `row` from a SamplingParams.

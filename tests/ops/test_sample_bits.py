@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import _oracle
 import numpy
@@ -164,13 +165,12 @@ def digest() -> str:
 
 @pytest.mark.skipif(_C.isa() == "generic", reason="the generic tier rounds an fma twice: its bits are its own")
 def test_tiers_agree_bit_for_bit():
-    imports = "import sys; sys.path[:0] = ['tests', 'tests/ops']; import test_sample_bits"
+    here = Path(__file__).resolve().parent
+    imports = f"import sys; sys.path[:0] = {[str(here.parent), str(here)]}; import test_sample_bits"
     environment = {**os.environ, "FASTLLM_ISA": "avx2"}
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     done = subprocess.run(
         [sys.executable, "-c", f"{imports}; print(test_sample_bits.digest())"],
         env=environment,
-        cwd=root,
         capture_output=True,
         text=True,
         check=True,

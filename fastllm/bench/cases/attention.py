@@ -1,5 +1,7 @@
 """attention against its formula, and against torch's scaled_dot_product_attention."""
 
+from dataclasses import replace
+
 import torch
 
 from ... import ops
@@ -12,7 +14,7 @@ CAUSAL = AttentionSpec()
 
 def run(q, k, v, spec=CAUSAL, cu_q=None, cu_k=None, **learned):
     """The op; `learned`, a bias or sinks, belongs to the spec, but is an input where gradients are checked."""
-    spec = AttentionSpec(**{**vars(spec), **learned}) if learned else spec
+    spec = replace(spec, **learned) if learned else spec
     return ops.attention(q, k, v, spec) if cu_q is None else ops.attention_varlen(q, k, v, cu_q, cu_k, spec)
 
 
