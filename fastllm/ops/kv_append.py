@@ -129,10 +129,10 @@ def append_kernel(
         s = tl.load(slot + token)
         written = (head < kv_heads) & (s >= 0) & (s < slots)
         page, offset = s // PAGE, s % PAGE
-        to = k_pages + page * k_page + offset * k_token
+        keys = k_pages + page * k_page + offset * k_token
         own = scales + page * scale_page + offset if BYTES else None
         turn(
-            to, own, k + token * k_row, PAGE * dim, k_element, k_head, head, written, cosine, sine, half, dim,
+            keys, own, k + token * k_row, PAGE * dim, k_element, k_head, head, written, cosine, sine, half, dim,
             PAGE, PAIRS, REST, BYTES,
         )  # fmt: skip
         i = tl.arange(0, DIM)[None, :]
@@ -140,8 +140,8 @@ def append_kernel(
         if BYTES:
             values = values.to(tl.float32)
             values = values * store_scale(own + head * 2 * PAGE + PAGE, largest(values), written)
-        to = v_pages + page * v_page + head * PAGE * dim + offset * dim + i
-        tl.store(to, stored(values, v_pages, BYTES), mask=written & (i < dim))
+        row = v_pages + page * v_page + head * PAGE * dim + offset * dim + i
+        tl.store(row, stored(values, v_pages, BYTES), mask=written & (i < dim))
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers

@@ -20,8 +20,8 @@ def pool(pages: int = 8, **fields) -> KVCache:
 def test_sizes():
     assert [pages_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
     cache = pool(5)
-    assert sum(k.nbytes + v.nbytes for k, v in cache.layers) == 5 * page_bytes(_tiny.CONFIG)
-    assert {(tuple(k.shape), tuple(v.shape)) for k, v in cache.layers} == {((5, 2, 16, 16), (5, 2, 16, 16))}
+    assert sum(k.nbytes + v.nbytes for k, v, _ in cache.layers) == 5 * page_bytes(_tiny.CONFIG)
+    assert {(tuple(k.shape), tuple(v.shape)) for k, v, _ in cache.layers} == {((5, 2, 16, 16), (5, 2, 16, 16))}
 
 
 def test_what_the_system_refuses():
@@ -124,11 +124,11 @@ def test_nothing_is_known_without_a_prefix_cache():
 
 def test_a_copy_of_a_page():
     cache = pool()
-    for i, (k, v) in enumerate(cache.layers):
+    for i, (k, v, _) in enumerate(cache.layers):
         k[2], v[2] = i + 1, -i - 1
     cache.copy(2, 5)
-    assert all((k[5] == i + 1).all() and (v[5] == -i - 1).all() for i, (k, v) in enumerate(cache.layers))
-    assert all(not k[p].any() for k, _ in cache.layers for p in (0, 1, 3, 4, 6, 7))
+    assert all((k[5] == i + 1).all() and (v[5] == -i - 1).all() for i, (k, v, _) in enumerate(cache.layers))
+    assert all(not k[p].any() for k, _, _ in cache.layers for p in (0, 1, 3, 4, 6, 7))
 
 
 def test_the_cache_takes_memory_as_it_fills():
@@ -140,7 +140,7 @@ def test_the_cache_takes_memory_as_it_fills():
     config = replace(_tiny.CONFIG, layers=16)
     cache = KVCache(config, 4096)
     assert 4096 * page_bytes(config) > 200e6 and resident() - before < 20e6
-    assert all(not k[0].any() and not v[-1].any() for k, v in cache.layers)
+    assert all(not k[0].any() and not v[-1].any() for k, v, _ in cache.layers)
 
 
 texts = st.lists(st.sampled_from([1, 2, 3]), max_size=5).map(lambda t: [i for i in t for _ in range(PAGE)])

@@ -147,7 +147,7 @@ def test_alternatives():
 @pytest.mark.parametrize("value", [float("nan"), 1e30])
 def test_drafts_touch_no_page_of_others(value):
     e = speculating()
-    for k, v in e.cache.layers:
+    for k, v, _ in e.cache.layers:
         k.fill_(value)
         v.fill_(value)
     s = Made(PROMPT[:30], SAMPLED, 60)
@@ -156,7 +156,7 @@ def test_drafts_touch_no_page_of_others(value):
         free = list(e.cache._free) if s.pages else []
         e.step()
         if s.pages:
-            for k, v in e.cache.layers:
+            for k, v, _ in e.cache.layers:
                 assert all(bool((x.isnan() if value != value else x == value).all()) for x in (k[free], v[free]))
     assert s.made == alone(s)
 
