@@ -5,8 +5,8 @@ import enum
 import json
 
 import pytest
+from _assets import asset
 
-from fastllm import hub
 from fastllm.data.chat import ChatTemplate
 from fastllm.models.gguf import GGUFFile
 
@@ -184,10 +184,7 @@ def test_from_gguf():
 
 @pytest.mark.parametrize("messages", [USER, TALK], ids=["default system", "own system"])
 def test_real_template(messages):
-    try:
-        path = hub.resolve("smollm2-135m")
-    except hub.HubError as error:
-        pytest.skip(f"asset smollm2-135m: {error}")
+    path = asset()
     with GGUFFile(path) as file:
         template = ChatTemplate.from_gguf(file)
     assert (template.bos_token, template.eos_token) == ("<|im_start|>", "<|im_end|>")

@@ -5,12 +5,12 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from _assets import asset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from fastllm import hub
 from fastllm.data.tokenizer import PRE_TOKENIZERS, Tokenizer
 from fastllm.models.gguf import GGUFFile
 
@@ -425,13 +425,6 @@ def test_bad_folder(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("nonsense")
     with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
         Tokenizer.from_folder(tmp_path)
-
-
-def asset(name: str):
-    try:
-        return hub.resolve(name)
-    except hub.HubError as error:
-        pytest.skip(f"asset {name}: {error}")
 
 
 @pytest.fixture(scope="module")

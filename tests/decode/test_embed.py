@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 import transformers
+from _assets import asset
 
-from fastllm import LLM, hub
+from fastllm import LLM
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.decode import embed
 from fastllm.decode.embed import TextEncoder
@@ -23,10 +24,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def folder():
-    try:
-        return hub.resolve("minilm-l6", progress=False)
-    except hub.HubError as error:
-        pytest.skip(f"minilm-l6 cannot be had: {error}")
+    return asset("minilm-l6")
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,11 @@ from functools import cache
 import _tiny
 import pytest
 import torch
+from _assets import asset
 from _engine import GREEDY, PROMPT, SAMPLED, Made, engine, mixed, steps
 from _paged import check
 
-from fastllm import LLM, SamplingParams, hub
+from fastllm import LLM, SamplingParams
 from fastllm.decode.cache import KVCache, page_bytes
 
 INT8 = {"kv_dtype": torch.int8}
@@ -67,10 +68,7 @@ def test_arguments(tmp_path):
 
 @cache
 def real(kv_dtype: str) -> LLM:
-    try:
-        path = hub.resolve("smollm2-135m")
-    except hub.HubError as error:
-        pytest.skip(f"asset smollm2-135m: {error}")
+    path = asset()
     return LLM(path, kv_dtype=kv_dtype)
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _assets import asset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastllm import hub
 from fastllm.models.gguf import SUPPORTED, GGUFError, GGUFFile, TensorInfo, check_supported, llama_unpermute_rows
 
 gguf = pytest.importorskip("gguf")
@@ -318,10 +318,7 @@ def test_llama_unpermute_errors(rows, heads):
 
 
 def test_real_file():
-    try:
-        path = hub.resolve("smollm2-135m")
-    except hub.HubError as error:
-        pytest.skip(f"asset smollm2-135m: {error}")
+    path = asset()
     with GGUFFile(path) as file:
         assert file.architecture == "llama" and file.metadata["llama.block_count"] == 30
         assert len(file.metadata["tokenizer.ggml.tokens"]) == 49152

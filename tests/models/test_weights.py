@@ -12,9 +12,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from _assets import asset
 from safetensors.torch import load_file, save_file
 
-from fastllm import hub
 from fastllm.models import load
 from fastllm.models.gguf import GGUFError
 from fastllm.models.weights import load_packed
@@ -450,10 +450,7 @@ print(peak() - before - model.arena.used)
 )
 def test_loading_holds_little_beside_the_weights():
     """The file's pages go as they are read: 61 MB of the real file are more than what may be left over."""
-    try:
-        path = hub.resolve("smollm2-135m", progress=False)
-    except hub.HubError as error:
-        pytest.skip(f"smollm2-135m cannot be had: {error}")
+    path = asset()
     run = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 60e6

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from _assets import asset
 
-from fastllm import hub, models
+from fastllm import models
 from fastllm.decode.beam import BeamParams, generate
 from fastllm.models import ctranslate2
 from fastllm.models.layers import pack_weights
@@ -109,10 +110,7 @@ def test_random_bytes_never_do_more_than_raise(model, tmp_path):
 @pytest.fixture(scope="module")
 def real():
     """(our model, transformers' of the same weights)"""
-    try:
-        folder = hub.resolve("whisper-base", progress=False)
-    except hub.HubError as error:
-        pytest.skip(f"whisper-base cannot be had: {error}")
+    folder = asset("whisper-base")
     ours = models.load(folder)
     with torch.device("meta"):
         theirs = hf.WhisperForConditionalGeneration(
