@@ -10,7 +10,7 @@ import _lora
 import _tiny
 import pytest
 import torch
-from _engine import GREEDY, KINDS, LENGTHS, PENALISED, PROMPT, SAMPLED, Made, engine, join_and_leave, steps
+from _engine import GREEDY, KINDS, LENGTHS, PENALISED, PROMPT, SAMPLED, Made, engine, forced, join_and_leave, steps
 from _paged import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,6 +131,16 @@ def test_sixteen_together(threads, chunk, prefix_cache):
     assert [s.made for s in sequences] == [alone(s) for s in sequences]
     check(e.cache)
     assert len({tuple(alone(s)) for s in sequences}) > 8  # they differ
+
+
+def test_drafts_of_those_who_have_adapters_and_of_those_who_have_none():
+    """Drafts are forced, right and wrong ones: a row that reads one has the adapter of its sequence."""
+    e = forced(loaded(speculate=7, max_num_seqs=3), truth=lambda s: [token for token, _ in alone(s)])
+    sequences = mixed(8)
+    e.run(sequences)
+    assert [s.made for s in sequences] == [alone(s) for s in sequences]
+    assert sum(s.timing.accepted for s in sequences if s.params.adapter) > 4
+    check(e.cache)
 
 
 def test_those_who_join_late_and_those_who_leave():
