@@ -74,22 +74,14 @@ template <int kBits, bool kMin, int R> FL_INLINE void accumulate(vf (&acc)[R], c
   }
 }
 
-// Which 32s of k, and where chains rest between one part and the next: [panels][rows][16]. The whole depth where `end` is 0.
-struct Part {
-  int64_t begin, end;
-  float* rest;
-};
-
 // R rows against units [begin, end) of panels (swiglu: a gate and an up panel), P panels at once, each its own stream.
 // Each stream starts one panel further into its run than the one before: runs of a multiple of 4 KiB would otherwise meet in the
 // same cache sets and memory banks, a third of the bandwidth.
-// kLarge: groups of the weight may be larger than 32. ahead: how many bytes ahead of each stream to fetch; 0: the panels are in
-// cache already.
+// kLarge: groups of the weight may be larger than 32.
 template <int kBits, bool kMin, bool kLarge, int R, int P, class Hooks>
-void quant_stream(const LinearArgs& a, const Hooks& hooks, const Rows& x, int64_t row, int64_t begin, int64_t end,
-                  int64_t ahead = streaming.ahead, Part part = {}) {
+void quant_stream(const LinearArgs& a, const Hooks& hooks, const Rows& x, int64_t row, int64_t begin, int64_t end) {
   const QuantFormat format(kBits, kMin, kLarge ? a.group : kGroup);
-  const int64_t groups = padded(a.depth) / kGroup, size = format.panel(a.depth), last = part.end ? part.end : groups;
+  const int64_t groups = padded(a.depth) / kGroup, size = format.panel(a.depth), ahead = streaming.ahead;
   constexpr int64_t lines = kBits * 64 + 64;    // quants, and what of their scales may lie beyond
   const int64_t width = a.halves ? 2 : 1, lanes = P / width, length = (end - begin) / lanes;
   for (int64_t i = 0; i < length; ++i) {
@@ -101,15 +93,14 @@ void quant_stream(const LinearArgs& a, const Hooks& hooks, const Rows& x, int64_
       panel[p] = (begin + p / width * length + (i + p / width) % length) * width + p % width;
       w[p] = static_cast<const uint8_t*>(a.weight) + panel[p] * size;
       FL_UNROLL
-      for (int r = 0; r < R; ++r) acc[p][r] = part.begin ? load(part.rest + (p * R + r) * kLanes) : set1(0);    // no hook starts one
+      for (int r = 0; r < R; ++r) acc[p][r] = set1(0);    // no hook starts one
     }
-    Rows at = {x.values + part.begin * kQuantTileBytes, x.meta + part.begin * kQuantTileBytes};
-    for (int64_t g = part.begin; g < last; ++g, at.values += kQuantTileBytes, at.meta += kQuantTileBytes) {
+    Rows at = x;
+    for (int64_t g = 0; g < groups; ++g, at.values += kQuantTileBytes, at.meta += kQuantTileBytes) {
       const int64_t quants = format.at(g), scales = format.scales(g);
       FL_UNROLL
       for (int p = 0; p < P; ++p) {
-        if (ahead)
-          for (int64_t line = 0; line < lines; line += 64) prefetch(w[p] + quants + ahead + line);
+        for (int64_t line = 0; line < lines; line += 64) prefetch(w[p] + quants + ahead + line);
         accumulate<kBits, kMin, R>(acc[p], w[p] + quants, w[p] + scales, at);
       }
     }
@@ -118,20 +109,60 @@ void quant_stream(const LinearArgs& a, const Hooks& hooks, const Rows& x, int64_
       vf of_row[1][P];
       FL_UNROLL
       for (int p = 0; p < P; ++p) of_row[0][p] = acc[p][r];
-      if (last == groups) {
-        finish_all(a, hooks, of_row, row + r, panel);
-      } else {
-        FL_UNROLL
-        for (int p = 0; p < P; ++p) store(part.rest + (p * R + r) * kLanes, acc[p][r]);
-      }
+      finish_all(a, hooks, of_row, row + r, panel);
     }
   }
   if constexpr (P == 6)
     return;    // taken only where nothing is left over
   else if constexpr (P > 2)
-    quant_stream<kBits, kMin, kLarge, R, P / 2>(a, hooks, x, row, begin + length * lanes, end, ahead, part);
+    quant_stream<kBits, kMin, kLarge, R, P / 2>(a, hooks, x, row, begin + length * lanes, end);
   else if constexpr (P == 2)
-    if (!a.halves) quant_stream<kBits, kMin, kLarge, R, 1>(a, hooks, x, row, begin + length * lanes, end, ahead, part);
+    if (!a.halves) quant_stream<kBits, kMin, kLarge, R, 1>(a, hooks, x, row, begin + length * lanes, end);
+}
+
+// Which 32s of k, and where chains rest between one part and the next: [panels][rows][16].
+struct Part {
+  int64_t begin, end;
+  float* rest;
+};
+
+// R rows against the panels of one unit, one after the other: the chains of two would not fit the registers.
+// ahead: how many bytes ahead to fetch; 0: the unit is in cache already.
+template <int kBits, bool kMin, bool kLarge, int R, class Hooks>
+void quant_tile(const LinearArgs& a, const Hooks& hooks, const Rows& x, int64_t row, int64_t unit, int64_t ahead, const Part& part) {
+  const QuantFormat format(kBits, kMin, kLarge ? a.group : kGroup);
+  const int64_t groups = padded(a.depth) / kGroup, size = format.panel(a.depth);
+  constexpr int64_t lines = kBits * 64 + 64;    // quants, and what of their scales may lie beyond
+  const int width = a.halves ? 2 : 1;
+  const int64_t panels[2] = {unit * width, unit * width + 1};
+  for (int p = 0; p < width; ++p) {
+    const uint8_t* w = static_cast<const uint8_t*>(a.weight) + panels[p] * size;
+    float* rest = part.rest + p * R * kLanes;
+    vf acc[R];
+    FL_UNROLL
+    for (int r = 0; r < R; ++r) acc[r] = part.begin ? load(rest + r * kLanes) : set1(0);    // no hook starts one
+    Rows at = {x.values + part.begin * kQuantTileBytes, x.meta + part.begin * kQuantTileBytes};
+    for (int64_t g = part.begin; g < part.end; ++g, at.values += kQuantTileBytes, at.meta += kQuantTileBytes) {
+      const int64_t quants = format.at(g);
+      if (ahead)
+        for (int64_t line = 0; line < lines; line += 64) prefetch(w + quants + ahead + line);
+      accumulate<kBits, kMin, R>(acc, w + quants, w + format.scales(g), at);
+    }
+    FL_UNROLL
+    for (int r = 0; r < R; ++r) store(rest + r * kLanes, acc[r]);
+  }
+  if (part.end < groups) return;
+  for (int r = 0; r < R; ++r) {
+    const float* rest = part.rest + r * kLanes;
+    if (width == 2) {
+      vf of_row[1][2] = {{load(rest), load(rest + R * kLanes)}};
+      finish_all(a, hooks, of_row, row + r, panels);
+    } else {
+      vf of_row[1][1] = {{load(rest)}};
+      const int64_t panel[1] = {unit};
+      finish_all(a, hooks, of_row, row + r, panel);
+    }
+  }
 }
 
 // Few rows, with as many streams as this machine's memory wants. A left-over of one or two panels would run with one or two
@@ -180,13 +211,13 @@ void quant_rows(const LinearArgs& a, const Hooks& hooks, Team& team, char* all) 
         const Rows x = rows_at(all, r, groups);
         n = end - r >= kQuantTileRows ? kQuantTileRows : end - r >= 4 ? 4 : end - r >= 2 ? 2 : 1;
         if (n == kQuantTileRows)
-          quant_stream<kBits, kMin, kLarge, kQuantTileRows, 2>(a, hooks, x, r, u, u + 1, ahead, part);
+          quant_tile<kBits, kMin, kLarge, kQuantTileRows>(a, hooks, x, r, u, ahead, part);
         else if (n == 4)
-          quant_stream<kBits, kMin, kLarge, 4, 2>(a, hooks, x, r, u, u + 1, ahead, part);
+          quant_tile<kBits, kMin, kLarge, 4>(a, hooks, x, r, u, ahead, part);
         else if (n == 2)
-          quant_stream<kBits, kMin, kLarge, 2, 2>(a, hooks, x, r, u, u + 1, ahead, part);
+          quant_tile<kBits, kMin, kLarge, 2>(a, hooks, x, r, u, ahead, part);
         else
-          quant_stream<kBits, kMin, kLarge, 1, 2>(a, hooks, x, r, u, u + 1, ahead, part);
+          quant_tile<kBits, kMin, kLarge, 1>(a, hooks, x, r, u, ahead, part);
       }
     }
   }
