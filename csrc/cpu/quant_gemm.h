@@ -15,7 +15,7 @@ namespace fastllm {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kQuantTileRows = 8;
+constexpr int kQuantTileRows = 16;    // 16 accumulators, 8 vectors of quants, a scale, a minimum, two sums of 32 registers
 #else
 constexpr int kQuantTileRows = 4;
 #endif
@@ -209,9 +209,11 @@ void quant_rows(const LinearArgs& a, const Hooks& hooks, Team& team, char* all) 
       int64_t ahead = unit;    // while the first tile passes over this unit, the next one is fetched
       for (int64_t r = begin, n; r < end; r += n, ahead = 0, part.rest += n * 2 * kLanes) {
         const Rows x = rows_at(all, r, groups);
-        n = end - r >= kQuantTileRows ? kQuantTileRows : end - r >= 4 ? 4 : end - r >= 2 ? 2 : 1;
+        n = end - r >= kQuantTileRows ? kQuantTileRows : end - r >= 8 ? 8 : end - r >= 4 ? 4 : end - r >= 2 ? 2 : 1;
         if (n == kQuantTileRows)
           quant_tile<kBits, kMin, kLarge, kQuantTileRows>(a, hooks, x, r, u, ahead, part);
+        else if (kQuantTileRows > 8 && n == 8)
+          quant_tile<kBits, kMin, kLarge, kQuantTileRows < 8 ? kQuantTileRows : 8>(a, hooks, x, r, u, ahead, part);
         else if (n == 4)
           quant_tile<kBits, kMin, kLarge, 4>(a, hooks, x, r, u, ahead, part);
         else if (n == 2)

@@ -44,7 +44,7 @@ static inline int64_t linear_thread_floats(const LinearArgs& a) { return 96 * 2 
 static inline int64_t linear_x_floats(const LinearArgs& a, int64_t threads) {
   return a.norm || a.x_dtype != kFloat32 ? (a.rows <= 4 ? threads : 1) * a.rows * a.depth : 0;
 }
-static inline int64_t activation_bytes(int64_t rows, int64_t depth) { return (rows + 7) / 8 * 8 * (depth + depth / 32 * 8); }
+static inline int64_t activation_bytes(int64_t rows, int64_t depth) { return (rows + 15) / 16 * 16 * (depth + depth / 32 * 8); }
 static inline int64_t scratch_bytes(const LinearArgs& a, int64_t threads) {
   const int64_t depth = (a.depth + 31) / 32 * 32;
   if (a.form >= kInt4) return threads * depth * 4 + (a.rows <= 4 ? threads : 1) * activation_bytes(a.rows, depth);
