@@ -22,6 +22,7 @@ import texts
 import torch
 
 from fastllm import LLM, SamplingParams
+from fastllm.decode.engine import LEAST
 from fastllm.decode.scheduler import Sequence
 from fastllm.peft.lora import Lora, Pair, modules
 
@@ -41,21 +42,29 @@ def adapter(model, seed: int, rank: int = 16) -> Lora:
 
 
 def begun(engine, batch: int, depth: int, count: int, adapters: int = 0) -> tuple[list[Sequence], dict]:
-    """Sequences that decode, and the plans that they run."""
+    """Sequences that decode, and the plans that they run. The first go on while the last are read, a busy machine's in pieces
+    of `LEAST` tokens."""
     engine.cache.forget()
     names = [str(i % adapters) if adapters else None for i in range(batch)]
     params = [replace(PARAMS, adapter=name) for name in names]
-    sequences = [Sequence(ids(depth, salt), count + 40 + batch, p) for salt, p in enumerate(params)]
+    room = count + 40 + batch * (depth // LEAST + 2)
+    sequences = [Sequence(ids(depth, salt), room, p) for salt, p in enumerate(params)]
     engine.submit(sequences)
     while not all(len(s.tokens) > 2 for s in sequences):
         engine.step()
     return sequences, engine._adapted_plans if adapters else engine._plans
 
 
+def size_for(engine, batch: int) -> int:
+    """Rows of the plan that runs a batch."""
+    return next(size for size in engine.sizes if size >= batch)
+
+
 def steps(engine, batch: int, depth: int, count: int, adapters: int = 0) -> tuple[float, float]:
     """Seconds of a decode step of `batch` sequences, `depth` tokens deep: by the wall, and of the plan alone."""
     sequences, plans = begun(engine, batch, depth, count, adapters)
-    plan, replay, inside = plans[batch], engine._replay, []
+    size = size_for(engine, batch)
+    plan, replay, inside = plans[size], engine._replay, []
 
     def timed(plan):
         began = time.perf_counter()
@@ -71,14 +80,14 @@ def steps(engine, batch: int, depth: int, count: int, adapters: int = 0) -> tupl
         wall.append(time.perf_counter() - began)
     del engine._replay
     engine.cancel(sequences)
-    assert plans[batch] is plan
+    assert plans[size] is plan
     return statistics.median(wall), statistics.median(inside)
 
 
 def profile(engine, batch: int, depth: int, adapters: int) -> dict[str, float]:
     """Milliseconds of each kernel in a step."""
     sequences, plans = begun(engine, batch, depth, 200, adapters)
-    plan, total = plans[batch], Counter()
+    plan, total = plans[size_for(engine, batch)], Counter()
     for name, seconds in zip(plan.kernels(), plan._plan.profile(engine.threads, 20), strict=True):
         total[name] += seconds * 1e3
     engine.cancel(sequences)
