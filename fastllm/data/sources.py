@@ -74,6 +74,11 @@ def uniform(*key: Any) -> float:
     return (_draw(*key) >> 11) / (1 << 53)
 
 
+def permutation(count: int, *key: Any) -> list[int]:
+    """0 to count - 1 in an order that depends on the key alone."""
+    return sorted(range(count), key=lambda i: _draw(*key, i))
+
+
 def split_of(key: str, fractions: Mapping[str, float] = FRACTIONS, seed: int = 0) -> str:
     """The split that a text belongs to, whatever else is in the corpus: a hash of it, cut at the fractions.
 
@@ -202,14 +207,14 @@ class Documents:
             self._walk = self._epoch(self._after)
         if self.shuffle:
             key = ("block", self.seed, start["epoch"], start["file"], start["offset"])
-            block = [block[i] for i in _order(len(block), *key)]
+            block = [block[i] for i in permutation(len(block), *key)]
         self._start, self._block, self._taken = start, block, 0
 
     def _epoch(self, place: dict[str, int]) -> Iterator[tuple[Document | None, dict[str, int]]]:
         """The documents of an epoch from a place on, each with the place behind it; None where one was left out."""
         order = range(len(self.files))
         if self.shuffle:
-            order = _order(len(self.files), "files", self.seed, place["epoch"])
+            order = permutation(len(self.files), "files", self.seed, place["epoch"])
         count = place["count"]
         for turn in range(place["file"], len(order)):
             file = self.files[order[turn]]
@@ -245,10 +250,6 @@ class Documents:
 
 def _beginning(epoch: int) -> dict[str, int]:
     return {"epoch": epoch, "file": 0, "offset": 0, "number": 0, "count": 0}
-
-
-def _order(count: int, *key: Any) -> list[int]:
-    return sorted(range(count), key=lambda i: _draw(*key, i))
 
 
 def _names(fields: Mapping[str, Any]) -> str:

@@ -14,19 +14,20 @@ import json
 import operator
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 if TYPE_CHECKING:
     from fastllm.models.gguf import GGUFFile
 
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+DEFAULT_ROLES: Mapping[str, str] = {"eos": "<|endoftext|>", "pad": "<|pad|>"}  # of a tokenizer that is trained
 
 # Special tokens that end a turn or a document under these names, whatever a file calls its eos.
 # fmt: off
@@ -82,7 +83,7 @@ class Tokenizer:
     """A vocabulary with its rules. Safe to share between threads.
 
     bos_id, eos_id, pad_id, unk_id, cls_id, sep_id, mask_id: int, or None where the vocabulary has no such token.
-    eos_ids: frozenset of every id that ends a generation. backend: the `tokenizers.Tokenizer` underneath.
+    eos_ids: frozenset of every id that ends a generation; special_ids: of all special tokens. backend: of `tokenizers`.
     """
 
     bos_id: int | None
@@ -104,8 +105,8 @@ class Tokenizer:
             setattr(self, f"{role}_id", self._check_id(roles[role], role) if roles.get(role) is not None else None)
         added = backend.get_added_tokens_decoder()
         self._added = {id: token.content for id, token in added.items()}
-        self._special = frozenset(id for id, token in added.items() if token.special)
-        ends = {id for id in self._special if self._added[id] in END_TOKENS}
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        ends = {id for id in self.special_ids if self._added[id] in END_TOKENS}
         ends |= {self._check_id(id, "eos") for id in eos_ids}
         self.eos_ids = frozenset(ends | ({self.eos_id} if self.eos_id is not None else set()))
         self._mode, self._strip = _decoder_mode(backend)
@@ -154,7 +155,7 @@ class Tokenizer:
         if self._mode == "text":
             with self._lock:
                 return self.backend.decode(checked, skip_special_tokens=skip_special_tokens)
-        kept = [id for id in checked if not (skip_special_tokens and id in self._special)]
+        kept = [id for id in checked if not (skip_special_tokens and id in self.special_ids)]
         text = b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._strip else text
 
@@ -210,6 +211,69 @@ class Tokenizer:
             raise ValueError(f"{what} {number} is out of the vocabulary; allowed: 0 to {self._size - 1}")
         return number
 
+    # Train and extend
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        roles: Mapping[str, str] = DEFAULT_ROLES,
+        more: Iterable[str] = (),
+        pre: str = "smollm",
+    ) -> "Tokenizer":
+        """Byte-level BPE (Sennrich et al. 2015, arXiv 1508.07909) learned from texts; every text can be encoded by it.
+
+        vocab_size: tokens in all, fewer where the texts give no more pairs to merge. roles: the special tokens, by the names in
+        ROLES. more: further special tokens, such as those of a chat template or T5's sentinels. pre: how text is cut into
+        words, a name in PRE_TOKENIZERS. encode() puts cls and sep around a text, or bos in front, where there are such roles;
+        eos is put by `fastllm.data.batch`. ValueError: no text, an unknown role or rule, a size without room for the 256 bytes.
+        """
+        if unknown := set(roles) - set(ROLES):
+            raise ValueError(f"roles name {', '.join(sorted(unknown))}; allowed: {', '.join(ROLES)}")
+        if pre not in PRE_TOKENIZERS:
+            raise ValueError(f"pre is {pre!r}; allowed: {', '.join(sorted(PRE_TOKENIZERS))}")
+        special = list(dict.fromkeys([*roles.values(), *more]))
+        if vocab_size < 256 + len(special):
+            raise ValueError(
+                f"vocab_size is {vocab_size}; allowed: from {256 + len(special)}, 256 bytes and the special tokens"
+            )
+        backend = _byte_level(models.BPE(), PRE_TOKENIZERS[pre])
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        count = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal count
+            for text in texts:
+                count += bool(text)
+                yield text
+
+        backend.train_from_iterator(counted(), trainer)
+        if not count:
+            raise ValueError("there is no text to train a tokenizer on; give a source with documents")
+        ids = {role: backend.token_to_id(token) for role, token in roles.items()}
+        around = ("cls", "sep") if {"cls", "sep"} <= roles.keys() else ("bos", None)
+        _surround(backend, *(ids.get(role) for role in around))
+        return cls(backend, ids)
+
+    def extended(self, tokens: Iterable[str], special: bool = True) -> "Tokenizer":
+        """A copy with further tokens behind the last one; those that are there already stay as they are.
+
+        special: never read out of a text of users (see `encode`). The model's tables grow by
+        `fastllm.models.resize.resize_vocab`. ValueError: an empty token.
+        """
+        tokens = list(tokens)
+        if "" in tokens:
+            raise ValueError("a token is empty; give the text that it stands for")
+        backend = Backend.from_str(self.backend.to_str())
+        backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in tokens])
+        return Tokenizer(backend, {role: getattr(self, f"{role}_id") for role in ROLES}, self.eos_ids)
+
     # Load and save
 
     @classmethod
@@ -248,11 +312,7 @@ class Tokenizer:
         )
         first = roles["bos"] if _value(meta, "add_bos_token", bool, add_bos) else None
         last = roles["eos"] if _value(meta, "add_eos_token", bool, False) else None
-        around = [{"id": f"{id}", "ids": [id], "tokens": [tokens[id]]} for id in {first, last} if id is not None]
-        if around:
-            single = [f"{id}" for id in (first,) if id is not None] + ["$A"]
-            single += [f"{id}" for id in (last,) if id is not None]
-            backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
+        _surround(backend, first, last)
         ends = [_value(meta, f"{name}_token_id", int) for name in ("eot", "eom")]
         return cls(backend, roles, [id for id in ends if id is not None])
 
@@ -318,7 +378,7 @@ class StreamDecoder:
         """The new text, "" while a character is incomplete. ValueError: an id out of the vocabulary."""
         tokenizer = self._tokenizer
         id = tokenizer._check_id(id)
-        if self._skip and id in tokenizer._special:
+        if self._skip and id in tokenizer.special_ids:
             return ""
         if tokenizer._mode == "text":
             # In these decoders the text of a token depends on there being a token before it, and on no more.
@@ -338,6 +398,17 @@ class StreamDecoder:
             self._start = False
             return text.removeprefix(" ")
         return text
+
+
+def _surround(backend: Backend, first: int | None, last: int | None) -> None:
+    """The tokens that encode() puts in front of a text and behind it."""
+    around = [
+        {"id": f"{id}", "ids": [id], "tokens": [backend.id_to_token(id)]} for id in {first, last} if id is not None
+    ]
+    if around:
+        single = [f"{id}" for id in (first,) if id is not None] + ["$A"]
+        single += [f"{id}" for id in (last,) if id is not None]
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
 
 
 def _decoder_mode(backend: Backend) -> tuple[str, bool]:
@@ -392,7 +463,11 @@ def _byte_level_backend(meta: Mapping[str, Any], vocab: dict[str, int]) -> tuple
         raise ValueError(f"tokenizer.ggml.pre is {pre!r}; supported: {', '.join(sorted(PRE_TOKENIZERS))}")
     rule = PRE_TOKENIZERS[pre]
     merges = [tuple(merge.split(" ")) for merge in meta.get("tokenizer.ggml.merges", [])]
-    backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.ignore_merges))
+    return _byte_level(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.ignore_merges), rule), rule.add_bos
+
+
+def _byte_level(model: models.Model, rule: PreTokenizer) -> Backend:
+    backend = Backend(model)
     if rule.nfc:
         backend.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in rule.splits]
@@ -400,7 +475,7 @@ def _byte_level_backend(meta: Mapping[str, Any], vocab: dict[str, int]) -> tuple
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    return backend, rule.add_bos
+    return backend
 
 
 def _sentencepiece_backend(meta: Mapping[str, Any], vocab: dict[str, int]) -> tuple[Backend, bool]:

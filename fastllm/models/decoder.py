@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import AttentionSpec, RopeScaling
 from .blocks import ACTIVATIONS, GATED, Adapted, Adapters, Embedding, LayerNorm, PagedBatch, Projection, RMSNorm
+from .layers import Packed
 
 NORMS, POSITIONS = ("rms", "layer"), ("rope", "learned", "alibi")
 
@@ -260,7 +261,8 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """model(ids [B, S]) -> logits [B, S, V]; model.hidden(ids) -> [B, S, dim]; model.step(...) over a paged cache."""
+    """model(ids [B, S]) -> logits [B, S, V]; model.hidden(ids) -> [B, S, dim]; model.packed_hidden(batch) -> [T, dim];
+    model.step(...) over a paged cache."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -312,15 +314,33 @@ class Decoder(nn.Module):
         embedding it is kept divided by that scale, which no norm sees. adapters: of the tokens [B, S]."""
         if ids.dim() != 2:
             raise ValueError(f"Decoder: ids have shape {tuple(ids.shape)}; they must be [B, S]")
-        if ids.shape[1] > self.config.max_position:
-            raise ValueError(f"Decoder: {ids.shape[1]} tokens, the model has {self.config.max_position} positions")
+        self._check_length(ids.shape[1])
         position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        return self._turned(ids, position, ops.attention, adapters)
+
+    def packed_hidden(self, batch: Packed) -> Tensor:
+        """The same for sequences one after another: [T, dim]. None sees another; each has the bits that it has alone."""
+        self._check_length(batch.longest)
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+            return ops.attention_varlen(q, k, v, batch.cu, batch.cu, spec)
+
+        return self._turned(batch.ids, batch.position, attention)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.max_position:
+            raise ValueError(f"Decoder: {length} tokens, the model has {self.config.max_position} positions")
+
+    def _turned(
+        self, ids: Tensor, position: Tensor, attention: Callable[..., Tensor], adapters: Adapters | None = None
+    ) -> Tensor:
+        """The stream with attention(q, k, v, spec) among the tokens themselves, without a cache."""
         turns = self.config.position == "rope"
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
             if turns:
                 q, k = ops.rope(q, k, position, self.table(layer))
-            return ops.attention(q, k, v, self.spec(layer))
+            return attention(q, k, v, self.spec(layer))
 
         return self._stream(ids, position, attend, adapters)
 

@@ -293,8 +293,8 @@ def test_mixture(corpus):
 
 # ----------------------------------------------------------------------------------------------------------- MediaWiki
 
-PAGE = """{{Infobox|name={{lang|en|x}}}}'''Gravity''' ({{lang|la|gravitas}}) or (, pull) is a [[force|fundamental force]]<ref name="a">{{cite}}</ref> of
-[[nature]]<ref name="a" />.<!-- note -->
+PAGE = """{{Infobox|name={{lang|en|x}}}}'''Gravity''' ({{lang|la|gravitas}}) or (, pull) is a [[force|fundamental force]]
+<ref name="a">{{cite}}</ref>of [[nature]]<ref name="a" />.<!-- note -->
 [[File:Apple.jpg|thumb|An [[apple]] that falls]]
 {| class="wikitable"
 | cell
@@ -309,7 +309,7 @@ PAGE = """{{Infobox|name={{lang|en|x}}}}'''Gravity''' ({{lang|la|gravitas}}) or 
 
 def test_markup():
     assert plain_text(PAGE) == (
-        "Gravity or (pull) is a fundamental force of\nnature.\n\nHistory\n\nNewton & others"
+        "Gravity or (pull) is a fundamental force\nof nature.\n\nHistory\n\nNewton & others"
     )  # fmt: skip
 
 
