@@ -10,8 +10,9 @@ from _build import ROOT, run
 
 import fastllm
 from fastllm import _C, conversation, hub, models, ops
-from fastllm.data import tokenizer
+from fastllm.data import batch, corrupt, curate, formats, instruct, lint, sources, tokenizer
 from fastllm.decode import beam, embed
+from fastllm.models import resize
 
 PROGRAM = ROOT / "tests/typing/program.py"
 
@@ -34,8 +35,11 @@ def callables(name, value):
                 yield f"{name}.{key}", member
 
 
+DATA = [batch, corrupt, curate, formats, instruct, lint, sources, tokenizer]
+
+
 @pytest.mark.parametrize(
-    "module", [fastllm, conversation, beam, embed, hub, models, ops, tokenizer], ids=lambda m: m.__name__
+    "module", [fastllm, conversation, beam, embed, hub, models, ops, resize, *DATA], ids=lambda m: m.__name__
 )
 def test_public_signatures_are_complete(module):
     ours = [

@@ -15,8 +15,8 @@ trained though a vocabulary may pad by the same id.
 import bisect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from ..models.layers import Packed
 from ..ops import LossSpec
 from .chat import ChatTemplate
-from .sources import Document, permutation
+from .sources import Document, Documents, Mixture, permutation
 from .tokenizer import Tokenizer
 
 IGNORE = LossSpec().ignore_index
@@ -36,13 +36,13 @@ HOW = ("best_fit", "sequential")
 class Example:
     """One sequence of n tokens: ids int64 [n], target int64 [n] (IGNORE: none), weight float32 [n] of each prediction.
 
-    truncated: an answer that was cut, so that its end is not trained.
+    ends: whether it goes on to the end of its sequence, or was cut before.
     """
 
     ids: np.ndarray
     target: np.ndarray
     weight: np.ndarray
-    truncated: bool = False
+    ends: bool = True
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,7 +59,8 @@ class Example:
 
     def part(self, start: int, stop: int) -> "Example":
         """The tokens [start, stop), which still say what came next in the whole."""
-        return replace(self, ids=self.ids[start:stop], target=self.target[start:stop], weight=self.weight[start:stop])
+        cut = (getattr(self, name)[start:stop] for name in ("ids", "target", "weight"))
+        return Example(*cut, ends=self.ends and stop >= len(self))
 
     def pieces(self, longest: int) -> list["Example"]:
         """Parts of at most so many tokens; no prediction is lost."""
@@ -81,7 +82,7 @@ def encode_completion(tokenizer: Tokenizer, prompt: str, completion: str, longes
     """bos, prompt, completion, eos; the completion and eos are trained.
 
     The two are encoded apart, as the prompt will stand alone when the model is asked. Longer than `longest`, the end is cut
-    and the example marked as truncated; nothing is given where no answer would be left.
+    and `ends` is false; nothing is given where no answer would be left.
     """
     head = [*_bos(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
     tail = [*tokenizer.encode(completion, add_special_tokens=False), _eos(tokenizer)]
@@ -172,7 +173,7 @@ def _eos(tokenizer: Tokenizer) -> int:
 def _cut(example: Example, longest: int | None) -> list[Example]:
     if longest is None or len(example) <= longest:
         return [example]
-    short = replace(example.part(0, longest), truncated=True)
+    short = example.part(0, longest)
     return [short] if short.weight.any() else []
 
 
@@ -240,14 +241,6 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-class Stateful(Protocol):
-    """An iterator of documents that knows where it is: `Documents` or `Mixture`."""
-
-    def __next__(self) -> Document: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
 class Batches:
     """Batches of at most `tokens` tokens out of documents: an iterator with a state, exact at any batch.
 
@@ -259,7 +252,7 @@ class Batches:
 
     def __init__(
         self,
-        documents: Stateful,
+        documents: Documents | Mixture,
         encode: Callable[[Document, int], list[Example]],
         tokens: int,
         how: str = "best_fit",

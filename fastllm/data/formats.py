@@ -21,7 +21,7 @@ _OPENERS: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.o
 
 
 def find_files(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
-    """Files of a known format, sorted: files, folders (with all below them) and globs.
+    """Files of a known format, sorted: files, folders (with all below them but hidden files) and globs.
 
     FileNotFoundError: nothing there. ValueError: a file of a format that is not known.
     """
@@ -29,7 +29,7 @@ def find_files(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[P
     for given in [paths] if isinstance(paths, str | os.PathLike) else list(paths):
         path = Path(given).expanduser()
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
+            files = sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != "." and _format(p))
         elif path.is_file():
             files = [path]
         else:

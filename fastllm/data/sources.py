@@ -335,8 +335,11 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part, count = path.with_name(f".{path.name}.part"), 0
-    with part.open("w", encoding="utf-8") as file:
-        for count, record in enumerate(records, 1):  # noqa: B007 - counts
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(part, path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            for count, record in enumerate(records, 1):  # noqa: B007 - counts
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return count

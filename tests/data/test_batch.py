@@ -69,7 +69,7 @@ def test_text(tokenizer):
     assert example.ids.tolist() == ids and example.target.tolist() == [*ids[1:], tokenizer.eos_id]
     pieces = encode_text(tokenizer, "the one and the other", longest=4)
     (uncut,) = encode_text(tokenizer, "the one and the other")
-    assert max(map(len, pieces)) == 4
+    assert max(map(len, pieces)) == 4 and [p.ends for p in pieces] == [False] * (len(pieces) - 1) + [True]
     for name in ("ids", "target", "weight"):  # nothing that was to be said is lost at a cut
         assert np.concatenate([getattr(p, name) for p in pieces]).tolist() == getattr(uncut, name).tolist()
     assert not len(encode_text(tokenizer, "")[0])
@@ -79,7 +79,7 @@ def test_completion(tokenizer):
     (example,) = encode_completion(tokenizer, "the one", " and a")
     assert said(tokenizer, example) == " and a<|im_end|>" and whole(tokenizer, example) == "the one and a<|im_end|>"
     (cut,) = encode_completion(tokenizer, "the", " one in a row", longest=5)
-    assert cut.truncated and len(cut) == 5 and tokenizer.eos_id not in cut.target
+    assert not cut.ends and example.ends and len(cut) == 5 and tokenizer.eos_id not in cut.target
     assert encode_completion(tokenizer, "a long prompt", "x", longest=3) == []
     with pytest.raises(ValueError, match="the prompt is empty"):
         encode_completion(tokenizer, "", "x")

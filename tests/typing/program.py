@@ -12,6 +12,10 @@ from typing_extensions import assert_type
 import fastllm
 from fastllm import LLM, SamplingParams, hub, models, ops
 from fastllm.conversation import Conversation
+from fastllm.data.batch import Batch, Batches, encode
+from fastllm.data.curate import Rules, curate
+from fastllm.data.lint import Finding, lint
+from fastllm.data.sources import Document, Documents, Mixture, mixing_rates
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.decode.beam import BeamParams, Hypothesis, generate
 from fastllm.decode.embed import TextEncoder
@@ -69,6 +73,19 @@ def files() -> None:
         hub.resolve("org/name")
     except hub.HubError as error:
         print(error)
+
+
+def data(tokenizer: Tokenizer) -> None:
+    train = Documents("a.jsonl", split="train", shuffle=100, epochs=None)
+    assert_type(next(train), Document)
+    both = Mixture(
+        {"a": train, "b": Documents(["b.txt"], unit="line")}, mixing_rates({"a": 1, "b": 2}, temperature=2.0)
+    )
+    batches = Batches(both, lambda document, index: encode(tokenizer, document.fields, longest=64), tokens=1024)
+    assert_type(next(batches), Batch)
+    assert_type(curate(train, None, Rules(languages=("en",))).table(), str)
+    assert_type(lint(tokenizer, [], vocab=10), list[Finding])
+    assert_type(Tokenizer.train(["a"], 300).extended(["<x>"]), Tokenizer)
 
 
 def encoders(model: Seq2Seq, ids: Tensor) -> None:
