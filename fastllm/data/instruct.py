@@ -53,7 +53,7 @@ class Task:
 
 
 def choices(options: Iterable[str]) -> str:
-    """ "a, b or c", for a prompt that names what may be answered."""
+    """Options as in "a, b or c", for a prompt that names what may be answered."""
     *most, last = options
     return f"{', '.join(most)} or {last}" if most else last
 

@@ -25,6 +25,7 @@ from .tokenizer import Tokenizer
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _SHOWN = 5
+_BEGINNING = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ def lint(
     pairs of a classification. pad_id: what batches are padded by, None for what `padding_id` says.
     """
     found = [*check_tokenizer(tokenizer, template, pad_id), *check_examples(examples, tokenizer, vocab)]
-    for number, batch in enumerate(batches):
-        found += check_packing(batch, examples, number)
+    found += check_packing(batches, examples)
     if splits is not None:
         found += check_splits(splits)
     return found + check_labels(labelled)
@@ -119,27 +119,41 @@ def check_examples(examples: Sequence[Example], tokenizer: Tokenizer, vocab: int
     ]
 
 
-def check_packing(batch: Batch, examples: Sequence[Example], number: int = 0) -> list[Finding]:
+def check_packing(batches: Iterable[Batch], examples: Sequence[Example]) -> list[Finding]:
     """Every packed sequence is a part of one example, at positions that begin at 0, and says nothing of its neighbour."""
-    packed, name = batch.packed, f"batch {number}"
-    cu, total = packed.cu.tolist(), len(packed.ids)
-    if cu[0] != 0 or cu[-1] != total or any(a > b for a, b in itertools.pairwise(cu)):
-        message = (
-            f"{name} has {total} tokens and borders {cu[:_SHOWN]} ... {cu[-1]}; they must ascend from 0 to {total}"
-        )
-        return [Finding("mixed packing", message)]
-    wholes = [_pairs(e.ids, e.target) for e in examples]
-    ids, target, position = (t.cpu().numpy() for t in (packed.ids, batch.target, packed.position))
-    bad = []
-    for n, (a, b) in enumerate(itertools.pairwise(cu)):
-        part = _pairs(ids[a:b], target[a:b])
-        is_padding = (target[a:b] == IGNORE).all()
-        if not (position[a:b] == np.arange(b - a)).all() or not (is_padding or any(part in whole for whole in wholes)):
-            bad.append(n)
-    if not bad:
-        return []
-    message = f"{len(bad)} of {len(cu) - 1} sequences of {name} are no part of one example, at positions from 0 on; give each "
-    return [Finding("mixed packing", message + "its own border in cu and its own positions", tuple(bad[:_SHOWN]))]
+    wholes, found = _Wholes(examples), []
+    for number, batch in enumerate(batches):
+        packed, cu, total = batch.packed, batch.packed.cu.tolist(), len(batch.packed.ids)
+        if cu[0] != 0 or cu[-1] != total or any(a > b for a, b in itertools.pairwise(cu)):
+            message = f"batch {number} has {total} tokens and the borders {cu[:_SHOWN]} ... {cu[-1]}; they must ascend from 0 "
+            found.append(Finding("mixed packing", message + f"to {total}"))
+            continue
+        ids, target, position = (t.cpu().numpy() for t in (packed.ids, batch.target, packed.position))
+        bad = []
+        for n, (a, b) in enumerate(itertools.pairwise(cu)):
+            is_padding = (target[a:b] == IGNORE).all()
+            fits = (position[a:b] == np.arange(b - a)).all()
+            if not fits or not (is_padding or wholes.hold(_pairs(ids[a:b], target[a:b]))):
+                bad.append(n)
+        if bad:
+            message = f"{len(bad)} of {len(cu) - 1} sequences of batch {number} are no part of one example, at positions from 0 "
+            message += "on; give each its own border in cu and its own positions"
+            found.append(Finding("mixed packing", message, tuple(bad[:_SHOWN])))
+    return found
+
+
+class _Wholes:
+    """Examples as bytes, found by how they begin."""
+
+    def __init__(self, examples: Sequence[Example]):
+        self.all = [_pairs(example.ids, example.target) for example in examples]
+        self.beginning: dict[bytes, list[bytes]] = defaultdict(list)
+        for whole in self.all:
+            self.beginning[whole[:_BEGINNING]].append(whole)
+
+    def hold(self, part: bytes) -> bool:
+        begun = self.beginning.get(part[:_BEGINNING], ())
+        return any(whole.startswith(part) for whole in begun) or any(part in whole for whole in self.all)
 
 
 def _pairs(ids: np.ndarray, target: np.ndarray) -> bytes:

@@ -1,13 +1,21 @@
 """Masked tokens and corrupted spans: the statistics of the papers, and nothing lost."""
 
+import itertools
+import json
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastllm.data.batch import IGNORE
+from fastllm import ops
+from fastllm.data.batch import IGNORE, Batches, collate_pairs
 from fastllm.data.corrupt import Words, corrupt_spans, generator, mask_tokens, sentinel_ids
+from fastllm.data.sources import Documents, write_jsonl
 from fastllm.data.tokenizer import Tokenizer
+from fastllm.models.encoder import Encoder, EncoderConfig
+from fastllm.models.seq2seq import Seq2Seq, Seq2SeqConfig
 
 ROLES = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]", "eos": "[SEP]"}
 TEXTS = [f"the unbelievable cat number {i} sat on the mats; naïve cats!" for i in range(100)]
@@ -129,3 +137,51 @@ def test_span_errors(ids, options, words):
 def test_sentinels_are_missing():
     with pytest.raises(ValueError, match=r"no <extra_id_0> in the vocabulary; tokenizer.extended"):
         sentinel_ids(Tokenizer.train(TEXTS, 300))
+
+
+# ---------------------------------------------------------------------------------------------------------------- models
+
+
+def masked_batches(folder, epochs=2):
+    def encode(document, index):
+        draw = generator(7, index)
+        return [mask_tokens(TOKENIZER.encode(document.text), WORDS, draw, whole_words=True)]
+
+    return Batches(Documents(folder, shuffle=10, epochs=epochs), encode, tokens=128, window=30)
+
+
+def test_an_encoder_reads_masked_batches(tmp_path):
+    """Drawn anew in each epoch, the same after a resume; and it learns what belongs into the holes."""
+    write_jsonl(tmp_path / "f.jsonl", ({"text": text} for text in TEXTS))
+    targets = [b.target.tolist() for b in masked_batches(tmp_path)]
+    first, again = masked_batches(tmp_path), masked_batches(tmp_path)
+    list(itertools.islice(first, 5))
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [b.target.tolist() for b in again] == targets[5:]
+    torch.manual_seed(0)
+    model = Encoder(EncoderConfig(len(TOKENIZER), 1, 32, 64, 2, 64, head="mlm"))
+    optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
+    for batch in itertools.islice(masked_batches(tmp_path, epochs=None), 60):
+        logits = model.head(model.packed_hidden(batch.packed))
+        loss = ops.cross_entropy(logits, batch.target, token_weight=batch.weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 1
+
+
+def test_a_seq2seq_reads_corrupted_spans():
+    ids = [TOKENIZER.encode(text, add_special_tokens=False) for text in TEXTS[:8]]
+    pairs = [corrupt_spans(x, SENTINELS, EOS, generator(0, i)) for i, x in enumerate(ids)]
+    batch = collate_pairs(pairs, start_id=2, pad_id=2)
+    model = Seq2Seq(Seq2SeqConfig(len(TOKENIZER), 1, 1, 32, 64, 2, 16))
+    spec = ops.LossSpec(reduction="none")
+    both = ops.cross_entropy(
+        model(batch.source, batch.decoder_ids, batch.mask).flatten(0, 1), batch.target.flatten(), None, spec
+    )
+    for i, pair in enumerate(pairs):  # padding changes nothing
+        one = collate_pairs([pair], start_id=2, pad_id=2)
+        alone = ops.cross_entropy(model(one.source, one.decoder_ids, one.mask)[0], one.target[0], None, spec)
+        torch.testing.assert_close(both.view(batch.target.shape)[i, : len(alone)], alone)
+        assert (both.view(batch.target.shape)[i, len(alone) :] == 0).all()

@@ -155,14 +155,16 @@ def half(packed):
 @pytest.mark.parametrize("plant", [forgotten_borders, one_text, running_positions, shifted_borders, half])
 def test_mixed_packing(examples, plant):
     batch = collate(examples[:6])
-    assert check_packing(batch, examples) == []
-    assert faults(check_packing(dataclasses.replace(batch, packed=plant(batch.packed)), examples)) == ["mixed packing"]
+    assert check_packing([batch], examples) == []
+    assert faults(check_packing([batch, dataclasses.replace(batch, packed=plant(batch.packed))], examples)) == [
+        "mixed packing"
+    ]
 
 
 def test_a_target_of_the_neighbour(examples):
     batch = collate(examples[:6])
     target = torch.cat((batch.packed.ids[1:], batch.target[-1:]))  # shifted over the borders
-    assert faults(check_packing(dataclasses.replace(batch, target=target), examples)) == ["mixed packing"]
+    assert faults(check_packing([dataclasses.replace(batch, target=target)], examples)) == ["mixed packing"]
 
 
 def test_leaked_splits():
