@@ -1,0 +1,1 @@
+"""Training: one step loop, and what stands on it."""

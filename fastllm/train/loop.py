@@ -1,0 +1,349 @@
+"""The step loop under every stage of training.
+
+    batches = Batches(documents, encode, tokens=4096)
+    report = fit(model, batches, next_token_loss, "runs/first", LoopOptions(steps=1000, save_every=100))
+
+A step takes `accumulate` batches, adds up their losses token by token, and divides by the weight of all their predictions: the
+gradient is that of one large batch, however its tokens fall into small ones. Then it clips and updates (optim.py).
+
+What a step depends on is in a checkpoint: parameters, moments, step, position in the data, torch's generators. So a run that
+was cut off, at any moment, goes on with the bits that it would have had, on the same number of threads. The run folder holds
+the checkpoints and log.jsonl, a line for each logged step and each validation.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import CheckpointError, Checkpoints, Progress
+from .optim import Optimizer, OptimOptions, require
+
+LOG, BAD_BATCH = "log.jsonl", "bad_batch.json"
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says where it stands and what to do."""
+
+
+class Batch(Protocol):
+    """weight: float32, of each prediction, 0 where there is none."""
+
+    weight: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch": ...
+
+
+class Source(Protocol):
+    """An iterator of batches that knows where it is, in plain JSON."""
+
+    def __next__(self) -> Batch: ...
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions(OptimOptions):
+    """steps: of the whole run. accumulate: batches of a step. log_every, eval_every, save_every: steps between them; 0: only at
+    the end. keep_last: checkpoints that stay, beside the best. patience: validations without a new best before it stops; 0:
+    never."""
+
+    steps: int = 1000
+    accumulate: int = 1
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+    keep_last: int = 2
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in {"steps": 1, "accumulate": 1, "keep_last": 1}.items():
+            require(name, getattr(self, name), getattr(self, name) >= least, f"{least} or more")
+        for name in ("log_every", "eval_every", "save_every", "patience"):
+            require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        self.rate(1, self.steps)
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a run ended. reason: "done", "no better" (patience), "interrupted" or "no more data". loss: of the last step, a
+    prediction, in nats. checkpoint: its folder."""
+
+    reason: str
+    step: int
+    loss: float
+    best: float | None
+    best_step: int | None
+    checkpoint: Path
+
+
+def fit(
+    model: nn.Module,
+    batches: Source,
+    loss: Callable[[nn.Module, Any], Tensor],
+    out: str | os.PathLike,
+    options: LoopOptions,
+    *,
+    validate: Callable[[nn.Module], float] | None = None,
+    resume: bool = False,
+    watch: Iterable[Callable[[Mapping[str, Any]], None]] = (),
+) -> Report:
+    """Trains the parameters of `model` that need a gradient, in place.
+
+    loss(model, batch): the sum over its predictions of weight * loss, a scalar. validate(model): a loss, the lower the better,
+    called in eval mode without gradients. watch: what gets each line of the log. resume: go on from the newest checkpoint.
+
+    Ctrl-C ends the step that runs, saves and returns; a second one stops at once. TrainingError: a loss or gradient that is not
+    finite (the model is then as it was before the step). Any other error of the data or the loss is raised as it is, when the
+    steps before it are saved. CheckpointError: a checkpoint that cannot be written or read, or a
+    folder that has some when resume is not given. ValueError: options, or a batch without a prediction.
+    """
+    run = Path(out)
+    checkpoints, optimizer = Checkpoints(run, options.keep_last), Optimizer(model, options, options.steps)
+    progress = _begin(model, batches, optimizer, checkpoints, resume)
+    device = next(iter(optimizer.parameters.values())).device
+    step_of = _Step(model, batches, loss, optimizer, options.accumulate, device)
+    value, reason, saved = math.nan, "done", progress.step if resume else None
+    model.train()
+    with _Log(run, progress.step, watch) as log, _Interrupt() as interrupt:
+        while progress.step < options.steps:
+            try:
+                value, predictions = step_of()
+            except StopIteration:
+                reason = "no more data"
+                break
+            except _NotFinite as problem:
+                _say_not_finite(problem, progress, checkpoints, run)
+            except Exception:  # of the data or the loss: no parameter has moved since the last step
+                if saved != progress.step > 0:
+                    with contextlib.suppress(CheckpointError):
+                        checkpoints.save(model, optimizer, progress)
+                raise
+            step = progress.step + 1
+            progress = replace(
+                progress, step=step, data=batches.state_dict(), tokens=progress.tokens + round(predictions)
+            )
+            last = step == options.steps
+            if last or _due(step, options.log_every):
+                log.write({"step": step, "loss": value, "tokens": progress.tokens, **step_of.since_last()})
+            if validate is not None and (last or _due(step, options.eval_every)):
+                found = _validated(model, validate)
+                log.write({"step": step, "validation": found})
+                better = progress.best is None or found < progress.best
+                progress = replace(progress, stale=0 if better else progress.stale + 1)
+                if better:
+                    progress = replace(progress, best=found, best_step=step)
+                    checkpoints.save(model, optimizer, progress)
+                    saved = step
+            if _due(step, options.save_every) and saved != step:
+                checkpoints.save(model, optimizer, progress)
+                saved = step
+            if options.patience and progress.stale >= options.patience:
+                reason = "no better"
+            elif interrupt.asked and not last:
+                reason = "interrupted"
+            if reason != "done":
+                break
+        if saved != progress.step:
+            checkpoints.save(model, optimizer, progress)
+    path = checkpoints.path(progress.step)
+    return Report(reason, progress.step, value, progress.best, progress.best_step, path)
+
+
+def _begin(model: nn.Module, batches: Source, optimizer: Optimizer, checkpoints: Checkpoints, resume: bool) -> Progress:
+    there = checkpoints.steps()
+    if not resume:
+        if there:
+            raise CheckpointError(
+                f"{checkpoints.folder} has checkpoints up to step {there[-1]}; give resume=True to go on, or another folder"
+            )
+        return Progress(data=batches.state_dict())
+    progress = checkpoints.load(model, optimizer)
+    batches.load_state_dict(progress.data)
+    threads = checkpoints.threads(progress.step)
+    if threads != torch.get_num_threads():
+        warnings.warn(
+            f"the checkpoint was computed by {threads} threads, now there are {torch.get_num_threads()}: the run goes on, "
+            "but sums in other orders may change its last bits",
+            stacklevel=3,
+        )
+    return progress
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+class _NotFinite(Exception):
+    def __init__(self, what: str, batch: int | None, data: Any):
+        self.what, self.batch, self.data = what, batch, data
+
+
+class _Step:
+    """A step: its loss a prediction, and the weight of its predictions. StopIteration when there is no more data."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Source,
+        loss: Callable,
+        optimizer: Optimizer,
+        accumulate: int,
+        device: torch.device,
+    ):
+        self.model, self.batches, self.loss, self.optimizer = model, batches, loss, optimizer
+        self.accumulate, self.device = accumulate, device
+        self._clear()
+
+    def __call__(self) -> tuple[float, float]:
+        began, data = time.perf_counter(), self.batches.state_dict()
+        group = self._group()
+        total = sum(float(batch.weight.double().sum()) for batch in group)
+        if not total > 0:
+            raise ValueError(
+                f"the {len(group)} batches of a step have predictions of weight {total}; leave out examples of which nothing "
+                "is trained"
+            )
+        self._waited += time.perf_counter() - began
+        value = 0.0
+        for number, batch in enumerate(group):
+            part = self.loss(self.model, batch.to(self.device)) / total
+            value += float(part.detach())
+            if not math.isfinite(value):
+                self._forget_gradients()
+                raise _NotFinite(f"the loss is {value}", number, data)
+            part.backward()
+        self._rate = self.optimizer.rate
+        self._norm = float(self.optimizer.step())
+        if not math.isfinite(self._norm):
+            raise _NotFinite(f"the gradients' norm is {self._norm}", None, data)
+        self._weight += total
+        return value, total
+
+    def since_last(self) -> dict[str, float]:
+        """Figures of the steps since the last call: rate and norm of the last one, predictions a second, and the share of time
+        that was spent on waiting for data."""
+        seconds = time.perf_counter() - self._since
+        record = {
+            "lr": self._rate,
+            "grad_norm": self._norm,
+            "tokens_per_s": self._weight / seconds,
+            "data_share": self._waited / seconds,
+        }
+        self._clear()
+        return record
+
+    def _clear(self) -> None:
+        self._since, self._waited, self._weight = time.perf_counter(), 0.0, 0.0
+
+    def _group(self) -> list[Batch]:
+        """What is left, where the data end within a step."""
+        group: list[Batch] = []
+        for _ in range(self.accumulate):
+            try:
+                group.append(next(self.batches))
+            except StopIteration:
+                break
+        if not group:
+            raise StopIteration
+        return group
+
+    def _forget_gradients(self) -> None:
+        for p in self.optimizer.parameters.values():
+            p.grad = None
+
+
+def _say_not_finite(problem: _NotFinite, progress: Progress, checkpoints: Checkpoints, run: Path) -> None:
+    step = progress.step + 1
+    where = "" if problem.batch is None else f", in its batch {problem.batch + 1}"
+    record = {"step": step, "batch": problem.batch, "what": problem.what, "data": problem.data}
+    try:
+        (run / BAD_BATCH).write_text(json.dumps(record, indent=1))
+        place = f"its place in the data is in {run / BAD_BATCH}"
+    except OSError as error:
+        place = f"its place in the data could not be written to {run / BAD_BATCH} ({error})"
+    last = checkpoints.steps()
+    good = f"the last checkpoint is {checkpoints.path(last[-1])}" if last else "there is no checkpoint yet"
+    raise TrainingError(
+        f"step {step}: {problem.what}{where}; nothing was updated, {good}, {place}. Look at that text, lower lr or clip, or "
+        "lengthen the warm-up"
+    ) from None
+
+
+def _validated(model: nn.Module, validate: Callable[[nn.Module], float]) -> float:
+    model.eval()
+    try:
+        with torch.no_grad():
+            return float(validate(model))
+    finally:
+        model.train()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+# ------------------------------------------------------------------------------------------------ the log, and Ctrl-C
+
+
+class _Log:
+    """log.jsonl: lines behind the step where a run goes on are those of one that was cut off, and go."""
+
+    def __init__(self, run: Path, step: int, watch: Iterable[Callable[[Mapping[str, Any]], None]]):
+        run.mkdir(parents=True, exist_ok=True)
+        self.path, self.watch = run / LOG, tuple(watch)
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        part = self.path.with_name(f".{LOG}.part")
+        part.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(part, self.path)
+
+    def _lines(self) -> list[str]:
+        """The whole ones."""
+        text = self.path.read_text() if self.path.exists() else ""
+        return text[: text.rfind("\n") + 1].splitlines()
+
+    def __enter__(self) -> "_Log":
+        self._file = self.path.open("a")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for each in self.watch:
+            each(record)
+
+
+class _Interrupt:
+    """The first Ctrl-C is a wish, the second one KeyboardInterrupt. Only the main thread can hear it."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "_Interrupt":
+        self._heard = threading.current_thread() is threading.main_thread()
+        if self._heard:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._heard:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
