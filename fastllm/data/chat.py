@@ -19,6 +19,8 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from ..files import Replacing
+
 if TYPE_CHECKING:
     from fastllm.models.gguf import GGUFFile
 
@@ -113,8 +115,12 @@ class ChatTemplate:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes chat_template.jinja, which `from_folder` and transformers read."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, "chat_template.jinja").write_text(self.source, encoding="utf-8")
+        with Replacing(folder) as files:
+            self.write(files)
+
+    def write(self, files: Replacing) -> None:
+        """The same among other files."""
+        files.write("chat_template.jinja", self.source)
 
 
 def _check_messages(messages: Any) -> list[dict[str, Any]]:

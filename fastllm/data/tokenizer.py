@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from ..files import Replacing
+
 if TYPE_CHECKING:
     from fastllm.models.gguf import GGUFFile
 
@@ -281,21 +283,19 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which `from_folder` and transformers read."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        with Replacing(folder) as files:
+            self.write(files)
+
+    def write(self, files: Replacing) -> None:
+        """The same among other files."""
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         for role in ROLES:
             id = getattr(self, f"{role}_id")
             if id is not None:
                 config[f"{role}_token"] = self.token(id)
         config["eos_token_ids"] = sorted(self.eos_ids)
-        for name, text in (
-            ("tokenizer.json", self.backend.to_str(pretty=True)),
-            ("tokenizer_config.json", json.dumps(config, indent=2)),
-        ):
-            part = folder / f".{name}.part"
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, folder / name)
+        files.write("tokenizer.json", self.backend.to_str(pretty=True))
+        files.write("tokenizer_config.json", json.dumps(config, indent=2))
 
 
 class StreamDecoder:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import Replacing
 from ..hub import check_no_pickle
 
 KINDS = ("F32", "F16", "BF16")
@@ -192,31 +193,19 @@ Stored = tuple[str, Tensor, Callable[[], Tensor]]
 def write_tensors(folder: str | os.PathLike, tensors: Sequence[Stored], config: dict[str, Any], how: Writing) -> None:
     """The same of tensors under the file's names; each is made when its shard is written."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     dtype = how.dtype or tensors[0][1].dtype
     config = config | {"torch_dtype": str(dtype).removeprefix("torch.")} | dict(how.more or {})
-    parts: dict[str, Path] = {}  # final name -> where it is written first
-    try:
-        shards = _write_shards(folder, _shards(tensors, dtype, how.shard_bytes), dtype, parts)
-        _write_json(folder, "config.json", config, parts)
+    with Replacing(folder) as files:
+        shards = _write_shards(files, _shards(tensors, dtype, how.shard_bytes), dtype)
+        files.write("config.json", json.dumps(config, indent=2))
         if len(shards) > 1:
             total = sum(rows.numel() for _, rows, _ in tensors) * dtype.itemsize
             where = {name: file for file, held in shards.items() for name in held}
             index = {"metadata": {"total_size": total}, "weight_map": where}
-            _write_json(folder, "model.safetensors.index.json", index, parts)
-        for final, part in parts.items():
-            os.replace(part, folder / final)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+            files.write("model.safetensors.index.json", json.dumps(index, indent=2))
     for old in folder.iterdir():  # shards and index of what stood here before
-        if OWN_FILES.fullmatch(old.name) and old.name not in parts:
+        if OWN_FILES.fullmatch(old.name) and old.name not in files.parts:
             old.unlink()
-
-
-def _write_json(folder: Path, name: str, content: dict, parts: dict[str, Path]) -> None:
-    parts[name] = folder / f".{name}.part"
-    parts[name].write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def _shards(tensors: Sequence[Stored], dtype: torch.dtype, limit: int) -> list[list[Stored]]:
@@ -233,17 +222,14 @@ def _shards(tensors: Sequence[Stored], dtype: torch.dtype, limit: int) -> list[l
     return plan
 
 
-def _write_shards(
-    folder: Path, plan: list[list[Stored]], dtype: torch.dtype, parts: dict[str, Path]
-) -> dict[str, list[str]]:
+def _write_shards(files: Replacing, plan: list[list[Stored]], dtype: torch.dtype) -> dict[str, list[str]]:
     """Final file name -> names of the tensors in it."""
     from safetensors.torch import save_file
 
     shards = {}
     for i, shard in enumerate(plan, 1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{i:05}-of-{len(plan):05}.safetensors"
-        parts[file] = folder / f".{file}.part"
         whole = {name: make().to("cpu", dtype).clone(memory_format=torch.contiguous_format) for name, _, make in shard}
-        save_file(whole, parts[file], {"format": "pt"})
+        save_file(whole, files.part(file), {"format": "pt"})
         shards[file] = list(whole)
     return shards

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import Replacing
 from ..models.decoder import Decoder
 from ..models.families import FAMILIES, Names
 from ..models.folder import KINDS
@@ -242,11 +243,11 @@ def _split(key: str, file: Path) -> tuple[str, str]:
 
 
 def write(path: str | os.PathLike, lora: Lora, dtype: torch.dtype | None = None) -> None:
-    """Writes a folder that `read` and PEFT read; dtype: of the tensors, None keeps float32. Each file is replaced whole."""
+    """Writes a folder that `read` and PEFT read; dtype: of the tensors, None keeps float32. Nothing is replaced before all is
+    written."""
     from safetensors.torch import save_file
 
-    folder, tensors = Path(path), {}
-    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
     for name, pair in lora.pairs.items():
         given = {"lora_A.weight": pair.a, "lora_B.weight": pair.b, "lora_magnitude_vector": pair.magnitude}
         tensors |= {f"{PREFIX}{name}.{role}": t for role, t in given.items() if t is not None}
@@ -268,18 +269,10 @@ def write(path: str | os.PathLike, lora: Lora, dtype: torch.dtype | None = None)
         "fan_in_fan_out": any(_transposed(name) for name in lora.pairs),
         "bias": "none",
     }
-    try:
-        save_file(
-            {k: t.detach().to("cpu", dtype or torch.float32).contiguous() for k, t in tensors.items()},
-            folder / f".{WEIGHTS}.part",
-            {"format": "pt"},
-        )
-        (folder / f".{CONFIG}.part").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        for file in (WEIGHTS, CONFIG):
-            os.replace(folder / f".{file}.part", folder / file)
-    finally:
-        for file in (WEIGHTS, CONFIG):
-            (folder / f".{file}.part").unlink(missing_ok=True)
+    stored = {k: t.detach().to("cpu", dtype or torch.float32).contiguous() for k, t in tensors.items()}
+    with Replacing(path) as files:
+        save_file(stored, files.part(WEIGHTS), {"format": "pt"})
+        files.write(CONFIG, json.dumps(config, indent=2))
 
 
 def _list(targets: tuple[str, ...] | str) -> list[str] | str | None:

