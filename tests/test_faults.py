@@ -15,7 +15,7 @@ import _tiny
 import pytest
 import test_hub
 
-from fastllm import LLM, hub, models
+from fastllm import LLM, SamplingParams, hub, models
 from fastllm.conversation import Conversation
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.files import LACK_OF_ROOM, Replacing
@@ -151,3 +151,36 @@ def test_a_full_cache_folder(index, monkeypatch, disk, when):
             hub.resolve("large", progress=False)
     assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.ENOSPC
     assert not test_hub.left_over(cache) and not list(cache.rglob(".fetch-*"))
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("left", [0, 5, 100, 0.5, -1], ids=["nothing", "5 bytes", "half a header", "half", "one byte less"])
+@pytest.mark.parametrize("read", [models.load, LLM], ids=["load", "LLM"])
+def test_a_truncated_shard(base, tmp_path, left, read):
+    models.save(models.load(base), tmp_path, shard_bytes=60_000)
+    Tokenizer.from_folder(base).save(tmp_path)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[2]
+    content = shard.read_bytes()
+    cut = content[: int(left * len(content)) if isinstance(left, float) else left]
+    shard.write_bytes(cut)
+    header = int.from_bytes(cut[:8], "little") + 8
+    wanted = len(content) if len(cut) >= header else f"at least {header}"
+    with pytest.raises(ValueError, match=f"{shard.name} cannot be read: .* should have {wanted}.; fetch it again") as caught:
+        read(tmp_path)
+    assert f"it has {len(cut)} bytes" in str(caught.value)
+    shard.write_bytes(content)
+    read(tmp_path)
+
+
+def test_a_truncated_adapter(base, tmp_path):
+    save_adapter(base, tmp_path)
+    file = tmp_path / lora.WEIGHTS
+    content = file.read_bytes()
+    file.write_bytes(content[:-40])
+    llm, params = LLM(base, max_num_seqs=2), SamplingParams(max_new_tokens=4, temperature=0.0)
+    want = llm.generate("on the", params)[0]
+    with pytest.raises(ValueError, match=f"it has {len(content) - 40} bytes, .* should have {len(content)}.; fetch the adapter"):
+        llm.load_adapter("it", tmp_path)
+    assert llm.adapters == [] and llm.generate("on the", params)[0].logprobs == want.logprobs

@@ -53,7 +53,7 @@ class Folder:
                         part = opened.get_slice(name)
                         self.where[name] = (file, part.get_dtype(), tuple(part.get_shape()))
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} cannot be read: {error}; fetch it again") from error
+                raise ValueError(f"{file} cannot be read: {error}{lengths(file)}; fetch it again") from error
 
     def _files(self) -> list[Path]:
         index, whole = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
@@ -115,6 +115,21 @@ class Folder:
             raise ValueError(f"{self.path}: tensor {name!r} is stored as {kind}; supported: {', '.join(KINDS)}")
         with safe_open(str(file), framework="pt") as opened:
             return opened.get_tensor(name).to(torch.float32, copy=True)
+
+
+def lengths(file: Path) -> str:
+    """How many bytes a damaged file of safetensors has and should have by its header, where these differ."""
+    at_least = "at least "  # the header alone
+    try:
+        with file.open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            wanted = 8 + int.from_bytes(opened.read(8), "little")
+            if size >= wanted:
+                at_least, entries = "", json.loads(opened.read(wanted - 8)).items()
+                wanted += max((entry["data_offsets"][1] for name, entry in entries if name != "__metadata__"), default=0)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return ""
+    return "" if size == wanted else f" (it has {size} bytes, by its header it should have {at_least}{wanted})"
 
 
 def fill(model: nn.Module, names: Names, folder: Any) -> nn.Module:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..files import Replacing
 from ..models.decoder import Decoder
 from ..models.families import FAMILIES, Names
-from ..models.folder import KINDS
+from ..models.folder import KINDS, lengths
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -208,7 +208,7 @@ def _pairs(file: Path) -> dict[str, Pair]:
                     raise ValueError(f"{file}: {key!r} is stored as {kind}; supported: {', '.join(KINDS)}")
                 found.setdefault(name, {})[role] = opened.get_tensor(key).float()
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {error}; fetch the adapter again") from error
+        raise ValueError(f"{file} cannot be read: {error}{lengths(file)}; fetch the adapter again") from error
     if not found:
         raise ValueError(f"{file} holds no adapter; fetch it again")
     for name, tensors in found.items():
