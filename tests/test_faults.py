@@ -22,6 +22,7 @@ from fastllm.files import LACK_OF_ROOM, Replacing
 from fastllm.peft import lora
 
 index = test_hub.index  # a cache of our own, and pip confined to a folder
+ENV = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}  # of child processes
 
 # -------------------------------------------------------------------------------------------------------------- disks
 
@@ -184,3 +185,84 @@ def test_a_truncated_adapter(base, tmp_path):
     with pytest.raises(ValueError, match=f"it has {len(content) - 40} bytes, .* should have {len(content)}.; fetch the adapter"):
         llm.load_adapter("it", tmp_path)
     assert llm.adapters == [] and llm.generate("on the", params)[0].logprobs == want.logprobs
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+MEMORY = """
+import resource, sys
+from dataclasses import replace
+from pathlib import Path
+import _engine, _lora, _tiny
+from fastllm import LLM, SamplingParams
+from fastllm.peft import lora
+
+def limit(room):
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + room if room is not None else -1, -1))
+
+def fails(call):
+    try:
+        call()
+    except MemoryError as error:
+        return error
+    raise SystemExit("no MemoryError")
+
+base, folder = Path(sys.argv[1]), Path(sys.argv[2])
+llm, params = LLM(base, max_num_seqs=8, num_threads=1), SamplingParams(max_new_tokens=200, temperature=0.0, ignore_eos=True)
+short = SamplingParams(max_new_tokens=5, temperature=0.0)
+want = llm.generate("on the", params)[0].logprobs
+BODY
+limit(None)
+assert llm.generate("on the", params)[0].logprobs == want
+print("ok")
+"""
+LACKS = {
+    "a cache": """
+limit(400 << 20)
+error = str(fails(lambda: LLM(base, kv_bytes=1 << 40)))
+for part in ("a KV cache of 2147483648 tokens: 1099.51 GB are asked for", "could be had, for", "lower kv_bytes or max_model_len"):
+    assert part in error, error
+fits = int(error.split("could be had, for ")[1].split()[0])
+kept = LLM(base, kv_bytes=fits * 512 * 9 // 10)  # most of what was promised
+assert kept.generate("on the", params)[0].logprobs == want
+""",
+    "weights": """
+path = _tiny.gguf(folder / "large.gguf", "Q8_0", config=replace(_tiny.CONFIG, dim=512, ffn=2048))  # 26 MB as float32
+limit(24 << 20)
+error = str(fails(lambda: LLM(path, dtype="float32", max_num_seqs=1)))
+assert f"the weights of {path}: 26." in error and "quantize them to int8 or int4, or take a smaller model" in error, error
+LLM(path, max_num_seqs=1)
+""",
+    "an adapter": """
+lora.write(folder / "it", _lora.draw(llm.model, seed=1, rank=64))
+limit(0)
+error = fails(lambda: llm.load_adapter("it", folder / "it"))
+limit(None)
+assert llm.adapters == [], error
+llm.load_adapter("it", folder / "it")
+llm.generate("on the", SamplingParams(max_new_tokens=5, adapter="it"))
+""",
+    "reading a prompt": """
+prompts = ["on the", [5, 6, 7, 8] * 240, "in the"]
+stream = llm.stream("on the", params)  # one that runs already goes on
+told = next(stream)
+limit(0)
+error = fails(lambda: llm.generate(prompts, short))
+done = [r.finish_reason for r in error.outputs]
+assert done[1] == "abort" and {done[0], done[2]} <= {"stop", "length"}, done
+for part in ("reading a prompt of 960 tokens: ", "; others go on; run fewer at once than max_num_seqs=8, "):
+    assert part in str(error), error
+told += "".join(stream)
+limit(None)
+assert told == llm.generate("on the", params)[0].text
+""",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS holds on Linux")
+@pytest.mark.parametrize("lack", LACKS)
+def test_memory_that_is_refused(base, tmp_path, lack):
+    code = MEMORY.replace("BODY", LACKS[lack])
+    run = subprocess.run([sys.executable, "-c", code, base, tmp_path], capture_output=True, text=True, timeout=300, env=ENV)
+    assert run.returncode == 0 and run.stdout == "ok\n", run.stdout + run.stderr

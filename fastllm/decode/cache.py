@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..models.arena import Arena
+from ..models.arena import Arena, available
 from ..models.blocks import Adapters, PagedBatch
 from ..models.decoder import DecoderConfig
 
@@ -47,8 +47,9 @@ class KVCache:
         try:
             memory = Arena(size)
         except MemoryError as error:
+            fits = available(size) // page_bytes(config, dtype) * PAGE
             raise MemoryError(
-                f"a KV cache of {pages * PAGE} tokens: {error}; lower kv_bytes or max_model_len"
+                f"a KV cache of {pages * PAGE} tokens: {error}, for {fits} tokens; lower kv_bytes or max_model_len"
             ) from error
         # A page holds all layers, so that the first tokens of a sequence lie together on few huge pages of memory.
         block = memory.take(size).view(pages, config.layers, -1)

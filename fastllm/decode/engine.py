@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import _C, ops
+from ..models.arena import lack_of_memory
 from ..models.blocks import Adapters
 from ..models.decoder import Decoder
 from ..peft import lora
@@ -139,12 +140,14 @@ class Engine:
 
     def load_adapter(self, name: str, adapter: lora.Lora) -> None:
         """Sequences that are put in line from now on may name it; those that have an older one of that name keep it.
-        Waits for the step that is running. ValueError for an adapter of another base."""
+        Waits for the step that is running. ValueError for an adapter of another base, MemoryError where it does not fit."""
         parts = lora.parts(adapter, self.model)
         with self._between_steps():
             old = self.adapters.named.get(name)
             try:
                 self.adapters.load(name, parts, self.cache.root())
+            except (MemoryError, RuntimeError) as error:
+                raise lack_of_memory(error, f"adapter {name!r}", "unload one that is not needed") or error from None
             finally:
                 self._drop_plans()
             with self._turn:
@@ -234,9 +237,14 @@ class Engine:
             self.rows.draft(running[draft.row], draft.first, draft.tokens)
         try:
             token, logprob, logits = self._capture(size, plans) if captures else self._replay(plans[size])
-        except Exception as error:  # LogitsError: of those rows, and none has moved on
-            for row in error.rows if isinstance(error, ops.LogitsError) else range(len(running)):
-                running[row].error = error
+        except Exception as error:  # none has moved on
+            lack = self._lack_of_memory(error, f"a step of {size} rows")
+            if lack:  # with one sequence less it is another step: the one that has least to lose
+                failed = [min(running, key=lambda s: len(s.tokens))]
+            else:
+                failed = [running[row] for row in error.rows] if isinstance(error, ops.LogitsError) else running
+            for s in failed:
+                s.error = lack or error
             return self._end_done()
         tokens, logprobs = token.tolist(), logprob.tolist()
         seconds = time.perf_counter() - began
@@ -263,6 +271,10 @@ class Engine:
             self.rows.clear(len(running), size)
         self._unsure = False
         self._end_done()
+
+    def _lack_of_memory(self, error: Exception, what: str) -> MemoryError | None:
+        step = f"others go on; run fewer at once than max_num_seqs={self.max_num_seqs}, with less kv_bytes, or int8"
+        return lack_of_memory(error, what, step)
 
     def _forward(self, size: int, adapted: bool) -> tuple[Tensor, Tensor, Tensor]:
         rows = slice(0, size)
@@ -295,7 +307,7 @@ class Engine:
             try:
                 most -= max(self._read_piece(s, most), LEAST)
             except Exception as error:
-                s.error = error
+                s.error = self._lack_of_memory(error, f"reading a prompt of {len(s.prompt)} tokens") or error
                 self._end(s)
 
     def _read_piece(self, s: Sequence, most: int) -> int:

@@ -82,6 +82,31 @@ def test_memory_that_runs_out_while_a_prompt_is_read(monkeypatch):
     check(e.cache)
 
 
+@pytest.mark.parametrize("where", ["capture", "replay"])
+def test_memory_that_suffices_for_fewer_rows(monkeypatch, where):
+    """Those that do not fit fail one by one, newest first; the others go on in smaller steps."""
+    e, forward, replay = engine(max_num_seqs=8), Engine._forward, Engine._replay
+    sequences, late = [Made(PROMPT[i : i + 20], SAMPLED, 30) for i in range(3)], [Made(PROMPT[i:50]) for i in range(3)]
+
+    def refuse(size):
+        if size > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096000 bytes.")
+
+    name, call = ("_forward", forward) if where == "capture" else ("_replay", replay)
+    e.submit(sequences)
+    while not all(s.tokens for s in sequences):
+        e.step()
+    sizes = lambda what: what if where == "capture" else len(what.outputs[0])  # noqa: E731
+    monkeypatch.setattr(Engine, name, lambda self, what, *rest: (refuse(sizes(what)), call(self, what, *rest))[1])
+    with pytest.raises(MemoryError, match="a step of 8 rows: 4.10 MB are asked for .*; others go on; .* max_num_seqs=8"):
+        e.run(late)
+    for s in [*sequences, *(s for s in late if not s.error)]:
+        e.wait(lambda s=s: s.ended)
+        assert s.made == alone(s)
+    assert [type(s.error) for s in late].count(MemoryError) == 2 and not any(s.error for s in sequences)
+    check(e.cache)
+
+
 @pytest.mark.parametrize("times", [1, 3])
 def test_an_interrupt_loses_nothing(monkeypatch, times):
     """Ctrl-C between a replay and its tokens, and within a prompt: the others' tokens are made again, bit for bit."""
