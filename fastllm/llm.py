@@ -21,6 +21,7 @@ from .data.tokenizer import Tokenizer
 from .decode.cache import PAGE, page_bytes, pages_for
 from .decode.embed import TextEncoder
 from .decode.engine import Engine
+from .decode.forks import settle
 from .decode.scheduler import Sequence as Decoding
 from .decode.scheduler import Step, Timing
 from .models.decoder import Decoder
@@ -137,6 +138,7 @@ class LLM:
                 raise ValueError(f"LLM: {key}={value!r}; allowed: an integer of at least 1")
         if not isinstance(speculate, int) or isinstance(speculate, bool) or not 0 <= speculate <= MOST_GUESSES:
             raise ValueError(f"LLM: speculate={speculate!r}; allowed: an integer in [0, {MOST_GUESSES}]")
+        settle()
         self.path = hub.resolve(name, revision=revision)
         self.encoder = TextEncoder.load(self.path, quantize=quantize) if _is_encoder(self.path) else None
         if self.encoder:
@@ -322,6 +324,7 @@ class LLM:
         if self.encoder:
             if adapter is not None:
                 raise ValueError(f"embed: adapter={adapter!r}; an encoder takes none, allowed: None")
+            settle()
             return self.encoder.embed(_as_list(prompts))
         return self.engine.embed(self._to_score(prompts), adapter)
 

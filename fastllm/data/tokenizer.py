@@ -113,6 +113,7 @@ class Tokenizer:
         self._mode, self._strip = _decoder_mode(backend)
         self._bytes: dict[int, bytes] = {}
         self._lock = threading.Lock()  # `encode_special_tokens` is a setting of the backend, not an argument
+        self._process = os.getpid()
 
     # Encode
 
@@ -134,6 +135,12 @@ class Tokenizer:
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str) or text is texts:
                 raise TypeError(f"encode takes a str, encode_batch a list of str; got {type(text).__name__}")
+        if self._process != os.getpid():  # a child of that one
+            if self._lock.locked():
+                raise RuntimeError(
+                    f"process {os.getpid()} was forked while another thread encoded a text; load the tokenizer in the child"
+                )
+            self._process = os.getpid()
         try:
             with self._lock:
                 self.backend.encode_special_tokens = not parse_special

@@ -31,6 +31,7 @@ from ..peft import lora
 from ..sampling_params import SamplingParams
 from .adapters import Adapter, AdapterTable
 from .cache import PAGE, KVCache, chunk, pages_for
+from .forks import Home
 from .graph import Captured, capture
 from .rows import Rows
 from .scheduler import Scheduler, Sequence
@@ -75,16 +76,27 @@ class Engine:
         self.scheduler = Scheduler(self.cache, self.max_num_seqs)
         self.adapters = AdapterTable(self.model)
         self._planned = self.adapters.pools
-        self._turn = threading.Condition()
+        self._turn, self._home = threading.Condition(), Home()
         self._cancelled: list[Sequence] = []
         self.sizes = (*(1 << i for i in range((rows - 1).bit_length())), rows)
         self.speculator = Speculator(self.speculate, self.sizes)
+
+    def _settle(self) -> None:
+        """RuntimeError in a process that was forked while others used the engine."""
+        if self._home.left:
+            free = self._turn.acquire(blocking=False)
+            try:
+                self._home.move(not free or self._busy or bool(self.scheduler.running or self.scheduler.waiting))
+            finally:
+                if free:
+                    self._turn.release()
 
     # ------------------------------------------------------------------------------------------------- from any thread
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Puts sequences in line. They are served while somebody waits for anything. ValueError for one that never fits, or
         an adapter that is not loaded."""
+        self._settle()
         sequences = list(sequences)
         for s in sequences:
             tokens, need = len(s.prompt) + s.room, pages_for(len(s.prompt) + s.room)
@@ -101,12 +113,15 @@ class Engine:
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """Ends sequences that are not wanted any more; never waits."""
+        if self._home.left:  # they are the parent's
+            return
         self._cancelled.extend(s for s in sequences if not s.ended)
         with self._turn:
             self._sweep_between_steps()
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Returns when ready(). Until then it runs steps, or lets another thread's steps pass."""
+        self._settle()
         drives = False
         while not ready():
             try:
@@ -177,6 +192,7 @@ class Engine:
     @contextmanager
     def _between_steps(self) -> Iterator[None]:
         """Nobody runs a step meanwhile; whoever is about to begin the next one waits."""
+        self._settle()
         with self._turn:
             self._wanted += 1
             try:
