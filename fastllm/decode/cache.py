@@ -9,7 +9,7 @@ end before the beginning.
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -136,6 +136,14 @@ class KVCache:
             if root is None or link[0] in under:
                 under.add(number)
                 self._forget(page)
+
+    def mend(self, held: Iterable[Sequence[int]]) -> None:
+        """The books anew: who holds pages is told, what was known of texts is forgotten."""
+        self._page_of.clear(), self._link_of.clear(), self._idle.clear()
+        self._holders = [0] * self.pages
+        for page in itertools.chain.from_iterable(held):
+            self._holders[page] += 1
+        self._free = [page for page in range(self.pages) if not self._holders[page]][::-1]
 
     def _forget(self, page: int) -> None:
         self._unlink(page)
