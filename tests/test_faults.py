@@ -14,8 +14,9 @@ import _lora
 import _tiny
 import pytest
 import test_hub
+import torch
 
-from fastllm import LLM, SamplingParams, hub, models
+from fastllm import LLM, SamplingParams, hub, models, ops
 from fastllm.conversation import Conversation
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.files import LACK_OF_ROOM, Replacing
@@ -267,3 +268,134 @@ def test_memory_that_is_refused(base, tmp_path, lack):
     code = MEMORY.replace("BODY", LACKS[lack])
     run = subprocess.run([sys.executable, "-c", code, base, tmp_path], capture_output=True, text=True, timeout=300, env=ENV)
     assert run.returncode == 0 and run.stdout == "ok\n", run.stdout + run.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+FORKS = """
+import os, sys, threading, time
+import torch
+from fastllm import LLM, SamplingParams
+
+torch.set_num_threads(2)
+text, path = "on the " * 9, sys.argv[1]
+params = SamplingParams(max_new_tokens=12, temperature=0.8, seed=3, n=2, ignore_eos=True)
+torch.randn(1 << 20).exp()  # torch's pool has been entered: in a child it would be waited for
+
+def ids(llm, text=text):
+    return [o.token_ids for o in llm.generate(text, params)[0].outputs]
+
+def in_child(call):
+    if pid := os.fork():
+        for _ in range(1200):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                assert status == 0, status
+                return
+            time.sleep(0.05)
+        os.kill(pid, 9)
+        raise SystemExit("the child hangs")
+    status = 1
+    try:
+        call()
+        status = 0
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+    finally:
+        os._exit(status)
+
+llm = LLM(path, max_num_seqs=4)
+BODY
+print("ok")
+"""
+CHILDREN = {
+    "idle": """
+want, vector = ids(llm), llm.embed(text)
+def child():
+    assert ids(llm) == want and torch.equal(llm.embed(text), vector) and ids(llm, "in " + text)
+    assert torch.get_num_threads() == 1
+    in_child(lambda: ids(llm))  # and one of its own
+in_child(child)
+assert ids(llm) == want and torch.get_num_threads() == 2
+""",
+    "busy": """
+want, stream = ids(llm), llm.stream(text, SamplingParams(max_new_tokens=600, temperature=0.0, ignore_eos=True))
+next(stream)
+driver = threading.Thread(target=lambda: ids(llm))
+def child():
+    for call in (lambda: ids(llm), lambda: next(stream), lambda: llm.perplexity(text)):
+        try:
+            call()
+        except RuntimeError as error:
+            assert "while the LLM had requests there, which go on there; load the model in the child" in str(error), error
+        else:
+            raise SystemExit("no error")
+    stream.close()
+driver.start()
+for _ in range(5):
+    in_child(child)
+    time.sleep(0.003)
+driver.join()
+stream.close()
+in_child(lambda: ids(llm))
+assert ids(llm) == want
+""",
+    "its own": """
+want = ids(llm)
+def child():
+    assert ids(LLM(path, max_num_seqs=4)) == want
+in_child(child)
+""",
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("child", CHILDREN)
+def test_a_forked_child(base, child):
+    """It works, on one thread, which it says; or there is an error. It never hangs."""
+    code = [sys.executable, "-c", FORKS.replace("BODY", CHILDREN[child]), base]
+    run = subprocess.run(code, capture_output=True, text=True, timeout=300, env=ENV)
+    assert run.returncode == 0 and run.stdout == "ok\n", run.stdout + run.stderr
+    assert "it runs on one thread. For more, start it with multiprocessing's 'spawn'" in run.stderr
+
+
+def test_torchs_threads_change_between_calls(base):
+    """More, fewer, and meanwhile: the same bits."""
+    before, params = torch.get_num_threads(), SamplingParams(max_new_tokens=40, temperature=0.8, seed=1, ignore_eos=True)
+    try:
+        llm, outputs = LLM(base, max_num_seqs=2), []
+        for count in (1, 3, 2, 8, 1):
+            torch.set_num_threads(count)
+            stream = llm.run(request := llm.request("on the", params))
+            next(stream)
+            torch.set_num_threads(9 - count)
+            list(stream)
+            outputs.append(request.outputs[0])
+        assert all(o == outputs[0] for o in outputs)
+    finally:
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_an_adapter_that_overflows_fails_alone(base, tmp_path, quantize):
+    """Every number of it is finite; what it makes of a text is not."""
+    llm = LLM(base, max_num_seqs=8, quantize=quantize)
+    bad, good = _lora.draw(llm.model, seed=1), _lora.draw(llm.model, seed=2)
+    for pair in bad.pairs.values():
+        pair.b.fill_(1e38)
+    for name, adapter in (("bad", bad), ("good", good)):
+        lora.write(tmp_path / name, adapter)
+        llm.load_adapter(name, tmp_path / name)
+    each = [SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True, adapter=a) for a in (None, "good", "bad", "good")]
+    alone = [llm.generate("on the", p)[0].logprobs for p in each if p.adapter != "bad"]
+    with pytest.raises(ops.LogitsError, match="hold a NaN or nothing above -inf; look for an overflow in the model") as caught:
+        llm.generate(["on the"] * 4, each)
+    outputs = caught.value.outputs
+    assert [o.finish_reason for o in outputs] == ["length", "length", "abort", "length"]
+    assert [o.logprobs for o in outputs if o.params.adapter != "bad"] == alone
+    with pytest.raises(ops.LogitsError):
+        llm.perplexity("on the", adapter="bad")
+    assert llm.generate("on the", each[1])[0].logprobs == alone[1]
