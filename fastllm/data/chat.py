@@ -13,16 +13,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..files import Replacing
-
-if TYPE_CHECKING:
-    from fastllm.models.gguf import GGUFFile
+from . import HasMetadata
 
 NO_TEMPLATE = (
     'has no chat template; give one, ChatTemplate(open("template.jinja").read()), or prompt the model with plain text'
@@ -80,7 +78,7 @@ class ChatTemplate:
             raise ValueError(f"the chat template failed on these messages: {type(error).__name__}: {error}") from error
 
     @classmethod
-    def from_gguf(cls, file: "GGUFFile") -> "ChatTemplate":
+    def from_gguf(cls, file: HasMetadata) -> "ChatTemplate":
         """From tokenizer.chat_template. ValueError: the file has none."""
         meta = file.metadata
         source = meta.get("tokenizer.chat_template")

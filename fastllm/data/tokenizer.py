@@ -18,15 +18,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from ..files import Replacing
-
-if TYPE_CHECKING:
-    from fastllm.models.gguf import GGUFFile
+from . import HasMetadata
 
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 
@@ -222,7 +220,7 @@ class Tokenizer:
     # Load and save
 
     @classmethod
-    def from_gguf(cls, file: "GGUFFile") -> "Tokenizer":
+    def from_gguf(cls, file: HasMetadata) -> "Tokenizer":
         """From the metadata of a GGUF: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
 
         ValueError: there is no tokenizer in the file, or one of another kind, or it contradicts itself.

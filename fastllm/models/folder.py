@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ..files import Replacing
 from ..hub import check_no_pickle
+from .text import FILES as TEXT_FILES
+from .text import write_text
 
 KINDS = ("F32", "F16", "BF16")
 OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -181,11 +183,12 @@ def skeleton(make: Callable[[], nn.Module], path: Path) -> nn.Module:
 @dataclass(frozen=True)
 class Writing:
     """How a folder is written: dtype of the tensors, None keeps the parameters' own; shards of at most shard_bytes; `more`:
-    further keys for config.json."""
+    further keys for config.json; text: the file or folder whose tokenizer and chat template go with it."""
 
     dtype: torch.dtype | None = None
     shard_bytes: int = 5 * 10**9
     more: Mapping[str, Any] | None = None
+    text: Path | None = None
 
 
 def write(folder: str | os.PathLike, model: nn.Module, names: Names, config: dict[str, Any], how: Writing) -> None:
@@ -218,9 +221,12 @@ def write_tensors(folder: str | os.PathLike, tensors: Sequence[Stored], config: 
             where = {name: file for file, held in shards.items() for name in held}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             files.write("model.safetensors.index.json", json.dumps(index, indent=2))
-    for old in folder.iterdir():  # shards and index of what stood here before
-        if OWN_FILES.fullmatch(old.name) and old.name not in files.parts:
-            old.unlink()
+        if how.text:
+            write_text(how.text, files)
+    texts = [folder / name for name in TEXT_FILES] if how.text else []
+    for old in [*texts, *filter(lambda file: OWN_FILES.fullmatch(file.name), folder.iterdir())]:  # of what stood here before
+        if str(old.relative_to(folder)) not in files.parts:
+            old.unlink(missing_ok=True)
 
 
 def _shards(tensors: Sequence[Stored], dtype: torch.dtype, limit: int) -> list[list[Stored]]:
