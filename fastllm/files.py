@@ -42,10 +42,12 @@ class Replacing:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if error is None:
-                for self._at, part in self.parts.items():
+                for name, part in self.parts.items():
+                    self._at = name
                     _sync(part)
-                for self._at, part in self.parts.items():
-                    os.replace(part, self.folder / self._at)
+                for name, part in self.parts.items():
+                    self._at = name
+                    os.replace(part, self.folder / name)
         except OSError as failed:
             error = failed
         finally:

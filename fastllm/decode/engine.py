@@ -66,7 +66,7 @@ class Engine:
     _plans: dict[int, Captured] = field(default_factory=dict, init=False)  # by number of rows
     _adapted_plans: dict[int, Captured] = field(default_factory=dict, init=False)  # where any row has an adapter
     _rate: float = field(default=LEAST / PIECE_S, init=False)  # prompt tokens a second, as the last piece had them
-    _unsure: bool = field(default=False, init=False)  # in a step, or the last one was interrupted: rows may be a token ahead
+    _unsure: bool = field(default=False, init=False)  # rows may be a token ahead of the sequences
     _busy: bool = field(default=False, init=False)  # a thread runs a step, or changes adapters
     _wanted: int = field(default=0, init=False)  # threads that are to change adapters before the next step
 
@@ -371,7 +371,7 @@ class Engine:
         """All rows anew from their sequences. One whose token was being taken when that was interrupted has failed."""
         for s in list(self._live):
             if s.taking and not s.error:
-                s.error = RuntimeError("the thread that served this request was interrupted as it took a token; ask again")
+                s.error = RuntimeError("the thread that served this was interrupted as it took a token; ask again")
                 if s.row < 0:
                     self._end(s)
         self._end_done()

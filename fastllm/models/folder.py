@@ -33,6 +33,23 @@ class Names:
     unused: tuple[str, ...] = ()
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file. ValueError, naming the file, where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    return content
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The first that a config.json names."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "(none named)"
+
+
 class Folder:
     """config: the content of config.json. ValueError, naming the file, for what cannot be read; pickles are refused."""
 
@@ -40,13 +57,7 @@ class Folder:
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
-        file = self.path / "config.json"
-        try:
-            self.config = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(self.config, dict):
-                raise ValueError("it is no object")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
+        self.config = read_json(self.path / "config.json")
         self.where: dict[str, tuple[Path, str, tuple[int, ...]]] = {}  # name -> file, dtype, shape
         for file in self._files():
             try:
@@ -79,8 +90,7 @@ class Folder:
     @property
     def architecture(self) -> str:
         """The first that config.json names."""
-        names = self.config.get("architectures")
-        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "(none named)"
+        return architecture_of(self.config)
 
     def get(self, key: str, kind: type = int, default: Any = None) -> Any:
         """A field of config.json. ValueError where it is missing and has no default, or is of another type."""
@@ -128,7 +138,7 @@ def lengths(file: Path) -> str:
             wanted = 8 + int.from_bytes(opened.read(8), "little")
             if size >= wanted:
                 at_least, entries = "", json.loads(opened.read(wanted - 8)).items()
-                wanted += max((entry["data_offsets"][1] for name, entry in entries if name != "__metadata__"), default=0)
+                wanted += max((e["data_offsets"][1] for name, e in entries if name != "__metadata__"), default=0)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ""
     return "" if size == wanted else f" (it has {size} bytes, by its header it should have {at_least}{wanted})"
@@ -223,10 +233,10 @@ def write_tensors(folder: str | os.PathLike, tensors: Sequence[Stored], config: 
             files.write("model.safetensors.index.json", json.dumps(index, indent=2))
         if how.text:
             write_text(how.text, files)
-    texts = [folder / name for name in TEXT_FILES] if how.text else []
-    for old in [*texts, *filter(lambda file: OWN_FILES.fullmatch(file.name), folder.iterdir())]:  # of what stood here before
-        if str(old.relative_to(folder)) not in files.parts:
-            old.unlink(missing_ok=True)
+    stood_here = [file.name for file in folder.iterdir() if OWN_FILES.fullmatch(file.name)]
+    for name in [*stood_here, *(TEXT_FILES if how.text else ())]:
+        if name not in files.parts:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _shards(tensors: Sequence[Stored], dtype: torch.dtype, limit: int) -> list[list[Stored]]:

@@ -1,4 +1,4 @@
-"""The text side of a model that is saved: its tokenizer, its chat template and what ends a text, out of the file of its weights."""
+"""The text side of a model that is saved: tokenizer, chat template and what ends a text, out of the file of its weights."""
 
 import json
 import warnings
@@ -42,8 +42,8 @@ def _write_gguf(file: GGUFFile, files: Replacing) -> None:
         return
     tokenizer = Tokenizer.from_gguf(file)
     tokenizer.write(files)
-    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
-    given = {name: value for name, value in ends.items() if value not in (None, [])}
+    ends = {"bos": tokenizer.bos_id, "eos": sorted(tokenizer.eos_ids), "pad": tokenizer.pad_id}
+    given = {f"{role}_token_id": value for role, value in ends.items() if value not in (None, [])}
     files.write("generation_config.json", json.dumps(given, indent=2))
     if file.metadata.get("tokenizer.chat_template"):
         ChatTemplate.from_gguf(file).write(files)

@@ -17,9 +17,13 @@ from fastllm.files import Replacing
 from fastllm.models.gguf import GGUFFile
 from fastllm.models.text import write_text
 
-TEXTS = ("the hen", "  on a tin roof, at 12:30!\n\n\tin the attic", "café", "a" * 50, "", " ", "don't\nain't", "x = [1, 2]; y = {}")
+TEXTS = ("the hen", "  on a tin roof, at 12:30!\n\n\tin the attic", "café", "a" * 50, "", " ", "don't\nain't")
 MORE = ("naïve 漢字 и кириллица 🙂", "for i in range(1000):\n    print(i)  # done")
-TALK = [{"role": "user", "content": "in the tin"}, {"role": "assistant", "content": "on it"}, {"role": "user", "content": "a?"}]
+TALK = [
+    {"role": "user", "content": "in the tin"},
+    {"role": "assistant", "content": "on it"},
+    {"role": "user", "content": "a?"},
+]
 
 
 def check_text(folder: Path, tokenizer: Tokenizer, template: ChatTemplate, texts=TEXTS) -> None:
@@ -92,7 +96,9 @@ def test_a_base_that_is_gone(tmp_path):
     base = _tiny.gguf(tmp_path / "base.gguf")
     model = models.load(base)
     base.unlink()
-    with pytest.warns(UserWarning, match=r"saved is saved without a tokenizer: .*base.gguf.*; copy tokenizer.json .*save\(text="):
+    with pytest.warns(
+        UserWarning, match=r"saved is saved without a tokenizer: .*base.gguf.*; copy tokenizer.json .*save\(text="
+    ):
         models.save(model, tmp_path / "saved")
     assert models.load(tmp_path / "saved").config == model.config
     bare = _tiny.gguf(tmp_path / "bare.gguf", tokenizer=False)
