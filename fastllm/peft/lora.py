@@ -23,7 +23,7 @@ from torch import Tensor
 from ..files import Replacing
 from ..models.decoder import Decoder
 from ..models.families import FAMILIES, Names
-from ..models.folder import KINDS, lengths
+from ..models.folder import KINDS, lengths, read_json
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -139,11 +139,9 @@ def read(path: str | os.PathLike) -> Lora:
 def _config(file: Path) -> dict[str, Any]:
     """Fields of `Lora`."""
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError("it is no object")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}; fetch the adapter again") from error
+        stored = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; fetch the adapter again") from error
 
     def get(key: str, kind: Any, default: Any) -> Any:
         value = stored.get(key)
