@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from .files import Replacing
 from .llm import LLM
 from .sampling_params import SamplingParams
 
@@ -68,12 +69,8 @@ class Conversation:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the messages as JSON; the file appears whole or not at all."""
         path = Path(path)
-        part = path.with_name(f".{path.name}.part")
-        try:
-            part.write_text(json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with Replacing(path.parent) as files:
+            files.write(path.name, json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n")
 
     def load(self, path: str | os.PathLike) -> None:
         """Takes up messages that `save` wrote. ValueError for a file that holds none."""

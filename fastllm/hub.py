@@ -29,6 +29,8 @@ try:
 except ImportError:  # Windows: two processes may both fetch; the renames stay harmless
     fcntl = None
 
+from .files import LACK_OF_ROOM
+
 CHUNK = 1 << 20
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]  # weights, configuration, tokenizer; no pickles
@@ -253,7 +255,7 @@ def _resolve_alias(name: str, asset: Asset, progress: bool, verify: bool) -> Pat
             if missing:  # else another process fetched it while this one waited
                 _fetch(name, asset, missing, root, progress)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in LACK_OF_ROOM:
             need = (2 * asset.archive_size + sum(m.size for m in asset.members)) // 10**6
             raise HubError(
                 f"no space left to fetch {name!r} into {root}: it needs about {need} MB; "

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -19,19 +19,22 @@ from . import hub
 from .data.chat import ChatTemplate
 from .data.tokenizer import Tokenizer
 from .decode.cache import PAGE, page_bytes, pages_for
-from .decode.embed import TextEncoder
 from .decode.engine import Engine
+from .decode.forks import settle
 from .decode.scheduler import Sequence as Decoding
 from .decode.scheduler import Step, Timing
 from .models.decoder import Decoder
-from .models.encoder import Encoder
-from .models.folder import Folder
+from .models.families import FAMILIES
+from .models.folder import architecture_of, read_json
 from .models.gguf import GGUFFile
-from .models.hf_encoder import ARCHITECTURES as ENCODERS
 from .models.weights import load_packed
 from .ops import Panels, QWeight
 from .peft import lora
 from .sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from .decode.embed import TextEncoder
+    from .models.encoder import Encoder
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -103,7 +106,7 @@ class LLM:
     be left, or go on after other calls.
     """
 
-    model: Decoder | Encoder
+    model: "Decoder | Encoder"
     tokenizer: Tokenizer
     max_model_len: int
 
@@ -137,8 +140,9 @@ class LLM:
                 raise ValueError(f"LLM: {key}={value!r}; allowed: an integer of at least 1")
         if not isinstance(speculate, int) or isinstance(speculate, bool) or not 0 <= speculate <= MOST_GUESSES:
             raise ValueError(f"LLM: speculate={speculate!r}; allowed: an integer in [0, {MOST_GUESSES}]")
+        settle()
         self.path = hub.resolve(name, revision=revision)
-        self.encoder = TextEncoder.load(self.path, quantize=quantize) if _is_encoder(self.path) else None
+        self.encoder = _read_encoder(self.path, quantize)
         if self.encoder:
             self.model, self.tokenizer = self.encoder.model, self.encoder.tokenizer
             self.max_model_len = self.model.config.max_position
@@ -322,6 +326,7 @@ class LLM:
         if self.encoder:
             if adapter is not None:
                 raise ValueError(f"embed: adapter={adapter!r}; an encoder takes none, allowed: None")
+            settle()
             return self.encoder.embed(_as_list(prompts))
         return self.engine.embed(self._to_score(prompts), adapter)
 
@@ -457,8 +462,14 @@ def _release(held: str, stops: Sequence[str], last: bool) -> tuple[str, str, boo
     return held[: len(held) - keep], held[len(held) - keep :], False
 
 
-def _is_encoder(path: Path) -> bool:
-    return path.is_dir() and Folder(path).architecture in ENCODERS
+def _read_encoder(path: Path, quantize: str | None) -> "TextEncoder | None":
+    """None for a file of anything else; what encoders need is imported for them alone."""
+    if not path.is_dir() or (architecture := architecture_of(read_json(path / "config.json"))) in FAMILIES:
+        return None
+    from .decode.embed import TextEncoder
+    from .models.hf_encoder import ARCHITECTURES
+
+    return TextEncoder.load(path, quantize=quantize) if architecture in ARCHITECTURES else None
 
 
 def _read_text_side(path: Path) -> tuple[Tokenizer, ChatTemplate | ValueError]:

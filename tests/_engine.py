@@ -1,9 +1,11 @@
 """Tiny engines, sequences that remember what they were given, and what each would have been alone."""
 
 import random
+from collections.abc import Callable
 from functools import cache
 
 import _tiny
+import pytest
 import torch
 from _paged import check
 
@@ -103,6 +105,24 @@ def come_and_go(e: Engine, sequences: list[Made]) -> None:
     left = join_and_leave(e, sequences)
     for turn, s in enumerate(sequences):
         assert s.made == alone(s)[: len(s.made)] and (turn in left or len(s.made) == s.room)
+    check(e.cache)
+
+
+# The sizes of an engine that must not show: threads, how prompts are cut, and whether known beginnings are taken up.
+IN_EVERY_WAY = pytest.mark.parametrize(
+    "fields",
+    [
+        {"threads": threads, "chunk": chunk, "prefix_cache": prefix_cache, "max_num_seqs": 16}
+        for prefix_cache in (True, False) for chunk in (1, 7, 64, 512) for threads in (1, 2)
+    ],
+    ids=lambda fields: "-".join(map(str, list(fields.values())[:3])),
+)  # fmt: skip
+
+
+def run_together(e: Engine, sequences: list[Made], lone: Callable[[Made], list]) -> None:
+    """Each is given what it would be given alone."""
+    e.run(sequences)
+    assert [s.made for s in sequences] == [lone(s) for s in sequences]
     check(e.cache)
 
 

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "fastllm"
 FLOORS = (
     {"_C"},  # csrc
     {"ops"},
-    {"models", "data", "hub", "sampling_params"},
+    {"models", "data", "files", "hub", "sampling_params"},
     {"peft"},
     {"decode"},
     {"llm", "conversation", "terminal", "evaluate"},

@@ -13,14 +13,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-if TYPE_CHECKING:
-    from fastllm.models.gguf import GGUFFile
+from ..files import Replacing
+from . import HasMetadata
 
 NO_TEMPLATE = (
     'has no chat template; give one, ChatTemplate(open("template.jinja").read()), or prompt the model with plain text'
@@ -78,7 +78,7 @@ class ChatTemplate:
             raise ValueError(f"the chat template failed on these messages: {type(error).__name__}: {error}") from error
 
     @classmethod
-    def from_gguf(cls, file: "GGUFFile") -> "ChatTemplate":
+    def from_gguf(cls, file: HasMetadata) -> "ChatTemplate":
         """From tokenizer.chat_template. ValueError: the file has none."""
         meta = file.metadata
         source = meta.get("tokenizer.chat_template")
@@ -113,8 +113,12 @@ class ChatTemplate:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes chat_template.jinja, which `from_folder` and transformers read."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, "chat_template.jinja").write_text(self.source, encoding="utf-8")
+        with Replacing(folder) as files:
+            self.write(files)
+
+    def write(self, files: Replacing) -> None:
+        """The same among other files."""
+        files.write("chat_template.jinja", self.source)
 
 
 def _check_messages(messages: Any) -> list[dict[str, Any]]:

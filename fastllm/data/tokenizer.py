@@ -18,13 +18,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-if TYPE_CHECKING:
-    from fastllm.models.gguf import GGUFFile
+from ..files import Replacing
+from . import HasMetadata
 
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 DEFAULT_ROLES: Mapping[str, str] = {"eos": "<|endoftext|>", "pad": "<|pad|>"}  # of a tokenizer that is trained
@@ -112,6 +112,7 @@ class Tokenizer:
         self._mode, self._strip = _decoder_mode(backend)
         self._bytes: dict[int, bytes] = {}
         self._lock = threading.Lock()  # `encode_special_tokens` is a setting of the backend, not an argument
+        self._process = os.getpid()
 
     # Encode
 
@@ -133,6 +134,12 @@ class Tokenizer:
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str) or text is texts:
                 raise TypeError(f"encode takes a str, encode_batch a list of str; got {type(text).__name__}")
+        if self._process != os.getpid():  # a child of that one
+            if self._lock.locked():
+                raise RuntimeError(
+                    f"process {os.getpid()} was forked while another thread encoded a text; load the tokenizer in the child"
+                )
+            self._process = os.getpid()
         try:
             with self._lock:
                 self.backend.encode_special_tokens = not parse_special
@@ -277,7 +284,7 @@ class Tokenizer:
     # Load and save
 
     @classmethod
-    def from_gguf(cls, file: "GGUFFile") -> "Tokenizer":
+    def from_gguf(cls, file: HasMetadata) -> "Tokenizer":
         """From the metadata of a GGUF: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
 
         ValueError: there is no tokenizer in the file, or one of another kind, or it contradicts itself.
@@ -341,21 +348,19 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which `from_folder` and transformers read."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        with Replacing(folder) as files:
+            self.write(files)
+
+    def write(self, files: Replacing) -> None:
+        """The same among other files."""
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         for role in ROLES:
             id = getattr(self, f"{role}_id")
             if id is not None:
                 config[f"{role}_token"] = self.token(id)
         config["eos_token_ids"] = sorted(self.eos_ids)
-        for name, text in (
-            ("tokenizer.json", self.backend.to_str(pretty=True)),
-            ("tokenizer_config.json", json.dumps(config, indent=2)),
-        ):
-            part = folder / f".{name}.part"
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, folder / name)
+        files.write("tokenizer.json", self.backend.to_str(pretty=True))
+        files.write("tokenizer_config.json", json.dumps(config, indent=2))
 
 
 class StreamDecoder:

@@ -70,8 +70,13 @@ class AdapterTable:
 
     def free(self, adapter: Adapter) -> None:
         """Takes out one that is retired and has no user."""
-        del self._held[adapter.slot]
+        self._held.pop(adapter.slot, None)
         self._empty(adapter.slot, self.pools.values())
+
+    def sweep(self) -> None:
+        """Takes out all that are retired and have no user."""
+        for adapter in [a for a in self._held.values() if a.retired and not a.users]:
+            self.free(adapter)
 
     def _empty(self, slot: int, pools: Iterable[AdapterPool]) -> None:
         for pool in pools:

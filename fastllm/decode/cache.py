@@ -9,13 +9,13 @@ end before the beginning.
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..models.arena import Arena
+from ..models.arena import Arena, available
 from ..models.blocks import Adapters, PagedBatch
 from ..models.decoder import DecoderConfig
 
@@ -47,8 +47,9 @@ class KVCache:
         try:
             memory = Arena(size)
         except MemoryError as error:
+            fits = available(size) // page_bytes(config, dtype) * PAGE
             raise MemoryError(
-                f"a KV cache of {pages * PAGE} tokens: {error}; lower kv_bytes or max_model_len"
+                f"a KV cache of {pages * PAGE} tokens: {error}, for {fits} tokens; lower kv_bytes or max_model_len"
             ) from error
         # A page holds all layers, so that the first tokens of a sequence lie together on few huge pages of memory.
         block = memory.take(size).view(pages, config.layers, -1)
@@ -135,6 +136,14 @@ class KVCache:
             if root is None or link[0] in under:
                 under.add(number)
                 self._forget(page)
+
+    def mend(self, held: Iterable[Sequence[int]]) -> None:
+        """The books anew: who holds pages is told, what was known of texts is forgotten."""
+        self._page_of.clear(), self._link_of.clear(), self._idle.clear()
+        self._holders = [0] * self.pages
+        for page in itertools.chain.from_iterable(held):
+            self._holders[page] += 1
+        self._free = [page for page in range(self.pages) if not self._holders[page]][::-1]
 
     def _forget(self, page: int) -> None:
         self._unlink(page)

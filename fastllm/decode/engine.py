@@ -8,7 +8,8 @@ Nobody drives the engine but those who wait for it: of the threads in `wait` one
 and the next one may be run by another. So there is no thread in the background, and none that asks in a loop.
 
 By the arithmetic contract tokens and log-probabilities depend on no neighbour, on no piece, and not on what the cache
-held. So a sequence can also be made anew from its tokens, at any time: after a step that was interrupted, all are.
+held. So a sequence can also be made anew from its tokens, at any time: after a step that was interrupted, all are. Where it was
+in the midst of who holds what, that too is made anew (`_mend`): a thread may die anywhere, and the others go on.
 
 A step in which any row has an adapter is another plan, of the same sizes; the plans of steps without one know nothing of
 adapters. A row without one has the same bits in both.
@@ -24,12 +25,14 @@ import torch
 from torch import Tensor
 
 from .. import _C, ops
+from ..models.arena import lack_of_memory
 from ..models.blocks import Adapters
 from ..models.decoder import Decoder
 from ..peft import lora
 from ..sampling_params import SamplingParams
 from .adapters import Adapter, AdapterTable
 from .cache import PAGE, KVCache, chunk, pages_for
+from .forks import Home
 from .graph import Captured, capture
 from .rows import Rows
 from .scheduler import Scheduler, Sequence
@@ -40,6 +43,7 @@ SCORE_ROWS = 64  # rows of logits at once when scoring: 64 x 49,152 floats are 1
 # of so many; with fewer than 64, where nobody waits for the piece's end, a slow model would read its weights too often.
 PIECE_S, PIECE_ALONE_S = 0.1, 0.25
 LEAST, LEAST_ALONE = 16, 64
+LOST_S = 0.5  # after which one who waits looks for himself, should the thread that was to wake him have died
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Engine:
     _plans: dict[int, Captured] = field(default_factory=dict, init=False)  # by number of rows
     _adapted_plans: dict[int, Captured] = field(default_factory=dict, init=False)  # where any row has an adapter
     _rate: float = field(default=LEAST / PIECE_S, init=False)  # prompt tokens a second, as the last piece had them
-    _unsure: bool = field(default=False, init=False)  # the rows may be a token ahead of the sequences
+    _unsure: bool = field(default=False, init=False)  # rows may be a token ahead of the sequences
     _busy: bool = field(default=False, init=False)  # a thread runs a step, or changes adapters
     _wanted: int = field(default=0, init=False)  # threads that are to change adapters before the next step
 
@@ -74,16 +78,30 @@ class Engine:
         self.scheduler = Scheduler(self.cache, self.max_num_seqs)
         self.adapters = AdapterTable(self.model)
         self._planned = self.adapters.pools
-        self._turn = threading.Condition()
+        self._live: dict[Sequence, None] = {}  # that have not ended, as they came
+        # The lock itself is what is held, not the condition: an interrupt cannot come between its release and Python's own code.
+        self._lock, self._home = threading.RLock(), Home()
+        self._turn = threading.Condition(self._lock)
         self._cancelled: list[Sequence] = []
         self.sizes = (*(1 << i for i in range((rows - 1).bit_length())), rows)
         self.speculator = Speculator(self.speculate, self.sizes)
+
+    def _settle(self) -> None:
+        """RuntimeError in a process that was forked while others used the engine."""
+        if self._home.left:
+            free = self._lock.acquire(blocking=False)
+            try:
+                self._home.move(not free or self._busy or bool(self.scheduler.running or self.scheduler.waiting))
+            finally:
+                if free:
+                    self._lock.release()
 
     # ------------------------------------------------------------------------------------------------- from any thread
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Puts sequences in line. They are served while somebody waits for anything. ValueError for one that never fits, or
         an adapter that is not loaded."""
+        self._settle()
         sequences = list(sequences)
         for s in sequences:
             tokens, need = len(s.prompt) + s.room, pages_for(len(s.prompt) + s.room)
@@ -92,25 +110,31 @@ class Engine:
                     f"a sequence of {tokens} tokens ({need} pages) with {len(s.prompt)} to read; allowed: 1 to "
                     f"{self.capacity} tokens, in a cache of {self.cache.pages} pages"
                 )
-        with self._turn:  # between finding an adapter and using it nobody may take it out
+        with self._lock:  # between finding an adapter and using it nobody may take it out
             named = [(s, self.adapters.find(s.params.adapter)) for s in sequences if s.params.adapter is not None]
             for s, s.adapter in named:
                 s.adapter.users.add(s)
-        self.scheduler.waiting.extend(sequences)
+            self.scheduler.waiting.extend(sequences)
+            self._live.update(dict.fromkeys(sequences))
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """Ends sequences that are not wanted any more; never waits."""
+        if self._home.left:  # they are the parent's
+            return
         self._cancelled.extend(s for s in sequences if not s.ended)
-        with self._turn:
+        with self._lock:
             self._sweep_between_steps()
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Returns when ready(). Until then it runs steps, or lets another thread's steps pass."""
+        self._settle()
         drives = False
         while not ready():
             try:
-                with self._turn:
-                    self._turn.wait_for(lambda: ready() or not (self._busy or self._wanted))
+                with self._lock:
+                    self._turn.wait_for(lambda: ready() or not (self._busy or self._wanted), LOST_S)
+                    if self._busy or self._wanted:
+                        continue
                     if ready():
                         return
                     drives = self._busy = True
@@ -118,7 +142,7 @@ class Engine:
             finally:
                 if drives:
                     drives = self._busy = False
-                    with self._turn:
+                    with self._lock:
                         self._sweep_between_steps()
                         self._turn.notify_all()
 
@@ -139,21 +163,23 @@ class Engine:
 
     def load_adapter(self, name: str, adapter: lora.Lora) -> None:
         """Sequences that are put in line from now on may name it; those that have an older one of that name keep it.
-        Waits for the step that is running. ValueError for an adapter of another base."""
+        Waits for the step that is running. ValueError for an adapter of another base, MemoryError where it does not fit."""
         parts = lora.parts(adapter, self.model)
         with self._between_steps():
             old = self.adapters.named.get(name)
             try:
                 self.adapters.load(name, parts, self.cache.root())
+            except (MemoryError, RuntimeError) as error:
+                raise lack_of_memory(error, f"adapter {name!r}", "unload one that is not needed") or error from None
             finally:
                 self._drop_plans()
-            with self._turn:
+            with self._lock:
                 if old:
                     self._retire(old)
 
     def unload_adapter(self, name: str) -> None:
         """The name is unknown from now on; sequences in line that have the adapter end with it. Waits as load_adapter."""
-        with self._between_steps(), self._turn:
+        with self._between_steps(), self._lock:
             adapter = self.adapters.find(name)
             del self.adapters.named[name]
             self._retire(adapter)
@@ -174,19 +200,22 @@ class Engine:
     @contextmanager
     def _between_steps(self) -> Iterator[None]:
         """Nobody runs a step meanwhile; whoever is about to begin the next one waits."""
-        with self._turn:
-            self._wanted += 1
-            try:
-                self._turn.wait_for(lambda: not self._busy)
-                self._busy = True
-            finally:
-                self._wanted -= 1
-                self._turn.notify_all()
+        self._settle()
+        alone = False
         try:
+            with self._lock:
+                self._wanted += 1
+                try:
+                    while self._busy:
+                        self._turn.wait_for(lambda: not self._busy, LOST_S)
+                    alone = self._busy = True
+                finally:
+                    self._wanted -= 1
             yield
         finally:
-            self._busy = False
-            with self._turn:
+            if alone:
+                self._busy = False
+            with self._lock:
                 self._sweep_between_steps()
                 self._turn.notify_all()
 
@@ -199,10 +228,13 @@ class Engine:
                 self._busy = False
 
     def _sweep(self) -> None:
+        if self.scheduler.torn:
+            self._mend()
         while self._cancelled:
-            s = self._cancelled.pop()
+            s = self._cancelled[-1]
             if not s.ended:
                 self._end(s)
+            self._cancelled.remove(s)
 
     # ------------------------------------------------------------------------------------------------------- the step
 
@@ -213,13 +245,12 @@ class Engine:
         try:
             with torch.inference_mode():
                 if self._unsure:  # the last step did not come to its end
-                    self._end_done()
-                    for s in self.scheduler.running:
-                        self.rows.seat(s)
-                    self.rows.clear(len(self.scheduler.running), self.sizes[-1])
+                    self._seat_all()
+                self._unsure = True
                 if self.scheduler.running:
                     self._decode()
                 self._read()
+                self._unsure = False
         finally:
             _C.set_thread_limit(previous)
 
@@ -229,15 +260,20 @@ class Engine:
         plans = self._adapted_plans if adapted else self._plans
         size, drafts = self.speculator.choose(running, plans)
         captures = size not in plans
-        self._unsure = True  # an exception from here on may leave rows a token ahead of their sequences
         for draft in drafts:
             self.rows.draft(running[draft.row], draft.first, draft.tokens)
         try:
             token, logprob, logits = self._capture(size, plans) if captures else self._replay(plans[size])
-        except Exception as error:  # LogitsError: of those rows, and none has moved on
-            for row in error.rows if isinstance(error, ops.LogitsError) else range(len(running)):
-                running[row].error = error
-            return self._end_done()
+        except Exception as error:  # none has moved on
+            lack = self._lack_of_memory(error, f"a step of {size} rows")
+            if lack:  # with one sequence less it is another step: the one that has least to lose
+                failed = [min(running, key=lambda s: len(s.tokens))]
+            else:
+                failed = [running[row] for row in error.rows] if isinstance(error, ops.LogitsError) else running
+            for s in failed:
+                s.error = lack or error
+            self._end_done()
+            return self._seat_all()  # the rows may be a token ahead
         tokens, logprobs = token.tolist(), logprob.tolist()
         seconds = time.perf_counter() - began
         self._clock(running, seconds, captures)
@@ -261,8 +297,11 @@ class Engine:
         self.speculator.saw(running, [len(rows) for rows in drawn], drafts, seconds, captures)
         if drafts:
             self.rows.clear(len(running), size)
-        self._unsure = False
         self._end_done()
+
+    def _lack_of_memory(self, error: Exception, what: str) -> MemoryError | None:
+        step = f"others go on; run fewer at once than max_num_seqs={self.max_num_seqs}, with less kv_bytes, or int8"
+        return lack_of_memory(error, what, step)
 
     def _forward(self, size: int, adapted: bool) -> tuple[Tensor, Tensor, Tensor]:
         rows = slice(0, size)
@@ -295,7 +334,7 @@ class Engine:
             try:
                 most -= max(self._read_piece(s, most), LEAST)
             except Exception as error:
-                s.error = error
+                s.error = self._lack_of_memory(error, f"reading a prompt of {len(s.prompt)} tokens") or error
                 self._end(s)
 
     def _read_piece(self, s: Sequence, most: int) -> int:
@@ -307,13 +346,14 @@ class Engine:
             batch = chunk(self.cache, s.pages, start, stop, adapters)
             hidden = self.model.step(torch.tensor(s.prompt[start:stop]), batch)
             if s.hidden:
+                s.taking = True
                 s.hidden(hidden)
             seconds = time.perf_counter() - began
             s.timing.prompt_tokens += stop - start
             s.timing.prefill_s += seconds
             if stop - start >= LEAST:
                 self._rate = (stop - start) / seconds
-        s.read = stop
+        s.read, s.taking = stop, False
         if stop == s.to_read:
             if s.room:
                 self.scheduler.run(s)
@@ -327,8 +367,35 @@ class Engine:
             if s.done or s.error:
                 self._end(s)
 
+    def _seat_all(self) -> None:
+        """All rows anew from their sequences. One whose token was being taken when that was interrupted has failed."""
+        for s in list(self._live):
+            if s.taking and not s.error:
+                s.error = RuntimeError("the thread that served this was interrupted as it took a token; ask again")
+                if s.row < 0:
+                    self._end(s)
+        self._end_done()
+        for s in self.scheduler.running:
+            self.rows.seat(s)
+        self.rows.clear(len(self.scheduler.running), self.sizes[-1])
+
+    def _mend(self) -> None:
+        """What an interrupt tore apart is made anew from the sequences; what the cache knew of texts is forgotten."""
+        with self._lock:
+            ended = [s for s in self._live if s.leaving]
+            for s in ended:
+                s.ended = True
+                del self._live[s]
+                if s.adapter:
+                    s.adapter.users.discard(s)
+            self.scheduler.mend(self._live)
+            self.adapters.sweep()
+            self._drop_plans()
+        self._unsure, self.scheduler.torn = True, False
+
     def _end(self, s: Sequence) -> None:
         row, running = s.row, self.scheduler.running
+        self.scheduler.torn = s.leaving = True
         self.scheduler.leave(s)
         if row >= 0:
             if row < len(running):
@@ -339,6 +406,8 @@ class Engine:
             s.adapter.users.discard(s)
             if s.adapter.retired and not s.adapter.users:
                 self._retire(s.adapter)
+        self._live.pop(s, None)
+        self.scheduler.torn = False
 
     # ------------------------------------------------------------------------------------------------------- prompts
 

@@ -9,7 +9,7 @@ One prompt is read at a time, so that one which begins like another finds that b
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -78,6 +78,8 @@ class Sequence:
     row: int = field(default=-1, init=False)
     drafter: "Drafter | None" = field(default=None, init=False)  # where drafts are made
     done: bool = field(default=False, init=False)  # has its last token
+    taking: bool = field(default=False, init=False)  # a token, or hidden states: or that was interrupted
+    leaving: bool = field(default=False, init=False)
     ended: bool = field(default=False, init=False)  # and has left, or was cancelled, or failed
     error: Exception | None = field(default=None, init=False)
 
@@ -95,8 +97,10 @@ class Sequence:
         """The next token. LogitsError where there was no distribution to draw it from."""
         if logprob != logprob:
             raise LogitsError([0])
+        self.taking = True
         self.tokens.append(token)
         self.done = self.receive(Step(token, logprob, top)) or len(self.tokens) >= self.room
+        self.taking = False
 
 
 class Scheduler:
@@ -106,13 +110,27 @@ class Scheduler:
         self.cache, self.rows = cache, rows
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.torn = False  # who holds what is changing, or that was interrupted
+
+    def mend(self, sequences: Iterable[Sequence]) -> None:
+        """Makes the line, the rows and the cache's books anew of the sequences that have not ended, as they came."""
+        self.running = sorted((s for s in sequences if s.row >= 0), key=lambda s: s.row)
+        for row, s in enumerate(self.running):
+            s.row = row
+        self.waiting = deque(s for s in sequences if s.row < 0)
+        self.cache.mend([s.pages for s in sequences])
 
     def first(self) -> Sequence | None:
         """The first in line, with its pages; None where nobody waits, or it has to."""
         if not self.waiting:
             return None
         s = self.waiting[0]
-        return s if s.pages or self._admit(s) else None
+        if not s.pages:
+            self.torn = True
+            admitted = self._admit(s)
+            self.torn = False
+            return s if admitted else None
+        return s
 
     def _admit(self, s: Sequence) -> bool:
         if s.room and len(self.running) == self.rows:
@@ -130,18 +148,21 @@ class Scheduler:
             if not self.running:
                 raise RuntimeError(f"{need} pages are asked for, nobody runs, and {self.cache.available} are free")
             return False
-        s.pages, s.known, s.read = shared + self.cache.take(need), known, min(known, s.to_read)
-        s.timing.cached += s.read
+        pages = shared + self.cache.take(need)
         if sibling and known % PAGE:
-            self.cache.copy(sibling.pages[known // PAGE], s.pages[known // PAGE])
+            self.cache.copy(sibling.pages[known // PAGE], pages[known // PAGE])
+        s.pages, s.known, s.read = pages, known, min(known, s.to_read)
+        s.timing.cached += s.read
         return True
 
     def run(self, s: Sequence) -> None:
         """The first in line has been read in: it takes the next row."""
+        self.torn = True
         self.cache.learn(s.prompt[: s.read], s.pages, s.root)
         s.row = len(self.running)
         self.running.append(s)
         self.waiting.popleft()
+        self.torn = False
 
     def leave(self, s: Sequence) -> None:
         """Gives back what `s` holds. The last row's sequence moves into the row that falls empty."""

@@ -19,11 +19,18 @@ def load(name: str | os.PathLike) -> "nn.Module":
     FileNotFoundError: a path that does not exist. ValueError: a file that cannot be used. HubError: fetching failed.
     """
     from .. import hub
+
+    path = Path(name) if Path(name).exists() else hub.resolve(name)
+    model = _load(path)
+    model.origin = path.absolute()  # where `save` finds the tokenizer
+    return model
+
+
+def _load(path: Path) -> "nn.Module":
     from . import ctranslate2, hf_encoder, hf_seq2seq, weights
     from .families import FAMILIES, unknown
     from .folder import Folder
 
-    path = Path(name) if Path(name).exists() else hub.resolve(name)
     if path.is_dir() and (path / "model.bin").is_file() and not any(path.glob("*.safetensors")):
         return ctranslate2.load(path / "model.bin")
     if path.is_dir():
@@ -43,13 +50,15 @@ def save(
     dtype: "torch.dtype | None" = None,
     shard_bytes: int = 5 * 10**9,
     more: Mapping[str, Any] | None = None,
+    text: str | os.PathLike | None = None,
 ) -> None:
-    """Writes a `Decoder`, an `Encoder` or a `Seq2Seq` as a folder that `load` and transformers read: config.json and
-    safetensors, in shards of at most shard_bytes.
+    """Writes a `Decoder`, an `Encoder` or a `Seq2Seq` as a folder that `load`, LLM and transformers read: config.json,
+    safetensors, tokenizer and chat template, in shards of at most shard_bytes.
 
     dtype: of the tensors, None keeps the parameters' own; what was loaded and not changed is written bit for bit in the dtype
-    that it had. more: further keys for config.json. Nothing in the folder is replaced before all is written. TypeError for a
-    model of another class, or with packed weights.
+    that it had. more: further keys for config.json. text: a file or folder of a model, whose tokenizer and chat template are
+    written; None takes what the model was loaded from, if it was. Nothing in the folder is replaced before all is written. A
+    tokenizer that cannot be read is left out with a warning. TypeError for a model of another class, or with packed weights.
     """
     from . import hf_encoder, hf_seq2seq, weights
     from .decoder import Decoder
@@ -58,7 +67,8 @@ def save(
     from .layers import packed
     from .seq2seq import Seq2Seq
 
-    how = Writing(dtype, shard_bytes, more)
+    source = getattr(model, "origin", None) if text is None else Path(text)
+    how = Writing(dtype, shard_bytes, more, source)
     if isinstance(model, Decoder):
         return weights.save(model, path, how)
     for kind, family in ((Encoder, hf_encoder), (Seq2Seq, hf_seq2seq)):

@@ -4,7 +4,10 @@ Weights lie on huge pages where the system gives them: panels are read once per 
 pages the page walks alone would cost bandwidth.
 """
 
+import errno
 import mmap
+import os
+import re
 
 import torch
 from torch import Tensor
@@ -16,12 +19,11 @@ class Arena:
     """Gives out aligned uint8 tensors from one mapping of `nbytes`; they keep it alive. huge: on huge pages."""
 
     def __init__(self, nbytes: int, huge: bool = True):
-        """MemoryError when the system refuses the mapping."""
+        """MemoryError, with what there is, when the system refuses the mapping."""
         try:
-            # private: a shared mapping, Python's default, gets no huge pages
-            self._map = mmap.mmap(-1, nbytes + 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise MemoryError(f"no {nbytes / 1e9:.2f} GB of memory: {error}") from error
+            self._map = _map(nbytes + 2 * HUGE)
+        except (OSError, OverflowError) as error:
+            raise MemoryError(_refusal(nbytes)) from error
         if huge and hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -37,3 +39,44 @@ class Arena:
             raise MemoryError(f"arena of {self.nbytes} bytes is full: {self.used} used, {nbytes} more asked for")
         self.used = start + nbytes
         return self._free[start : self.used]
+
+
+def _map(nbytes: int) -> mmap.mmap:
+    # private: a shared mapping, Python's default, gets no huge pages
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def available(most: int) -> int:
+    """How many bytes, of `most`, the system would give now in one piece."""
+    least, most = 0, min(most, 1 << 47)
+    while most - least > max(HUGE, least >> 6):
+        half = (least + most) // 2
+        try:
+            _map(half).close()
+            least = half
+        except OSError:
+            most = half
+    return least
+
+
+def lack_of_memory(error: BaseException, what: str, step: str) -> MemoryError | None:
+    """An error that is for want of memory as one that says so, and for what; None for another one. step: what to do."""
+    nbytes = None
+    if isinstance(error, RuntimeError):  # of torch's allocator
+        found = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", str(error))
+        if not found:
+            return None
+        nbytes = int(found[1])
+    elif not isinstance(error, MemoryError) and getattr(error, "errno", None) != errno.ENOMEM:
+        return None
+    reason = _refusal(nbytes) if nbytes else str(error) or "no memory for what its kernels need beside their results"
+    return MemoryError(f"{what}: {reason}; {step}")
+
+
+def _refusal(nbytes: int) -> str:
+    reason = os.strerror(errno.ENOMEM)
+    return f"{_amount(nbytes)} are asked for and refused ({reason}), {_amount(available(nbytes))} could be had"
+
+
+def _amount(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

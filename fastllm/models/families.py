@@ -15,6 +15,7 @@ from torch import Tensor
 from ..ops import RopeScaling
 from .blocks import GATED
 from .decoder import TRAITS, DecoderConfig
+from .folder import architecture_of
 
 # ------------------------------------------------------------------------------------------------------- names of tensors
 
@@ -232,8 +233,7 @@ def unknown(what: str, known: Iterable[str], where: Any) -> ValueError:
 
 def family_of(hf: Mapping[str, Any], where: Any) -> Family:
     """The family of a config.json. ValueError for another architecture."""
-    names = hf.get("architectures")
-    architecture = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "(none named)"
+    architecture = architecture_of(hf)
     if architecture not in FAMILIES:
         raise unknown(architecture, FAMILIES, where)
     return FAMILIES[architecture]

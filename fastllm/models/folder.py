@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import Replacing
 from ..hub import check_no_pickle
+from .text import FILES as TEXT_FILES
+from .text import write_text
 
 KINDS = ("F32", "F16", "BF16")
 OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -30,6 +33,23 @@ class Names:
     unused: tuple[str, ...] = ()
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file. ValueError, naming the file, where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    return content
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The first that a config.json names."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "(none named)"
+
+
 class Folder:
     """config: the content of config.json. ValueError, naming the file, for what cannot be read; pickles are refused."""
 
@@ -37,13 +57,7 @@ class Folder:
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
-        file = self.path / "config.json"
-        try:
-            self.config = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(self.config, dict):
-                raise ValueError("it is no object")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
+        self.config = read_json(self.path / "config.json")
         self.where: dict[str, tuple[Path, str, tuple[int, ...]]] = {}  # name -> file, dtype, shape
         for file in self._files():
             try:
@@ -52,7 +66,7 @@ class Folder:
                         part = opened.get_slice(name)
                         self.where[name] = (file, part.get_dtype(), tuple(part.get_shape()))
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} cannot be read: {error}; fetch it again") from error
+                raise ValueError(f"{file} cannot be read: {error}{lengths(file)}; fetch it again") from error
 
     def _files(self) -> list[Path]:
         index, whole = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
@@ -76,8 +90,7 @@ class Folder:
     @property
     def architecture(self) -> str:
         """The first that config.json names."""
-        names = self.config.get("architectures")
-        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "(none named)"
+        return architecture_of(self.config)
 
     def get(self, key: str, kind: type = int, default: Any = None) -> Any:
         """A field of config.json. ValueError where it is missing and has no default, or is of another type."""
@@ -114,6 +127,21 @@ class Folder:
             raise ValueError(f"{self.path}: tensor {name!r} is stored as {kind}; supported: {', '.join(KINDS)}")
         with safe_open(str(file), framework="pt") as opened:
             return opened.get_tensor(name).to(torch.float32, copy=True)
+
+
+def lengths(file: Path) -> str:
+    """How many bytes a damaged file of safetensors has and should have by its header, where these differ."""
+    at_least = "at least "  # the header alone
+    try:
+        with file.open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            wanted = 8 + int.from_bytes(opened.read(8), "little")
+            if size >= wanted:
+                at_least, entries = "", json.loads(opened.read(wanted - 8)).items()
+                wanted += max((e["data_offsets"][1] for name, e in entries if name != "__metadata__"), default=0)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return ""
+    return "" if size == wanted else f" (it has {size} bytes, by its header it should have {at_least}{wanted})"
 
 
 def fill(model: nn.Module, names: Names, folder: Any) -> nn.Module:
@@ -165,11 +193,12 @@ def skeleton(make: Callable[[], nn.Module], path: Path) -> nn.Module:
 @dataclass(frozen=True)
 class Writing:
     """How a folder is written: dtype of the tensors, None keeps the parameters' own; shards of at most shard_bytes; `more`:
-    further keys for config.json."""
+    further keys for config.json; text: the file or folder whose tokenizer and chat template go with it."""
 
     dtype: torch.dtype | None = None
     shard_bytes: int = 5 * 10**9
     more: Mapping[str, Any] | None = None
+    text: Path | None = None
 
 
 def write(folder: str | os.PathLike, model: nn.Module, names: Names, config: dict[str, Any], how: Writing) -> None:
@@ -192,31 +221,22 @@ Stored = tuple[str, Tensor, Callable[[], Tensor]]
 def write_tensors(folder: str | os.PathLike, tensors: Sequence[Stored], config: dict[str, Any], how: Writing) -> None:
     """The same of tensors under the file's names; each is made when its shard is written."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     dtype = how.dtype or tensors[0][1].dtype
     config = config | {"torch_dtype": str(dtype).removeprefix("torch.")} | dict(how.more or {})
-    parts: dict[str, Path] = {}  # final name -> where it is written first
-    try:
-        shards = _write_shards(folder, _shards(tensors, dtype, how.shard_bytes), dtype, parts)
-        _write_json(folder, "config.json", config, parts)
+    with Replacing(folder) as files:
+        shards = _write_shards(files, _shards(tensors, dtype, how.shard_bytes), dtype)
+        files.write("config.json", json.dumps(config, indent=2))
         if len(shards) > 1:
             total = sum(rows.numel() for _, rows, _ in tensors) * dtype.itemsize
             where = {name: file for file, held in shards.items() for name in held}
             index = {"metadata": {"total_size": total}, "weight_map": where}
-            _write_json(folder, "model.safetensors.index.json", index, parts)
-        for final, part in parts.items():
-            os.replace(part, folder / final)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-    for old in folder.iterdir():  # shards and index of what stood here before
-        if OWN_FILES.fullmatch(old.name) and old.name not in parts:
-            old.unlink()
-
-
-def _write_json(folder: Path, name: str, content: dict, parts: dict[str, Path]) -> None:
-    parts[name] = folder / f".{name}.part"
-    parts[name].write_text(json.dumps(content, indent=2), encoding="utf-8")
+            files.write("model.safetensors.index.json", json.dumps(index, indent=2))
+        if how.text:
+            write_text(how.text, files)
+    stood_here = [file.name for file in folder.iterdir() if OWN_FILES.fullmatch(file.name)]
+    for name in [*stood_here, *(TEXT_FILES if how.text else ())]:
+        if name not in files.parts:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _shards(tensors: Sequence[Stored], dtype: torch.dtype, limit: int) -> list[list[Stored]]:
@@ -233,17 +253,14 @@ def _shards(tensors: Sequence[Stored], dtype: torch.dtype, limit: int) -> list[l
     return plan
 
 
-def _write_shards(
-    folder: Path, plan: list[list[Stored]], dtype: torch.dtype, parts: dict[str, Path]
-) -> dict[str, list[str]]:
+def _write_shards(files: Replacing, plan: list[list[Stored]], dtype: torch.dtype) -> dict[str, list[str]]:
     """Final file name -> names of the tensors in it."""
     from safetensors.torch import save_file
 
     shards = {}
     for i, shard in enumerate(plan, 1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{i:05}-of-{len(plan):05}.safetensors"
-        parts[file] = folder / f".{file}.part"
         whole = {name: make().to("cpu", dtype).clone(memory_format=torch.contiguous_format) for name, _, make in shard}
-        save_file(whole, parts[file], {"format": "pt"})
+        save_file(whole, files.part(file), {"format": "pt"})
         shards[file] = list(whole)
     return shards

@@ -52,7 +52,12 @@ def load_packed(path: str | Path, quantize: str | None = None, as_float: bool = 
     model = skeleton(lambda: Decoder(source.config), Path(path))
     _check(source, model)
     forms = {ours: _form(source, ours, model, module, quantize, as_float) for ours, module, _ in _parameters(model)}
-    arena = Arena(sum(-(-f.nbytes // 4096) * 4096 for f in forms.values() if f))
+    try:
+        arena = Arena(sum(-(-f.nbytes // 4096) * 4096 for f in forms.values() if f))
+    except MemoryError as error:
+        raise MemoryError(
+            f"the weights of {path}: {error}; quantize them to int8 or int4, or take a smaller model"
+        ) from error
     for ours, module, leaf in _parameters(model):
         form = forms[ours]
         if form is None:

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import Replacing
 from ..models.decoder import Decoder
 from ..models.families import FAMILIES, Names
-from ..models.folder import KINDS
+from ..models.folder import KINDS, lengths, read_json
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -138,11 +139,9 @@ def read(path: str | os.PathLike) -> Lora:
 def _config(file: Path) -> dict[str, Any]:
     """Fields of `Lora`."""
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError("it is no object")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}; fetch the adapter again") from error
+        stored = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; fetch the adapter again") from error
 
     def get(key: str, kind: Any, default: Any) -> Any:
         value = stored.get(key)
@@ -207,7 +206,7 @@ def _pairs(file: Path) -> dict[str, Pair]:
                     raise ValueError(f"{file}: {key!r} is stored as {kind}; supported: {', '.join(KINDS)}")
                 found.setdefault(name, {})[role] = opened.get_tensor(key).float()
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {error}; fetch the adapter again") from error
+        raise ValueError(f"{file} cannot be read: {error}{lengths(file)}; fetch the adapter again") from error
     if not found:
         raise ValueError(f"{file} holds no adapter; fetch it again")
     for name, tensors in found.items():
@@ -242,11 +241,11 @@ def _split(key: str, file: Path) -> tuple[str, str]:
 
 
 def write(path: str | os.PathLike, lora: Lora, dtype: torch.dtype | None = None) -> None:
-    """Writes a folder that `read` and PEFT read; dtype: of the tensors, None keeps float32. Each file is replaced whole."""
+    """Writes a folder that `read` and PEFT read; dtype: of the tensors, None keeps float32. Nothing is replaced before all is
+    written."""
     from safetensors.torch import save_file
 
-    folder, tensors = Path(path), {}
-    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
     for name, pair in lora.pairs.items():
         given = {"lora_A.weight": pair.a, "lora_B.weight": pair.b, "lora_magnitude_vector": pair.magnitude}
         tensors |= {f"{PREFIX}{name}.{role}": t for role, t in given.items() if t is not None}
@@ -268,18 +267,10 @@ def write(path: str | os.PathLike, lora: Lora, dtype: torch.dtype | None = None)
         "fan_in_fan_out": any(_transposed(name) for name in lora.pairs),
         "bias": "none",
     }
-    try:
-        save_file(
-            {k: t.detach().to("cpu", dtype or torch.float32).contiguous() for k, t in tensors.items()},
-            folder / f".{WEIGHTS}.part",
-            {"format": "pt"},
-        )
-        (folder / f".{CONFIG}.part").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        for file in (WEIGHTS, CONFIG):
-            os.replace(folder / f".{file}.part", folder / file)
-    finally:
-        for file in (WEIGHTS, CONFIG):
-            (folder / f".{file}.part").unlink(missing_ok=True)
+    stored = {k: t.detach().to("cpu", dtype or torch.float32).contiguous() for k, t in tensors.items()}
+    with Replacing(path) as files:
+        save_file(stored, files.part(WEIGHTS), {"format": "pt"})
+        files.write(CONFIG, json.dumps(config, indent=2))
 
 
 def _list(targets: tuple[str, ...] | str) -> list[str] | str | None:

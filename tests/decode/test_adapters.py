@@ -10,7 +10,21 @@ import _lora
 import _tiny
 import pytest
 import torch
-from _engine import GREEDY, KINDS, LENGTHS, PENALISED, PROMPT, SAMPLED, Made, engine, forced, join_and_leave, steps
+from _engine import (
+    GREEDY,
+    IN_EVERY_WAY,
+    KINDS,
+    LENGTHS,
+    PENALISED,
+    PROMPT,
+    SAMPLED,
+    Made,
+    engine,
+    forced,
+    join_and_leave,
+    run_together,
+    steps,
+)
 from _paged import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,21 +60,21 @@ def wants(name, params=GREEDY):
 
 
 @cache
-def _lone():
-    return loaded(max_num_seqs=1, prefix_cache=False)
+def _lone(kv_dtype):
+    return loaded(max_num_seqs=1, prefix_cache=False, kv_dtype=kv_dtype)
 
 
 @cache
-def _alone(prompt, params, index, seed, count):
+def _alone(prompt, params, index, seed, count, kv_dtype):
     s = Made(list(prompt), params, count, index, seed)
-    _lone().run([s])
+    _lone(kv_dtype).run([s])
     return s.made
 
 
-def alone(s: Made, name: str | None = "") -> list[tuple[int, float]]:
-    """What it is given with nobody else. name: of what its adapter was, where it is not its own."""
+def alone(s: Made, name: str | None = "", kv_dtype: torch.dtype = torch.float32) -> list[tuple[int, float]]:
+    """What it is given with nobody else. name: of what its adapter was, where it is not its own. kv_dtype: of the cache."""
     params = s.params if name == "" else wants(name, s.params)
-    return _alone(tuple(s.prompt), params, s.index, s.seed, 40)[: min(s.room, s.stop or s.room)]
+    return _alone(tuple(s.prompt), params, s.index, s.seed, 40, kv_dtype)[: min(s.room, s.stop or s.room)]
 
 
 def mixed(count: int = 16) -> list[Made]:
@@ -122,15 +136,28 @@ def test_every_form_of_weights(tmp_path, kind, quantize):
 # ----------------------------------------------------------------------------------------------------------- together
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("chunk", [1, 7, 64, 512])
-@pytest.mark.parametrize("prefix_cache", [True, False])
-def test_sixteen_together(threads, chunk, prefix_cache):
-    e, sequences = loaded(threads=threads, chunk=chunk, prefix_cache=prefix_cache, max_num_seqs=16), mixed()
-    e.run(sequences)
-    assert [s.made for s in sequences] == [alone(s) for s in sequences]
-    check(e.cache)
+@IN_EVERY_WAY
+def test_sixteen_together(fields):
+    sequences = mixed()
+    run_together(loaded(**fields), sequences, alone)
     assert len({tuple(alone(s)) for s in sequences}) > 8  # they differ
+
+
+@pytest.mark.parametrize("speculate", [0, 7])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_with_a_cache_of_int8(threads, speculate):
+    """Adapters, drafts that are forced, and keys and values of 8 bits, together: the bits of a lone run with such a cache."""
+    e = loaded(kv_dtype=torch.int8, speculate=speculate, threads=threads, max_num_seqs=5, chunk=64)
+
+    def with_int8(s: Made) -> list[tuple[int, float]]:
+        return alone(s, kv_dtype=torch.int8)
+
+    if speculate:
+        forced(e, truth=lambda s: [token for token, _ in with_int8(s)])
+    sequences = mixed()
+    run_together(e, sequences, with_int8)
+    assert any(with_int8(s) != alone(s) for s in sequences)
+    assert (sum(s.timing.accepted for s in sequences) > 20) == bool(speculate)
 
 
 def test_drafts_of_those_who_have_adapters_and_of_those_who_have_none():

@@ -6,7 +6,20 @@ from dataclasses import replace
 import _tiny
 import pytest
 import torch
-from _engine import GREEDY, KINDS, PROMPT, SAMPLED, Made, alone, come_and_go, engine, mixed, steps
+from _engine import (
+    GREEDY,
+    IN_EVERY_WAY,
+    KINDS,
+    PROMPT,
+    SAMPLED,
+    Made,
+    alone,
+    come_and_go,
+    engine,
+    mixed,
+    run_together,
+    steps,
+)
 from _paged import check
 
 from fastllm.decode import engine as engine_module
@@ -91,14 +104,9 @@ def test_a_full_context():
 # --------------------------------------------------------------------------------------------------------- together
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("chunk", [1, 7, 64, 512])
-@pytest.mark.parametrize("prefix_cache", [True, False])
-def test_sixteen_together(threads, chunk, prefix_cache):
-    e, sequences = engine(threads=threads, chunk=chunk, prefix_cache=prefix_cache, max_num_seqs=16), mixed()
-    e.run(sequences)
-    assert [s.made for s in sequences] == [alone(s) for s in sequences]
-    check(e.cache)
+@IN_EVERY_WAY
+def test_sixteen_together(fields):
+    run_together(engine(**fields), mixed(), alone)
 
 
 def test_those_who_join_late_and_those_who_leave():

@@ -1,9 +1,13 @@
 """What goes wrong, and who is there: failures that stay with their request, interrupts, cancels, and several threads."""
 
+import ctypes
 import gc
+import random
+import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,10 @@ from _engine import GREEDY, PENALISED, PROMPT, SAMPLED, Made, alone, engine, mix
 from _paged import check
 
 from fastllm import ops
+from fastllm.decode import engine as engine_module
 from fastllm.decode.engine import Engine
+
+DECODE = str(Path(engine_module.__file__).parent)
 
 # --------------------------------------------------------------------------------------------------------- failures
 
@@ -82,6 +89,33 @@ def test_memory_that_runs_out_while_a_prompt_is_read(monkeypatch):
     check(e.cache)
 
 
+@pytest.mark.parametrize("where", ["capture", "replay"])
+def test_memory_that_suffices_for_fewer_rows(monkeypatch, where):
+    """Those that do not fit fail one by one, newest first; the others go on in smaller steps."""
+    e, forward, replay = engine(max_num_seqs=8), Engine._forward, Engine._replay
+    sequences, late = [Made(PROMPT[i : i + 20], SAMPLED, 30) for i in range(3)], [Made(PROMPT[i:50]) for i in range(3)]
+
+    def refuse(size):
+        if size > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096000 bytes.")
+
+    name, call = ("_forward", forward) if where == "capture" else ("_replay", replay)
+    e.submit(sequences)
+    while not all(s.tokens for s in sequences):
+        e.step()
+    sizes = lambda what: what if where == "capture" else len(what.outputs[0])  # noqa: E731
+    monkeypatch.setattr(Engine, name, lambda self, what, *rest: (refuse(sizes(what)), call(self, what, *rest))[1])
+    with pytest.raises(
+        MemoryError, match="a step of 8 rows: 4.10 MB are asked for .*; others go on; .* max_num_seqs=8"
+    ):
+        e.run(late)
+    for s in [*sequences, *(s for s in late if not s.error)]:
+        e.wait(lambda s=s: s.ended)
+        assert s.made == alone(s)
+    assert [type(s.error) for s in late].count(MemoryError) == 2 and not any(s.error for s in sequences)
+    check(e.cache)
+
+
 @pytest.mark.parametrize("times", [1, 3])
 def test_an_interrupt_loses_nothing(monkeypatch, times):
     """Ctrl-C between a replay and its tokens, and within a prompt: the others' tokens are made again, bit for bit."""
@@ -110,6 +144,101 @@ def test_an_interrupt_loses_nothing(monkeypatch, times):
                 seen += 1
     assert seen >= times and [s.made for s in sequences] == [alone(s) for s in sequences]
     check(e.cache)
+
+
+# ------------------------------------------------------------------------------------------------- threads that die
+
+
+class Killed(BaseException):
+    """What ends a thread wherever it is."""
+
+
+def survive(e: Engine, kill) -> bool:
+    """A thread drives the engine and dies; another one's sequences go on. kill(thread) has it die; whether it did."""
+    died = []
+
+    def drive():
+        try:
+            with kill:
+                e.run([Made(PROMPT[i : i + 20], SAMPLED, 5) for i in range(2)])
+        except Killed:
+            died.append(True)
+
+    others = [Made(PROMPT[i : i + 9], GREEDY, 8) for i in (3, 4)]
+    e.submit(others)
+    threads = [threading.Thread(target=call, daemon=True) for call in (drive, lambda: e.run([Made(PROMPT[:3])]))]
+    for t in threads:
+        t.start()
+        for _ in range(600):  # not 30 s at once: a machine may stop this process for a while
+            t.join(0.05)
+            if not t.is_alive():
+                break
+        else:
+            pytest.fail("it hangs")
+    for s in others:
+        e.wait(lambda s=s: s.ended)
+        if s.error:  # the one whose token was being taken
+            assert "was interrupted as it took a token; ask again" in str(s.error)
+        else:
+            assert s.made == alone(s)
+    check(e.cache)
+    assert not e.scheduler.running and not e.scheduler.waiting and not e._live and not e._busy
+    return bool(died)
+
+
+class AtLine:
+    """Raises at the n-th line that Python runs in the step and in what it calls."""
+
+    def __init__(self, n: int):
+        self.left = n
+
+    def __enter__(self):
+        sys.settrace(self._called)
+
+    def __exit__(self, *_):
+        sys.settrace(None)
+
+    def _called(self, frame, event, arg):
+        if frame.f_code is Engine.step.__code__ or (frame.f_back and frame.f_back.f_trace):
+            return self._line if frame.f_code.co_filename.startswith(DECODE) else None
+        return None
+
+    def _line(self, frame, event, arg):
+        self.left -= event == "line"
+        if not self.left:
+            sys.settrace(None)
+            raise Killed
+        return self._line
+
+
+class Sent:
+    """Raises after some time, by the call that debuggers and time limits use to end a thread."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def __enter__(self):
+        send, who = ctypes.pythonapi.PyThreadState_SetAsyncExc, ctypes.c_ulong(threading.get_ident())
+        self.timer = threading.Timer(self.seconds, send, (who, ctypes.py_object(Killed)))
+        self.timer.start()
+
+    def __exit__(self, *_):
+        self.timer.cancel()
+
+
+def test_a_thread_that_dies_at_any_line_of_a_step():
+    e, line, died = engine(), 1, 0
+    e.run([Made(PROMPT[i : i + 20], SAMPLED, 5) for i in range(4)])  # plans of all sizes
+    while survive(e, AtLine(line)):
+        line, died = line + 7, died + 1
+    assert died > 60
+
+
+def test_a_thread_that_is_killed_at_any_time():
+    e, r = engine(), random.Random(1)
+    e.run([Made(PROMPT[i : i + 20], SAMPLED, 5) for i in range(4)])
+    died = sum(survive(e, Sent(r.uniform(0, 4e-3))) for _ in range(60))
+    assert died > 10
 
 
 # ---------------------------------------------------------------------------------------------------------- threads

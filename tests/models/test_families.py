@@ -149,7 +149,8 @@ def test_shards(tmp_path, name):
     ids = random_ids(1, 30)
     assert torch.equal(_families.logits(again, ids), _families.logits(theirs, ids))
     save(load(tmp_path / "b"), tmp_path / "b", more={"eos_token_id": 7})  # over itself, in one file
-    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]
+    names = ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == names
     assert_same(tensors(tmp_path / "b"), tensors(tmp_path / "a"))
     assert json.loads((tmp_path / "b" / "config.json").read_text())["eos_token_id"] == 7
 
@@ -202,7 +203,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastllm.models.folder._write_json", full)
+    monkeypatch.setattr("fastllm.files.Replacing.write", full)
     with pytest.raises(OSError, match="No space left"):
         save(model, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -1,0 +1,83 @@
+"""Files of a folder that appear whole or not at all.
+
+with Replacing(folder) as files:
+    files.write("config.json", text)
+    save_file(tensors, files.part("model.safetensors"))
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+LACK_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Replacing:
+    """Files are written under other names, and take theirs when all of them are on the disk. Where that fails, what was written
+    goes and what stood there stays; an OSError names the file, the reason and the next step."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.parts: dict[str, Path] = {}  # the name that a file is to have, and where it is now
+        self._at = ""
+
+    def part(self, name: str) -> Path:
+        """Where a file is to be written, to become `name`."""
+        self._at = name
+        self.parts[name] = (self.folder / name).with_name(f".{Path(name).name}.part")
+        self.parts[name].parent.mkdir(parents=True, exist_ok=True)
+        return self.parts[name]
+
+    def write(self, name: str, content: str | bytes) -> None:
+        self.part(name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    def __enter__(self) -> "Replacing":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is None:
+                for name, part in self.parts.items():
+                    self._at = name
+                    _sync(part)
+                for name, part in self.parts.items():
+                    self._at = name
+                    os.replace(part, self.folder / name)
+        except OSError as failed:
+            error = failed
+        finally:
+            for part in self.parts.values():
+                with contextlib.suppress(OSError):
+                    part.unlink()
+        number = _number(error)
+        if number is not None:
+            raise OSError(number, self._message(number)) from error
+
+    def _message(self, number: int) -> str:
+        file = self.folder / self._at
+        if number in LACK_OF_ROOM:
+            free = f"{shutil.disk_usage(self.folder).free / 1e6:.1f} MB are free there"
+            step = f"{free}; free some, or raise the quota or limit, or save to another folder"
+        else:
+            step = "save to a folder that can be written"
+        return f"{file} could not be written ({os.strerror(number)}); what stood there is unchanged. {step}"
+
+
+def _sync(file: Path) -> None:
+    """A disk that fills up, or a network's file system, may tell so only now."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def _number(error: BaseException | None) -> int | None:
+    """The system's number of what failed; safetensors tells it in words alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
+        return int(found[1])
+    return None

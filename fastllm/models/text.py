@@ -1,0 +1,49 @@
+"""The text side of a model that is saved: tokenizer, chat template and what ends a text, out of the file of its weights."""
+
+import json
+import warnings
+from pathlib import Path
+
+from ..data.chat import ChatTemplate
+from ..data.tokenizer import Tokenizer
+from ..files import Replacing
+from .gguf import GGUFFile
+
+# What transformers, sentence-transformers and we read of a folder beside config.json and the weights.
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "generation_config.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
+    "spiece.model", "source.spm", "target.spm", "preprocessor_config.json", "modules.json", "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)  # fmt: skip
+
+
+def write_text(source: Path, files: Replacing) -> None:
+    """A folder's files as they are; of a GGUF the same made of its metadata. What cannot be read is left out with a warning: the
+    weights are saved all the same."""
+    try:
+        if source.is_dir():
+            for name in FILES:
+                if (source / name).is_file():
+                    files.write(name, (source / name).read_bytes())
+        else:
+            with GGUFFile(source) as file:
+                _write_gguf(file, files)
+    except (ValueError, FileNotFoundError) as error:
+        warnings.warn(
+            f"{files.folder} is saved without a tokenizer: {error}; copy tokenizer.json and what belongs to it there, or give "
+            "save(text=PATH)",
+            stacklevel=2,
+        )
+
+
+def _write_gguf(file: GGUFFile, files: Replacing) -> None:
+    if "tokenizer.ggml.model" not in file.metadata:
+        return
+    tokenizer = Tokenizer.from_gguf(file)
+    tokenizer.write(files)
+    ends = {"bos": tokenizer.bos_id, "eos": sorted(tokenizer.eos_ids), "pad": tokenizer.pad_id}
+    given = {f"{role}_token_id": value for role, value in ends.items() if value not in (None, [])}
+    files.write("generation_config.json", json.dumps(given, indent=2))
+    if file.metadata.get("tokenizer.chat_template"):
+        ChatTemplate.from_gguf(file).write(files)
