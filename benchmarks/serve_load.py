@@ -181,7 +181,7 @@ def spec(name: str, model: Path, options, mix: Mix) -> dict:
     common = {"threads": options.threads, "slots": options.slots, "context": mix.longest}
     kinds = {
         "fastllm": {"kind": "ours", "path": str(source), **kwargs},
-        "llama.cpp": {"kind": "llama.cpp", "path": str(gguf)},
+        "llama.cpp": {"kind": "llama.cpp", "path": str(gguf), "batch": options.batch},
         "transformers": {"kind": "transformers", "path": str(model)},
     }
     return kinds[name] | common
@@ -231,15 +231,14 @@ def measure(options, model: Path, mix: Mix, rounds: list[list[Request]], meter: 
 
 def compared(rows: list[Row], failures: list[str]) -> list[dict]:
     """The rows of a rate as records; a failure for each that is too far from the first one's tokens."""
-    records = []
-    for row in rows:
-        same = float(np.mean([a == b for a, b in zip(row.first, rows[0].first, strict=True)]))
+    records = [row.figures() | {"same_first": None} for row in rows]
+    for row, record in zip(rows[1:], records[1:], strict=True):
+        same = record["same_first"] = float(np.mean([a == b for a, b in zip(row.first, rows[0].first, strict=True)]))
         if same < AGREE:
             failures.append(
                 f"{row.name} at {row.rate:g} a second: {same:.0%} of the first tokens are those of {rows[0].name}, "
                 f"at least {AGREE:.0%} should be"
             )
-        records.append(row.figures() | {"same_first": same})
     return records
 
 
@@ -287,7 +286,7 @@ def plot(rows: list[dict], options, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rates = sorted({float(row["rate"]) for row in rows})
+    found, rates = {row["name"] for row in rows}, sorted({float(row["rate"]) for row in rows})
     names = [f"{rate:g}" if math.isfinite(rate) else "all at once" for rate in rates]
     panels = {
         "ttft": ("time to first token, s", 1.0, options.ttft),
@@ -295,19 +294,17 @@ def plot(rows: list[dict], options, path: Path) -> None:
         "whole": ("whole request, s", 1.0, None),
         "tokens_per_s": ("output, tokens/s", 1.0, None),
     }
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8))
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8.5))
+    colors = {name: f"C{i}" for i, name in enumerate(CONTENDERS)}
     for axis, (what, (label, scale, limit)) in zip(axes.flat, panels.items(), strict=True):
-        for color, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+        for name in found:
             mine = sorted((row for row in rows if row["name"] == name), key=lambda row: float(row["rate"]))
             x = [rates.index(float(row["rate"])) for row in mine]
-            parts = (
-                [("", "-", name)] if what == "tokens_per_s" else [("_p50", "-", f"{name} p50"), ("_p99", "--", "p99")]
-            )
-            for part, style, shown in parts:
-                y = [row[what + part] * scale for row in mine]
-                axis.plot(x, y, style, marker="o", markersize=4, color=f"C{color}", label=shown)
+            for part, style in [("", "-")] if what == "tokens_per_s" else [("_p50", "-"), ("_p99", "--")]:
+                y = [math.nan if row[what + part] is None else row[what + part] * scale for row in mine]
+                axis.plot(x, y, style, marker="o", markersize=4, color=colors[name])
         if limit:
-            axis.axhline(limit * scale, color="black", linestyle=":", linewidth=1, label="service level")
+            axis.axhline(limit * scale, color="black", linestyle=":", linewidth=1)
         if what != "tokens_per_s":
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -317,24 +314,26 @@ def plot(rows: list[dict], options, path: Path) -> None:
         axis.set_xlabel("requests/s")
         axis.set_title(label)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
-    axes[1, 1].legend(fontsize=8)
-    figure.tight_layout()
+    shown = [pyplot.Line2D([], [], color=colors[name], marker="o", label=name) for name in CONTENDERS if name in found]
+    for style, word in (("-", "p50"), ("--", "p99"), (":", "service level")):
+        shown.append(pyplot.Line2D([], [], color="black", linestyle=style, label=word))
+    figure.legend(handles=shown, ncols=len(shown), loc="lower center")
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     part = path.with_name(f".{path.name}")
     figure.savefig(part, dpi=130, format=path.suffix[1:] or "png")
     part.replace(path)
 
 
 def earlier(path: Path, settings: dict) -> list[dict]:
-    """Rows of a result that was measured with the same settings; ValueError where they differ, or it had failures."""
+    """Rows of a result that was measured with the same settings; an exit that says why, where they differ or it had failures."""
     if not path.exists():
         return []
     kept = json.loads(path.read_text())
     if kept["failures"]:
-        raise ValueError(f"--keep: {path} holds failures ({kept['failures'][0]}); measure it again without --keep")
+        raise SystemExit(f"--keep: {path} holds failures ({kept['failures'][0]}); measure it again without --keep")
     differ = [key for key, value in settings.items() if kept["settings"].get(key) != value]
     if differ:
-        raise ValueError(
+        raise SystemExit(
             f"--keep: {path} was measured with other {', '.join(differ)}; leave --keep out, or name another"
         )
     return kept["rows"]
@@ -357,6 +356,7 @@ def parse(arguments=None):
     parser.add_argument("--prefix", type=int, default=mix.prefix, help="tokens of a common prefix")
     parser.add_argument("--prefixes", type=int, default=mix.prefixes, help="how many different ones there are")
     parser.add_argument("--slots", type=int, default=16, help="requests that run together")
+    parser.add_argument("--batch", type=int, default=2048, help="tokens of llama.cpp's batches; its server's default")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ttft", type=float, default=1.0, help="service level: p99 to the first token, seconds")
@@ -369,7 +369,8 @@ def parse(arguments=None):
     options = parser.parse_args(arguments)
     if unknown := set(options.contenders) - set(CONTENDERS):
         parser.error(f"--contenders: unknown {', '.join(sorted(unknown))}; choose from {', '.join(CONTENDERS)}")
-    for flag, low in (("requests", 1), ("rounds", 1), ("slots", 1), ("threads", 1), ("prefix", 0), ("prefixes", 1)):
+    least = {"requests": 1, "rounds": 1, "slots": 1, "batch": options.slots, "threads": 1, "prefix": 0, "prefixes": 1}
+    for flag, low in least.items():
         if getattr(options, flag) < low:
             parser.error(f"--{flag}: {getattr(options, flag)}; allowed: at least {low}")
     for flag in ("prompt", "answer"):
@@ -387,10 +388,11 @@ def main(arguments=None) -> int:
     options = parse(arguments)
     mix = Mix(options.prompt, options.answer, options.shared, options.prefix, options.prefixes)
     model = hub.resolve(options.model)
-    named = ("model", "form", "requests", "rounds", "slots", "threads", "seed", "ttft", "per_token")
+    named = ("model", "form", "requests", "rounds", "slots", "threads", "batch", "seed")
     settings = {key: getattr(options, key) for key in named} | json.loads(json.dumps({"mix": vars(mix)}))
     kept = earlier(options.json, settings) if options.keep else []
     result = {"machine": machine(), "versions": versions(), "settings": settings}
+    result["level"] = {"ttft_p99": options.ttft, "per_token_p99": options.per_token}
     result["command"] = " ".join(["serve_load.py", *(sys.argv[1:] if arguments is None else arguments)])
     stream = texts.token_stream(model)
     rounds = [schedule(stream, options.requests, options.seed + i, mix) for i in range(options.rounds)]

@@ -21,7 +21,6 @@ from workers import serve
 
 AHEAD = 0.05  # seconds between making a run and its beginning
 SIMILAR = 0.1  # llama.cpp's server: the share of a prompt that a slot must know to be chosen for it
-BATCH = 2048  # and the tokens of a batch
 
 
 class Run:
@@ -131,8 +130,9 @@ class LlamaCpp(peers.LlamaCpp):
     there is place. Nothing is detokenised, and nothing runs beside this loop: it looks at the clock between two batches.
     """
 
-    def __init__(self, path, threads, slots, context, **_):
-        super().__init__(path, threads, context, slots, BATCH)
+    def __init__(self, path, threads, slots, context, batch=2048, **_):
+        super().__init__(path, threads, context, slots, batch)
+        self.most = batch
         self.slots = [Slot(i) for i in range(slots)]
 
     def serve(self, requests):
@@ -180,7 +180,7 @@ class LlamaCpp(peers.LlamaCpp):
             slot.ids.append(slot.made[-1])
         for slot in (slot for slot in busy if not slot.made):
             known = len(slot.ids)
-            piece = slot.prompt[known : known + BATCH - self.batch.n_tokens]
+            piece = slot.prompt[known : known + self.most - self.batch.n_tokens]
             for i, token in enumerate(piece, known):
                 row = self._put(token, i, slot.number, logits=i == len(slot.prompt) - 1)
             slot.ids += piece
