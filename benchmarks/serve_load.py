@@ -150,6 +150,7 @@ class Row:
             result |= {f"{what}_p{p}": float(np.percentile(values, p)) if values else None for p in PERCENTILES}
         result["client_cores"] = self.client / self.span
         result["outside"] = None if self.steps is None else 1 - self.steps / self.busy
+        result["samples"] = {what: getattr(self, what) for what in ("ttft", "per_token", "whole", "late")}
         return result
 
 
