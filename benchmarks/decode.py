@@ -27,7 +27,7 @@ from statistics import median
 import numpy as np
 import psutil
 import texts
-from workers import TUNED_MALLOC, Meter, Worker, finish, machine, versions
+from workers import Meter, Worker, aligned, environment, finish, machine, versions
 
 from fastllm import hub
 
@@ -167,10 +167,8 @@ def measure(group: list[Contender], prompts: Prompts, windows: list[list[int]], 
         return reply["tokens"] / reply["seconds"], reply
 
     def warm_up(entrant):
-        # a malloc that keeps its pages for the peers, so that no win of ours is one over page faults; ours runs untuned
-        environment = {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-        environment |= {} if entrant.ours else TUNED_MALLOC
-        entrant.worker = Worker(Path(__file__).with_name("peers.py"), entrant.spec, environment)
+        script = Path(__file__).with_name("peers.py")
+        entrant.worker = Worker(script, entrant.spec, environment(options.threads, tuned=not entrant.ours))
         loaded = entrant.worker.ask(do="load")["bytes_per_token"]
         entrant.bytes_per_token = loaded or entrant.bytes_per_token
         if entrant is ceiling:
@@ -317,11 +315,7 @@ def table(rows: list[dict]) -> str:
         cells += [*goal(row, "decode"), *goal(row, "prefill"), number(row.get("perplexity"), 3)]
         cells += [number(row.get("perplexity_over_fp32"), 2, " %"), number(row.get("same_greedy_tokens"))]
         lines.append(cells)
-    columns = []
-    for i, column in enumerate(zip(*lines, strict=True)):
-        width = max(map(len, column))
-        columns.append([cell.ljust(width) if i < 2 else cell.rjust(width) for cell in column])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+    return aligned(lines)
 
 
 def plot(result: dict, path: Path) -> None:

@@ -184,7 +184,7 @@ def llama_from_gguf(path):
 class LlamaCpp:
     """llama.cpp through the low-level interface of llama-cpp-python."""
 
-    def __init__(self, path, threads, context=1024, **_):
+    def __init__(self, path, threads, context=1024, slots=1, batch=None, **_):
         import llama_cpp
 
         self.lib = lib = llama_cpp
@@ -193,28 +193,37 @@ class LlamaCpp:
         if not self.model:
             raise RuntimeError("llama.cpp cannot load the file")
         params = lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = context, context, 512
+        batch = batch or context
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = context * slots, batch, 512, slots
         params.n_threads = params.n_threads_batch = threads
         self.context = lib.llama_init_from_model(self.model, params)
         if not self.context:
             raise RuntimeError("llama.cpp cannot make a context")
         self.memory = lib.llama_get_memory(self.context)
         self.vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
-        self.batch = lib.llama_batch_init(context, 0, 1)
+        self.batch = lib.llama_batch_init(batch, 0, 1)
         self.bytes_per_token = None
         print(lib.llama_print_system_info().decode(), file=sys.stderr)
 
-    def _run(self, ids, start=0, every=False):
-        """Put `ids` at positions start..; logits of the last token, or of every token, as an array."""
-        batch = self.batch
-        batch.n_tokens = len(ids)
-        for i, token in enumerate(ids):
-            batch.token[i], batch.pos[i] = token, start + i
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-            batch.logits[i] = every or i == len(ids) - 1
-        status = self.lib.llama_decode(self.context, batch)
+    def _put(self, token, position, slot=0, logits=True):
+        """Adds a token to the batch and returns its place there."""
+        batch, i = self.batch, self.batch.n_tokens
+        batch.token[i], batch.pos[i], batch.logits[i] = token, position, logits
+        batch.n_seq_id[i], batch.seq_id[i][0] = 1, slot
+        batch.n_tokens = i + 1
+        return i
+
+    def _decode(self):
+        status = self.lib.llama_decode(self.context, self.batch)
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
+
+    def _run(self, ids, start=0, every=False):
+        """Put `ids` at positions start..; logits of the last token, or of every token, as an array."""
+        self.batch.n_tokens = 0
+        for i, token in enumerate(ids):
+            self._put(token, start + i, logits=every or i == len(ids) - 1)
+        self._decode()
         rows = len(ids) if every else 1
         pointer = self.lib.llama_get_logits(self.context)
         address = ctypes.cast(pointer, ctypes.c_void_p).value

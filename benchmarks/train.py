@@ -23,7 +23,7 @@ from statistics import median
 
 import psutil
 from trainers import SHAPES, Shape
-from workers import TUNED_MALLOC, Meter, Worker, finish, machine, versions
+from workers import Meter, Worker, environment, finish, machine, versions
 
 PEERS = ("transformers", "transformers-compile")
 FMA = 320.0  # GFLOP/s of the machine that the goals were set on (2 cores of an Ice Lake)
@@ -68,16 +68,16 @@ def measure(entrants: list[Contender], shape: str, options, meter: Meter) -> tup
     """(peak of multiply-adds, what went wrong); fills in the contenders."""
     failures, ceilings = [], []
     script = Path(__file__).with_name("trainers.py")
-    environment = {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", **TUNED_MALLOC}
+    variables = environment(options.threads, tuned=True)
     ceiling = None
     try:
         if options.device == "cpu":
-            ceiling = Worker(script, {"kind": "ceiling", "threads": options.threads}, environment)
+            ceiling = Worker(script, {"kind": "ceiling", "threads": options.threads}, variables)
             ceiling.ask(do="load")
         for who in entrants:
             print(f"  loading {who.name}", file=sys.stderr, flush=True)
             try:
-                who.worker = Worker(script, who.spec, environment)
+                who.worker = Worker(script, who.spec, variables)
                 who.worker.ask(do="load")
                 who.losses = who.worker.ask(do="step", count=WARM_UP)["losses"]
             except RuntimeError as error:

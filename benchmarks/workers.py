@@ -1,4 +1,4 @@
-"""Contenders in worker processes, measured one at a time on a quiet machine: what `decode.py` and `train.py` share.
+"""Contenders in worker processes, measured one at a time on a quiet machine: what the end-to-end benchmarks share.
 
 A worker is a script that is given a JSON record and ends in `serve(KINDS, answer)`. It reads one JSON object a line from
 stdin and answers with one on stdout; {"do": "load"} makes the contender, everything else is the script's own. An error
@@ -25,6 +25,11 @@ TUNED_MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
 }
+
+
+def environment(threads: int, tuned: bool) -> dict[str, str]:
+    """Variables of a worker. tuned: with that malloc, as peers have it; ours runs untuned in inference."""
+    return {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"} | (TUNED_MALLOC if tuned else {})
 
 
 def serve(kinds, answer):
@@ -152,6 +157,15 @@ def versions() -> dict:
     from fastllm import info
 
     return info.versions() | {name: info.package(name) for name in ("transformers", "llama-cpp-python", "gguf")}
+
+
+def aligned(lines: list[list[str]], left: int = 2) -> str:
+    """Rows of cells as text; the first `left` columns begin at the left."""
+    columns = []
+    for i, column in enumerate(zip(*lines, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.ljust(width) if i < left else cell.rjust(width) for cell in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def finish(result: dict, meter: Meter, path) -> None:
