@@ -44,7 +44,7 @@ class Replacing:
             if error is None:
                 for name, part in self.parts.items():
                     self._at = name
-                    _sync(part)
+                    sync(part)
                 for name, part in self.parts.items():
                     self._at = name
                     os.replace(part, self.folder / name)
@@ -68,10 +68,14 @@ class Replacing:
         return f"{file} could not be written ({os.strerror(number)}); what stood there is unchanged. {step}"
 
 
-def _sync(file: Path) -> None:
-    """A disk that fills up, or a network's file system, may tell so only now."""
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+def sync(path: Path) -> None:
+    """Returns when a file, or the names in a folder, lie on the disk. A disk that fills up, or a network's file system, may tell
+    so only now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _number(error: BaseException | None) -> int | None:

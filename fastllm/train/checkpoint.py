@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..files import sync
 from .optim import Optimizer
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -77,11 +78,11 @@ class Checkpoints:
             safetensors.torch.save_file(content, part / TENSORS)
             (part / STATE).write_text(json.dumps(state, indent=1))
             for path in (part / TENSORS, part / STATE, part):
-                _to_disk(path)
+                sync(path)
             if final.exists():  # the same step, reached again
                 shutil.rmtree(final)
             os.replace(part, final)
-            _to_disk(self.folder)
+            sync(self.folder)
         except (OSError, safetensors.SafetensorError) as error:
             shutil.rmtree(part, ignore_errors=True)
             last = self.steps()
@@ -168,12 +169,3 @@ def _check_model(own: Mapping[str, Tensor], found: Mapping[str, Tensor], path: P
                 f"{path}: {name} is {tuple(found[name].shape)} {found[name].dtype}, the model's is {tuple(tensor.shape)} "
                 f"{tensor.dtype}; give the model that it was made of"
             )
-
-
-def _to_disk(path: Path) -> None:
-    """Returns when the file, or what a folder lists, lies on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
