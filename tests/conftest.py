@@ -1,12 +1,16 @@
 """Test-wide set-up: shared helpers importable, and no test that leans on another's global state."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers' threads share the cores: one that waits must not spin
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's job in the background: Ctrl-C is tested all the same
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

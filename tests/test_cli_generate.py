@@ -235,9 +235,12 @@ def endless(tmp_path_factory):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_ctrl_c(endless):
     process = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    begun = process.stdout.read(20)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    try:
+        begun = process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130 and len(begun) == 20 and out.endswith(b"\n"), err
     assert re.fullmatch(r"prompt: .* GB/s\n", err.decode()), err
 
