@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.layers import Packed
 from ..ops import LossSpec
 from .chat import ChatTemplate
+from .packed import Packed
 from .sources import Document, Documents, Mixture, permutation
 from .tokenizer import Tokenizer
 

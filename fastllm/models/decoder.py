@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..data.packed import Packed
 from ..ops import AttentionSpec, RopeScaling
 from .blocks import ACTIVATIONS, GATED, Adapted, Adapters, Embedding, LayerNorm, PagedBatch, Projection, RMSNorm
-from .layers import Packed
 
 NORMS, POSITIONS = ("rms", "layer"), ("rope", "learned", "alibi")
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..data.packed import Packed
 from ..ops import AttentionSpec
 from .blocks import Embedding, LayerNorm
-from .layers import ACTIVATIONS, Layer, LayerConfig, Packed, linear
+from .layers import ACTIVATIONS, Layer, LayerConfig, linear
 
 HEADS = (None, "mlm", "classify", "tokens")
 POOLS = ("mean", "cls", "pooler")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..data.packed import Packed
 from ..ops import AttentionSpec
 from .blocks import Embedding
-from .layers import NORMS, Cross, Layer, LayerConfig, Packed, linear
+from .layers import NORMS, Cross, Layer, LayerConfig, linear
 from .positions import RelativeBias, Sinusoids
 
 LONGEST = 1 << 20  # what a table of sinusoids or distances may hold

@@ -27,11 +27,11 @@ from fastllm.data.batch import (
     padding_id,
 )
 from fastllm.data.chat import ChatTemplate
+from fastllm.data.packed import Packed
 from fastllm.data.sources import Documents, write_jsonl
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.models.decoder import Decoder
 from fastllm.models.gguf import GGUFFile
-from fastllm.models.layers import Packed
 
 TEMPLATE = ChatTemplate(_tiny.TEMPLATE)
 TALK = [

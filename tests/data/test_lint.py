@@ -13,10 +13,10 @@ from fastllm.data.batch import IGNORE, Batches, Example, collate, encode, paddin
 from fastllm.data.chat import ChatTemplate
 from fastllm.data.instruct import REVIEWS, Instructions, read_reviews
 from fastllm.data.lint import Finding, check_examples, check_labels, check_packing, check_splits, check_tokenizer, lint
+from fastllm.data.packed import Packed
 from fastllm.data.sources import Document, Documents, split_of, write_jsonl
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.models.gguf import GGUFFile
-from fastllm.models.layers import Packed
 
 SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
