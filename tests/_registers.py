@@ -58,7 +58,7 @@ def of_ptxas(output: str) -> list[Use]:
 
 
 def check(uses: Iterable[Use]) -> None:
-    """Prints the report, most registers first, and lets no kernel spill more than it may or take more shared memory than there is."""
+    """Prints the report, most registers first, and lets no kernel spill more, or take more shared memory, than it may."""
     uses = sorted(uses, key=lambda u: (-u.registers, *u[:2], u.note))
     print("", *uses, sep="\n")
     assert uses, "no kernel was compiled"
