@@ -336,7 +336,7 @@ def child():
         try:
             call()
         except RuntimeError as error:
-            known = "while the LLM had requests there, which go on there; load the model in", "while another thread encoded a text"
+            known = "the LLM had requests there, which go on there; load the model in", "while another thread encoded a text"
             assert any(part in str(error) for part in known), error
         else:
             raise SystemExit("no error")
