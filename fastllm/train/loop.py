@@ -216,6 +216,7 @@ class _Step:
                 "is trained"
             )
         self._waited += time.perf_counter() - began
+        self._forget_gradients()  # of the caller, or of a step that an error cut off
         value = 0.0
         for number, batch in enumerate(group):
             part = self.loss(self.model, batch.to(self.device)) / total

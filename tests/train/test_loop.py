@@ -129,6 +129,15 @@ def test_it_learns_and_says_what_it_did(tmp_path):
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
+def test_gradients_that_were_there_do_not_count(tmp_path):
+    models = decoder(), decoder()
+    for p in models[1].parameters():
+        p.grad = torch.ones_like(p)
+    for n, model in enumerate(models):
+        fit(model, batches(tmp_path), next_token_loss, tmp_path / f"run{n}", OPTIONS)
+    assert equal(parameters(models[0]), parameters(models[1]))
+
+
 def test_it_leaves_torchs_generator_alone(tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()
