@@ -10,7 +10,7 @@ from . import ops
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from . import hub, models
+    from . import hub, models, train
     from .llm import LLM
 
 try:
@@ -18,7 +18,7 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["LLM", "SamplingParams", "__version__", "hub", "models", "ops"]
+__all__ = ["LLM", "SamplingParams", "__version__", "hub", "models", "ops", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +27,6 @@ def __getattr__(name: str) -> Any:
         from .llm import LLM
 
         return LLM
-    if name in ("hub", "models"):
+    if name in ("hub", "models", "train"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module 'fastllm' has no attribute {name!r}")

@@ -1,14 +1,16 @@
 """The command line: thin doors to Python functions.
 
-fastllm info | bench | pull | generate | chat
+fastllm info | bench | pull | generate | chat | pretrain | sft
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -272,6 +274,68 @@ def chat(
     if load is not None:
         talk.load(load)
     talk_on_terminal(talk)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=PASSED_ON, add_help_option=False)
+def pretrain(context: typer.Context) -> None:
+    """Train a model from nothing, on text; `fastllm pretrain --help` lists its options."""
+    from . import train
+
+    _stage("pretrain", train.PretrainOptions, train.pretrain, context.args)
+
+
+@app.command(context_settings=PASSED_ON, add_help_option=False)
+def sft(context: typer.Context) -> None:
+    """Fine-tune a model on completions or talks; `fastllm sft --help` lists its options."""
+    from . import train
+
+    _stage("sft", train.SftOptions, train.sft, context.args)
+
+
+def _stage(name: str, kind: type, stage: Callable, arguments: list[str]) -> None:
+    from .train.arguments import parse
+    from .train.progress import Terminal, duration
+
+    options, resume = parse(name, kind, arguments)
+    _keep_freed_memory()
+    report = stage(options, resume=resume, watch=[Terminal(options.steps, _peak(options))])
+    words = {"done": "done", "no better": "no better for a while", "no more data": "the data ended"}
+    print(f"{words.get(report.reason, report.reason)} after {report.steps} steps, {duration(report.seconds)}")
+    for split in ("validation", "test"):
+        if figures := getattr(report, split):
+            print(f"{split:<11}" + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in figures.items()))
+    print(f"model      {report.model}")
+    if report.reason == "interrupted":
+        print(f"go on with: fastllm {name} --resume --out {options.out}", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+def _peak(options: Any) -> float:
+    """Operations a second that the device can do."""
+    from .bench.ceiling import ceilings
+
+    device, dtype = options.where
+    return ceilings(device.type, dtype)[1].best() * 1e9
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep what a step frees for the next one, in place of a page fault for each page of it. For the whole process,
+    so it is the command's to choose and never the package's."""
+    import ctypes
+
+    trim, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim, (1 << 31) - 1)
+        mallopt(mmap_max, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
 
 
 def _prompt_text(prompt: str | None, file: Path | None) -> str:

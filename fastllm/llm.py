@@ -5,6 +5,7 @@ out = llm.generate("The capital of France is", SamplingParams(max_new_tokens=20,
 out[0].text, out[0].token_ids, out[0].logprobs, out[0].finish_reason
 """
 
+import copy
 import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,17 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from . import hub
-from .data.chat import ChatTemplate
+from .data.chat import NO_TEMPLATE, ChatTemplate
 from .data.tokenizer import Tokenizer
-from .decode.cache import PAGE, page_bytes, pages_for
 from .decode.engine import Engine
 from .decode.forks import settle
+from .decode.limits import KV_DTYPES, Limits
 from .decode.scheduler import Sequence as Decoding
 from .decode.scheduler import Step, Timing
 from .models.decoder import Decoder
 from .models.families import FAMILIES
 from .models.folder import architecture_of, read_json
-from .models.gguf import GGUFFile
+from .models.layers import pack_weights, packed
+from .models.text import read_text
 from .models.weights import load_packed
 from .ops import Panels, QWeight
 from .peft import lora
@@ -38,9 +40,6 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-KV_DTYPES = {"auto": torch.float32, "int8": torch.int8}
-MOST_GUESSES = 63
-KV_BYTES = 1 << 30  # of the cache, where nobody says: 23,000 tokens of the 135M model
 
 
 @dataclass
@@ -129,17 +128,10 @@ class LLM:
             raise ValueError(f"LLM: device={device!r}; allowed: 'auto', 'cpu' (decoding on a GPU is not built yet)")
         if dtype not in ("auto", "float32"):
             raise ValueError(f"LLM: dtype={dtype!r}; allowed: 'auto', 'float32'")
-        if quantize not in (None, "int8", "int4"):
-            raise ValueError(f"LLM: quantize={quantize!r}; allowed: None, 'int8', 'int4'")
-        if kv_dtype not in KV_DTYPES:
-            raise ValueError(f"LLM: kv_dtype={kv_dtype!r}; allowed: {', '.join(map(repr, KV_DTYPES))}")
-        counts = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "kv_bytes": kv_bytes}
-        counts |= {"num_threads": num_threads}
-        for key, value in counts.items():
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"LLM: {key}={value!r}; allowed: an integer of at least 1")
-        if not isinstance(speculate, int) or isinstance(speculate, bool) or not 0 <= speculate <= MOST_GUESSES:
-            raise ValueError(f"LLM: speculate={speculate!r}; allowed: an integer in [0, {MOST_GUESSES}]")
+        limits = Limits(
+            quantize=quantize, max_model_len=max_model_len, max_num_seqs=max_num_seqs, kv_bytes=kv_bytes, kv_dtype=kv_dtype,
+            num_threads=num_threads, speculate=speculate,
+        )  # fmt: skip
         settle()
         self.path = hub.resolve(name, revision=revision)
         self.encoder = _read_encoder(self.path, quantize)
@@ -147,35 +139,43 @@ class LLM:
             self.model, self.tokenizer = self.encoder.model, self.encoder.tokenizer
             self.max_model_len = self.model.config.max_position
             return
-        self.tokenizer, self._template = _read_text_side(self.path)
+        self.tokenizer, self._template = read_text(self.path)
         self.model = load_packed(self.path, quantize, as_float=dtype == "float32")
+        self._serve(limits)
+
+    @classmethod
+    def of(
+        cls,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None = None,
+        **limits: Any,
+    ) -> "LLM":
+        """Of a model in memory as it is now: its weights are copied and packed, so training may go on beside it.
+
+        limits: quantize, max_model_len and what follows it, as above. TypeError for a model that is no Decoder, or is packed.
+        """
+        if not isinstance(model, Decoder) or packed(model):
+            raise TypeError(f"LLM.of: {type(model).__name__}; allowed: a Decoder whose weights are not packed")
+        checked = Limits(**limits)
+        settle()
+        self = cls.__new__(cls)
+        self.path, self.encoder, self.tokenizer = Path("(a model in memory)"), None, tokenizer
+        self._template = template or ValueError(f"this model {NO_TEMPLATE}")
+        self.model = pack_weights(copy.deepcopy(model).cpu().float(), checked.quantize)
+        self._serve(checked)
+        return self
+
+    def _serve(self, limits: Limits) -> None:
         config = self.model.config
         if len(self.tokenizer) > config.vocab:
             raise ValueError(f"{self.path}: the tokenizer has {len(self.tokenizer)} ids, the model {config.vocab}")
-        if max_model_len and max_model_len > config.max_position:
-            raise ValueError(f"LLM: max_model_len={max_model_len}, but the model has {config.max_position} positions")
-        self.max_model_len = max_model_len or config.max_position
-        if kv_dtype == "int8" and config.head_dim % 16:
-            raise ValueError(
-                f"LLM: kv_dtype='int8' takes heads of a multiple of 16, the model's have {config.head_dim}"
-            )
-        pages = self._plan_pages(max_num_seqs, kv_bytes, KV_DTYPES[kv_dtype])
-        eos_ids = self.tokenizer.eos_ids
+        pages = limits.pages(config)
+        self.max_model_len = limits.max_model_len or config.max_position
         self.engine = Engine(
-            self.model, self.max_model_len, eos_ids, max_num_seqs, pages, num_threads or 0,
-            kv_dtype=KV_DTYPES[kv_dtype], speculate=speculate,
+            self.model, self.max_model_len, self.tokenizer.eos_ids, limits.max_num_seqs, pages, limits.num_threads or 0,
+            kv_dtype=KV_DTYPES[limits.kv_dtype], speculate=limits.speculate,
         )  # fmt: skip
-
-    def _plan_pages(self, max_num_seqs: int, kv_bytes: int | None, dtype: torch.dtype) -> int:
-        size, longest = page_bytes(self.model.config, dtype), pages_for(self.max_model_len)
-        if kv_bytes is None:
-            return max(longest, min(max_num_seqs * longest, KV_BYTES // size))
-        if kv_bytes < longest * size:
-            raise ValueError(
-                f"LLM: {self.max_model_len} tokens need {longest * size} bytes of KV cache, kv_bytes={kv_bytes} allows "
-                f"{kv_bytes // size * PAGE} tokens; lower max_model_len or raise kv_bytes"
-            )
-        return kv_bytes // size
 
     @property
     def bytes_per_token(self) -> int:
@@ -470,16 +470,3 @@ def _read_encoder(path: Path, quantize: str | None) -> "TextEncoder | None":
     from .models.hf_encoder import ARCHITECTURES
 
     return TextEncoder.load(path, quantize=quantize) if architecture in ARCHITECTURES else None
-
-
-def _read_text_side(path: Path) -> tuple[Tokenizer, ChatTemplate | ValueError]:
-    """The tokenizer and the chat template; a missing template is kept as the error that `chat` will raise."""
-    if path.is_dir():
-        tokenizer, source, make = Tokenizer.from_folder(path), path, ChatTemplate.from_folder
-    else:
-        source = GGUFFile(path)
-        tokenizer, make = Tokenizer.from_gguf(source), ChatTemplate.from_gguf
-    try:
-        return tokenizer, make(source)
-    except ValueError as error:
-        return tokenizer, error

@@ -140,11 +140,11 @@ def test_how_large_the_cache_is(path, monkeypatch):
         ({"kv_bytes": 5000 * size}, 5000),  # more than can run: more that is known
     ):
         assert LLM(path, **arguments).engine.cache.pages == pages, arguments
-    monkeypatch.setattr("fastllm.llm.KV_BYTES", 100 * size)
+    monkeypatch.setattr("fastllm.decode.limits.KV_BYTES", 100 * size)
     assert LLM(path, max_model_len=160).engine.cache.pages == 100
     assert LLM(path).engine.cache.pages == 100
     assert LLM(path, max_model_len=1024 - 7).engine.cache.pages == 100
-    monkeypatch.setattr("fastllm.llm.KV_BYTES", 10 * size)
+    monkeypatch.setattr("fastllm.decode.limits.KV_BYTES", 10 * size)
     assert LLM(path).engine.cache.pages == 64  # one of the longest, whatever the default
 
 

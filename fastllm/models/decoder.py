@@ -149,6 +149,9 @@ def _preset(family: str, *sizes: int, **more) -> DecoderConfig:
 _LLAMA3_2 = RopeScaling("llama3", 32.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
 # Sizes by name, for `fastllm pretrain` and for tests; a file brings its own.
 PRESETS = {
+    "nano": _preset("llama", 4096, 4, 128, 512, 4, 2, 32, 1024),
+    "micro": _preset("llama", 4096, 6, 256, 640, 4, 2, 64, 1024),
+    "mini": _preset("llama", 4096, 7, 384, 1024, 6, 2, 64, 1024),
     "smollm2-135m": _preset("llama", 49152, 30, 576, 1536, 9, 3, 64, 8192, rope_theta=1e5),
     "tinyllama-1.1b": _preset("llama", 32000, 22, 2048, 5632, 32, 4, 64, 2048, tied=False),
     "llama-2-7b": _preset("llama", 32000, 32, 4096, 11008, 32, 32, 128, 4096, tied=False),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import Panels, QWeight
 from . import blocks
-from .blocks import GATED, Embedding, LayerNorm, Projection, RMSNorm, replace_weight
+from .blocks import GATED, Embedding, LayerNorm, Projection, RMSNorm, make_gains, replace_weight
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = blocks.ACTIVATIONS | {
     "relu": torch.relu,
@@ -121,11 +121,17 @@ def pack_weights(model: nn.Module, quantize: str | None = None) -> nn.Module:
         if isinstance(module, Projection) and isinstance(module.weight, Tensor):
             key, weight = id(module.weight), module.weight
             if key not in panels:
-                panels[key] = QWeight.quantize(weight, int(quantize[3:])) if quantize else Panels.pack(weight)
+                panels[key] = (
+                    QWeight.quantize(weight, int(quantize[3:]), module.swiglu)
+                    if quantize
+                    else Panels.pack(weight, module.swiglu)
+                )
             tied = [m for m in model.modules() if isinstance(m, Embedding) and m.weight is weight]
             for other in (module, *tied):
                 replace_weight(other, panels[key])
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    make_gains(model)
+    return model
 
 
 def packed(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The text side of a model that is saved: tokenizer, chat template and what ends a text, out of the file of its weights."""
+"""The text side of a model: tokenizer, chat template and what ends a text, out of the file of its weights and into another."""
 
 import json
 import warnings
@@ -16,6 +16,19 @@ FILES = (
     "spiece.model", "source.spm", "target.spm", "preprocessor_config.json", "modules.json", "sentence_bert_config.json",
     "1_Pooling/config.json",
 )  # fmt: skip
+
+
+def read_text(path: Path) -> tuple[Tokenizer, ChatTemplate | ValueError]:
+    """The tokenizer and the chat template of a folder or a GGUF; a missing template is the error to raise when one is needed."""
+    if path.is_dir():
+        tokenizer, source, make = Tokenizer.from_folder(path), path, ChatTemplate.from_folder
+    else:
+        source = GGUFFile(path)
+        tokenizer, make = Tokenizer.from_gguf(source), ChatTemplate.from_gguf
+    try:
+        return tokenizer, make(source)
+    except ValueError as error:
+        return tokenizer, error
 
 
 def write_text(source: Path, files: Replacing) -> None:

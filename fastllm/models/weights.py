@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ops import Panels, QWeight
 from ..ops.quant_linear import GROUP, STORED
 from .arena import Arena
-from .blocks import Embedding, Projection, RMSNorm
+from .blocks import Embedding, Projection, make_gains
 from .decoder import Decoder
 from .families import FAMILIES, write_config
 from .folder import Stored, Writing, skeleton, write_tensors
@@ -69,9 +69,7 @@ def load_packed(path: str | Path, quantize: str | None = None, as_float: bool = 
         model.head.pack(model.embedding.weight)
     model.arena = arena
     model.eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            _ = module.gain  # made now, not in a step that is being captured
+    make_gains(model)
     return model
 
 

@@ -55,9 +55,17 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions(OptimOptions):
-    """steps: of the whole run. accumulate: batches of a step. log_every, eval_every, save_every: steps between them; 0: only at
-    the end. keep_last: checkpoints that stay, beside the best. patience: validations without a new best before it stops; 0:
-    never."""
+    """The loop's, beside the optimizer's.
+
+    Args:
+        steps: Of the whole run.
+        accumulate: Batches of a step.
+        log_every: Steps between lines of the log; 0: only at the end.
+        eval_every: Steps between validations; 0: only at the end.
+        save_every: Steps between checkpoints; 0: only at the end, and where a validation is the best.
+        keep_last: Checkpoints that stay, beside the best.
+        patience: Validations without a new best before it stops; 0: never.
+    """
 
     steps: int = 1000
     accumulate: int = 1
@@ -96,14 +104,16 @@ def fit(
     out: str | os.PathLike,
     options: LoopOptions,
     *,
-    validate: Callable[[nn.Module], float] | None = None,
+    validate: Callable[[nn.Module], float | Mapping[str, float]] | None = None,
     resume: bool = False,
     watch: Iterable[Callable[[Mapping[str, Any]], None]] = (),
+    figures: Callable[[], Mapping[str, float]] | None = None,
 ) -> Report:
     """Trains the parameters of `model` that need a gradient, in place.
 
-    loss(model, batch): the sum over its predictions of weight * loss, a scalar. validate(model): a loss, the lower the better,
-    called in eval mode without gradients. watch: what gets each line of the log. resume: go on from the newest checkpoint.
+    loss(model, batch): the sum over its predictions of weight * loss, a scalar. validate(model): a loss, the lower the better, or
+    figures with a "loss" among them, called in eval mode without gradients. watch: what gets each line of the log. figures():
+    more of a logged step, since the last one. resume: go on from the newest checkpoint.
 
     Ctrl-C ends the step that runs, saves and returns; a second one stops at once. TrainingError: a loss or gradient that is not
     finite (the model is then as it was before the step). Any other error of the data or the loss is raised as it is, when the
@@ -137,10 +147,11 @@ def fit(
             )
             last = step == options.steps
             if last or _due(step, options.log_every):
-                log.write({"step": step, "loss": value, "tokens": progress.tokens, **step_of.since_last()})
+                more = figures() if figures else {}
+                log.write({"step": step, "loss": value, "tokens": progress.tokens, **step_of.since_last(), **more})
             if validate is not None and (last or _due(step, options.eval_every)):
-                found = _validated(model, validate)
-                log.write({"step": step, "validation": found})
+                found, others = _validated(model, validate)
+                log.write({"step": step, "validation": found, **others})
                 better = progress.best is None or found < progress.best
                 progress = replace(progress, stale=0 if better else progress.stale + 1)
                 if better:
@@ -282,11 +293,15 @@ def _say_not_finite(problem: _NotFinite, progress: Progress, checkpoints: Checkp
     ) from None
 
 
-def _validated(model: nn.Module, validate: Callable[[nn.Module], float]) -> float:
+def _validated(model: nn.Module, validate: Callable) -> tuple[float, dict[str, float]]:
+    """The loss, and what else was found."""
     model.eval()
     try:
         with torch.no_grad():
-            return float(validate(model))
+            found = validate(model)
+        if not isinstance(found, Mapping):
+            return float(found), {}
+        return float(found["loss"]), {f"validation_{name}": v for name, v in found.items() if name != "loss"}
     finally:
         model.train()
 

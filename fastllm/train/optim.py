@@ -35,8 +35,19 @@ def require(name: str, value: object, fits: bool, allowed: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimOptions:
-    """lr: the highest rate. schedule: cosine, linear, constant or wsd. warmup: steps. final_lr: what is left of lr at the end, a
-    share. weight_decay: of matrices. clip: the largest norm of all gradients, or None. beta1, beta2, eps: AdamW's."""
+    """AdamW, its schedule and clipping.
+
+    Args:
+        lr: The highest rate.
+        schedule: cosine, linear, constant or wsd.
+        warmup: Steps in which the rate rises.
+        final_lr: What is left of lr at the end, a share.
+        weight_decay: Of matrices.
+        beta1: AdamW's, of the mean.
+        beta2: AdamW's, of the mean square.
+        eps: AdamW's.
+        clip: The largest norm of all gradients; null for none.
+    """
 
     lr: float = 3e-4
     schedule: str = "cosine"

@@ -1,0 +1,168 @@
+"""What a step will take, before there is one: operations, memory, time.
+
+A batch is run forward and backward without an update; gradients and torch's generators are as they were afterwards.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import Batch
+from ..models.blocks import Projection
+from ..models.decoder import Decoder
+from ..models.encoder import Encoder
+
+SHARE = 0.9  # of the free memory that a run may plan with
+TRAINED = 16  # bytes of a parameter with gradient, moments and, where it has 16 bits, its float32 master
+WORK = 1.15  # what kernels and the allocator take beside the tensors that are counted
+
+
+# ---------------------------------------------------------------------------------------------------------- operations
+
+
+def operations(model: nn.Module, batch: Any) -> float:
+    """Floating-point operations of forward and backward, none of them done twice: 6 for each token and weight of a matrix that
+    it passes, 12 H D for each pair of a query and a key that it sees, in each layer (Chowdhery et al. 2022, arXiv 2204.02311,
+    appendix B, with the pairs counted)."""
+    if isinstance(model, Decoder) and isinstance(batch, Batch):
+        c, lengths = model.config, batch.packed.cu.diff().double()
+        pairs = sum(float(_pairs(lengths, c.window_of(layer)).sum()) for layer in range(c.layers))
+        return 6.0 * _weights(model) * len(batch.packed.ids) + 12.0 * c.heads * c.head_dim * pairs
+    if isinstance(model, Encoder) and isinstance(batch, Batch):
+        c, lengths = model.config, batch.packed.cu.diff().double()
+        head = 0 if model.head is None else _weights(model.head)
+        said = float((batch.weight > 0).sum())
+        every = 6.0 * (_weights(model) - head) * len(batch.packed.ids)
+        return every + 6.0 * head * said + 12.0 * c.dim * c.layers * float(lengths.square().sum())
+    return math.nan
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, Projection))
+
+
+def _pairs(lengths: Tensor, window: int | None) -> Tensor:
+    """Of a causal layer: each query sees itself and what came before, within the window."""
+    seen = lengths if window is None else lengths.clamp(max=window)
+    return seen * (seen + 1) / 2 + (lengths - seen) * seen
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes. state: parameters, gradients, moments and masters. token: what backward needs of each token of a batch."""
+
+    state: int
+    token: float
+
+    def of(self, tokens: int) -> float:
+        """A step's, with batches of so many tokens."""
+        return WORK * (self.state + tokens * self.token)
+
+    def fitting(self, available: float) -> int:
+        """The most tokens of a batch that fit; 0 where not even the state does."""
+        return max(0, int((SHARE * available / WORK - self.state) / self.token))
+
+    def refuse(self, tokens: int, accumulate: int, available: float) -> str | None:
+        """What to say where a batch of `tokens` does not fit, None where it does."""
+        if self.of(tokens) <= SHARE * available:
+            return None
+        needs = f"a step takes some {self.of(tokens) / 1e9:.1f} GB ({self.state / 1e9:.1f} GB of them weights, gradients and "
+        needs += f"AdamW's moments), {available / 1e9:.1f} GB are free; "
+        most = self.fitting(available)
+        if most < 64:
+            return needs + "no batch fits beside the weights: take a smaller model, or a machine with more memory"
+        parts = -(-tokens // most)
+        return needs + f"tokens={tokens // parts} with accumulate={accumulate * parts} takes the same step and fits"
+
+
+def footprint(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> Footprint:
+    """Measured on a batch, which may be a small one."""
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with _Apart(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        value = loss(model, batch.to(device_of(model)))
+        del value
+    state = sum(TRAINED * p.numel() if p.requires_grad else p.nbytes for p in model.parameters())
+    return Footprint(state, sum(kept.values()) / batch.weight.numel())
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that are free for a process on this device; infinite where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as file:
+            found = {line.split(":")[0]: line.split()[1] for line in file}
+        free = float(found["MemAvailable"]) * 1024
+    except (OSError, KeyError, IndexError):
+        try:
+            return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        except (ValueError, OSError):
+            return math.inf
+    return min(free, _cgroup_room())
+
+
+def _cgroup_room() -> float:
+    """What the limit of a container leaves."""
+    try:
+        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as now:
+            limit = most.read().strip()
+            return math.inf if limit == "max" else float(limit) - float(now.read())
+    except (OSError, ValueError):
+        return math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------------- time
+
+
+def seconds_of(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> float:
+    """Forward and backward of a batch, the faster of two."""
+    device, times = device_of(model), []
+    with _Apart(model):
+        for _ in range(2):
+            begin = time.perf_counter()
+            loss(model, batch.to(device)).backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+class _Apart:
+    """Nothing of what is done within stays: gradients, the state of generators."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __enter__(self) -> None:
+        self._gradients = [p.grad for p in self.model.parameters()]
+        for p in self.model.parameters():
+            p.grad = None
+        self._forked = torch.random.fork_rng()
+        self._forked.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self._forked.__exit__(*error)
+        for p, gradient in zip(self.model.parameters(), self._gradients, strict=True):
+            p.grad = gradient
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its parameters are."""
+    return next(model.parameters()).device

@@ -1,0 +1,60 @@
+"""A model that exists, on prompts and completions, talks, or more text.
+
+    report = sft(SftOptions(model="smollm2-135m", data="reviews.jsonl", out="runs/reviews", steps=200, lr=2e-5))
+
+The same as `fastllm sft --model smollm2-135m --data reviews.jsonl --out runs/reviews --steps 200 --lr 2e-5`. The weights of a
+GGUF are dequantised; what is saved is a folder of safetensors with the GGUF's tokenizer and chat template.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import hub, models
+from ..data.chat import ChatTemplate
+from ..models.decoder import Decoder
+from ..models.text import read_text
+from .optim import require
+from .pretrain import decoder_plan
+from .stage import StageOptions, StageReport, run
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftOptions(StageOptions):
+    """Fine-tuning of all weights.
+
+    Args:
+        model: Alias, .gguf file (which is dequantised), folder of safetensors, or Hub id.
+        template: A file with a chat template (Jinja), in place of the model's own.
+    """
+
+    model: str
+    template: str = ""
+    lr: float = 2e-5
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("model", self.model, bool(self.model), "an alias, a file, a folder or a Hub id")
+
+
+def sft(
+    options: SftOptions, *, resume: bool = False, watch: Iterable[Callable[[Mapping[str, Any]], None]] = ()
+) -> StageReport:
+    """Trains a model on completions alone, with the token that ends them, and leaves a run folder as `pretrain` does.
+
+    Records: {"prompt", "completion"}, {"messages"}, {"text"}. Raises as `pretrain`; ValueError: a model of a class that this
+    stage does not train, a record of another form.
+    """
+    path = Path(options.model) if Path(options.model).exists() else hub.resolve(options.model)
+    model = models.load(path)
+    if not isinstance(model, Decoder):
+        raise ValueError(f"sft: {options.model} is a {type(model).__name__}; allowed: a Decoder")
+    if options.max_length > model.config.max_position:
+        raise ValueError(f"max_length is {options.max_length}; allowed: up to {model.config.max_position}, the model's")
+    tokenizer, template = read_text(path)
+    if options.template:
+        template = ChatTemplate(Path(options.template).read_text(encoding="utf-8"))
+    known = None if isinstance(template, ValueError) else template
+    return run(options, decoder_plan(options, model, tokenizer, known, path), resume, watch)

@@ -1,0 +1,348 @@
+"""Stages from their options to a finished run folder, as a user runs them."""
+
+import json
+import math
+import re
+import signal
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from _assets import asset
+from _training import LINES
+
+from fastllm import LLM, models
+from fastllm.cli import main
+from fastllm.data.batch import Batches
+from fastllm.models.decoder import Decoder
+from fastllm.train import PretrainOptions, SftOptions, forecast, pretrain, sft, stage
+from fastllm.train.arguments import parse
+from fastllm.train.loop import LOG, TrainingError
+from fastllm.train.objective import next_token_loss
+from fastllm.train.plots import read_log
+from fastllm.train.progress import Terminal, duration
+
+MODULE = sys.modules["fastllm.train.pretrain"]  # whose name its function has taken
+SIZES = {"tokens": 256, "max_length": 64, "vocab_size": 300, "validation": 0.1, "test": 0.1, "sample_tokens": 4}
+QUICK = {"steps": 6, "log_every": 1, "eval_every": 3, "lr": 3e-3, "tensorboard": False, "plot": False}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "sums.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{line} It is so."}) + "\n" for line in LINES))
+    return path
+
+
+def options(corpus, out, **changed) -> PretrainOptions:
+    given = {"arch": "decoder", "preset": "nano", "data": str(corpus), "out": str(out), **SIZES, **QUICK}
+    return PretrainOptions(**given | changed)
+
+
+def tensors(out):
+    return safetensors.torch.load_file(out / "model" / "model.safetensors")
+
+
+# ----------------------------------------------------------------------------------------------------------- a whole run
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """A run folder and its report."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    return out, pretrain(options(corpus, out, plot=True, tensorboard=True))
+
+
+def test_the_run_folder_is_complete(run):
+    out, report = run
+    names = {
+        "options.yaml",
+        "tokenizer",
+        "log.jsonl",
+        "checkpoints",
+        "samples.txt",
+        "loss.png",
+        "tensorboard",
+        "report.json",
+        "model",
+    }
+    assert {p.name for p in out.iterdir()} == names
+    assert json.loads((out / "report.json").read_text())["steps"] == report.steps == 6
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG") and any((out / "tensorboard").iterdir())
+    log = read_log(out / LOG)
+    assert [line["step"] for line in log if "validation" in line] == [3, 6]
+    assert all(line["flops_per_s"] > 0 and line["grad_norm"] > 0 for line in log if "loss" in line)
+    assert (out / "samples.txt").read_text().count("== held out") == 2
+
+
+def test_the_model_is_read_by_llm_and_has_the_reported_loss(run, corpus):
+    """bits a byte by another way: log-probabilities of the engine over the same documents."""
+    out, report = run
+    llm = LLM(out / "model")
+    texts = [d.text for d in options(corpus, out).documents("test")]
+    ids = [[*llm.tokenizer.encode(text), llm.tokenizer.eos_id] for text in texts]
+    nats = -sum(map(sum, llm.logprobs(ids)))
+    size = sum(len(text.encode()) for text in texts)
+    assert report.test["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert report.test["loss"] == pytest.approx(nats / sum(len(i) - 1 for i in ids), rel=1e-5)
+
+
+def test_the_same_options_give_the_same_bits(run, corpus, tmp_path):
+    out, _ = run
+    pretrain(options(corpus, tmp_path / "again"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tensors(out).values(), tensors(tmp_path / "again").values(), strict=True)
+    )
+
+
+def test_an_interrupted_run_goes_on_with_the_same_bits(run, corpus, tmp_path):
+    out, _ = run
+
+    def interrupt(record):
+        if record["step"] == 2 and "loss" in record:
+            signal.raise_signal(signal.SIGINT)
+
+    stopped = pretrain(options(corpus, tmp_path / "cut"), watch=[interrupt])
+    assert (stopped.reason, stopped.steps, stopped.test) == ("interrupted", 2, None)
+    ended = pretrain(options(corpus, tmp_path / "cut"), resume=True)
+    assert (ended.reason, ended.steps) == ("done", 6)
+    assert all(
+        torch.equal(a, b) for a, b in zip(tensors(out).values(), tensors(tmp_path / "cut").values(), strict=True)
+    )
+
+
+def test_the_best_checkpoint_is_saved(corpus, tmp_path, monkeypatch):
+    """Not the last one: held-out losses are replaced by ones that rise."""
+    losses = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(stage._Validation, "__call__", lambda self, model: {"loss": next(losses)})
+    report = pretrain(options(corpus, tmp_path / "run", steps=9, save_every=3, keep_last=5))
+    assert report.best_step == 3
+    best = safetensors.torch.load_file(tmp_path / "run/checkpoints/step-00000003/tensors.safetensors")
+    saved = models.load(tmp_path / "run" / "model")
+    assert torch.equal(saved.embedding.weight, best["model.embedding.weight"])
+
+
+def test_several_sources_are_mixed(corpus, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"Sentence {i} of another kind."}) + "\n" for i in range(80)))
+    made = options(corpus, tmp_path / "run", data={"sums": str(corpus), "other": str(other)}, mix_temperature=1e9)
+    tasks = [
+        document.fields["task"] for _, document in zip(range(200), made.documents("train", epochs=None), strict=False)
+    ]
+    assert 70 < tasks.count("other") < 130
+    assert pretrain(made).reason == "done"
+
+
+# ---------------------------------------------------------------------------------------------------------------- sft
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda i: {"prompt": f"{i} plus 1 is", "completion": f" {i + 1}."},
+        lambda i: {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i + 1}."}]},
+    ],
+    ids=["completion", "messages"],
+)
+def test_sft(run, tmp_path, record):
+    out, _ = run
+    data, template = tmp_path / "data.jsonl", tmp_path / "template.jinja"
+    data.write_text("".join(json.dumps(record(i)) + "\n" for i in range(120)))
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    given = {k: v for k, v in SIZES.items() if k != "vocab_size"} | QUICK
+    report = sft(
+        SftOptions(model=str(out / "model"), data=str(data), out=str(tmp_path / "run"), template=str(template), **given)
+    )
+    log = read_log(tmp_path / "run" / LOG)
+    assert report.steps == 6 and log[-1]["validation"] < log[2]["loss"]
+    assert "bits_per_byte" not in report.validation
+    assert isinstance(models.load(report.model), Decoder)
+
+
+def test_sft_refuses_an_encoder(tmp_path, corpus):
+    with pytest.raises(ValueError, match="is a Encoder; allowed: a Decoder"):
+        sft(SftOptions(model=str(asset("minilm-l6")), data=str(corpus), out=str(tmp_path)))
+
+
+# ------------------------------------------------------------------------------------------------------ flags and YAML
+
+
+def test_flags_win_over_yaml(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("arch: decoder\npreset: nano\ndata: [a.jsonl, b.jsonl]\nmax_length: 128\nlr: 1e-3\n")
+    made, resume = parse(
+        "pretrain", PretrainOptions, ["--config", str(file), "--out", "x", "--max-length=64", "--clip", "null"]
+    )
+    assert (made.data, made.max_length, made.lr, made.clip, resume) == (["a.jsonl", "b.jsonl"], 64, 1e-3, None, False)
+
+
+def test_resume_takes_the_options_of_the_run(run):
+    out, _ = run
+    made, resume = parse("pretrain", PretrainOptions, ["--resume", "--out", str(out), "--steps", "8"])
+    assert resume and made.steps == 8 and made.vocab_size == 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--foo", "3"], "--foo"),
+        (["--lr", "fast"], "--lr: Expected a float. Got value: fast"),
+        (["--lr", "-1"], "lr is -1.0; allowed: a positive number"),
+        (["--max-length", "9000"], "max_length is 9000; allowed: at most tokens=4096"),
+        (["--validation", "0.6", "--test", "0.5"], "less than 1"),
+        (["--preset", "huge"], "preset is 'huge'; allowed: "),
+        (["--arch", "tree"], "arch is 'tree'; allowed: decoder"),
+        (["--lint", "maybe"], "lint is 'maybe'; allowed: warn, refuse, off"),
+    ],
+)
+def test_wrong_options(arguments, said):
+    base = ["--arch", "decoder", "--preset", "nano", "--data", "a", "--out", "b"]
+    with pytest.raises(ValueError, match="(?s)" + said.replace("(", "\\(")):
+        parse("pretrain", PretrainOptions, [*base, *arguments])
+
+
+def test_an_unknown_key_of_yaml(tmp_path):
+    (tmp_path / "o.yaml").write_text("arch: decoder\nlearning_rate: 3\n")
+    with pytest.raises(ValueError, match="learning_rate"):
+        parse("pretrain", PretrainOptions, ["--config", str(tmp_path / "o.yaml")])
+
+
+def test_other_options_than_the_run_began_with(run, corpus):
+    out, _ = run
+    with pytest.raises(ValueError, match=r"tokens is 512, the run in .* began with 256"):
+        pretrain(options(corpus, out, tokens=512), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "the file is empty"),
+        (b'{"text": "good"}\n{"text": \n', ":2: "),
+        (b'{"text": "good"}\n{"text": "\xff\xfe"}\n', ":2: "),
+        (b'{"title": "no text here"}\n' * 40, "no text to train a tokenizer on"),
+    ],
+    ids=["empty", "broken line", "not UTF-8", "another record"],
+)
+def test_bad_data(tmp_path, monkeypatch, capsys, content, said):
+    data = tmp_path / "bad.jsonl"
+    data.write_bytes(content)
+    arguments = [
+        "--arch",
+        "decoder",
+        "--preset",
+        "nano",
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "run"),
+        "--validation",
+        "0",
+    ]
+    monkeypatch.setattr("sys.argv", ["fastllm", "pretrain", *arguments, "--test", "0"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code in (1, 2) and re.search(said, shown[-1]) and shown[-1].startswith("fastllm: ")
+
+
+# -------------------------------------------------------------------------------------------------- before it begins
+
+
+def first(corpus, tmp_path, tokens=256):
+    made = options(corpus, tmp_path)
+    tokenizer, text = MODULE._tokenizer(made)
+    plan = MODULE.PLANS["decoder"](made, tokenizer, text)
+    return plan, next(Batches(made.documents("train"), plan.encode, tokens))
+
+
+def test_what_does_not_fit_is_refused_with_what_does(corpus, tmp_path, monkeypatch):
+    plan, batch = first(corpus, tmp_path / "a")
+    size = forecast.footprint(plan.model, next_token_loss, batch)
+    free = size.of(100) / forecast.SHARE
+    monkeypatch.setattr(stage, "available_memory", lambda device: free)
+    with pytest.raises(MemoryError, match=r"tokens=(\d+) with accumulate=(\d+) takes the same step") as refused:
+        pretrain(options(corpus, tmp_path / "b", tokens=256))
+    tokens, parts = map(int, re.search(r"tokens=(\d+) with accumulate=(\d+)", str(refused.value)).groups())
+    assert tokens * parts <= 256 and size.of(tokens) <= free
+    monkeypatch.setattr(stage, "available_memory", lambda device: size.state)
+    with pytest.raises(MemoryError, match="no batch fits beside the weights"):
+        pretrain(options(corpus, tmp_path / "c", tokens=256))
+
+
+def test_memory_that_gives_out_in_a_step(corpus, tmp_path, monkeypatch):
+    calls = iter(range(100))
+
+    def loss(model, batch):
+        if next(calls) == 5:  # after the forecast, in the second or third step
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"
+            )
+        return next_token_loss(model, batch)
+
+    monkeypatch.setattr(MODULE, "next_token_loss", loss)
+    with pytest.raises(TrainingError, match=r"out of memory with tokens=256.*tokens=128 with accumulate=2"):
+        pretrain(options(corpus, tmp_path / "run", validation=0))
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_forecast_leaves_no_trace(corpus, tmp_path):
+    plan, batch = first(corpus, tmp_path)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    gradient = torch.ones_like(plan.model.embedding.weight)
+    plan.model.embedding.weight.grad = gradient
+    forecast.footprint(plan.model, next_token_loss, batch)
+    assert forecast.seconds_of(plan.model, next_token_loss, batch) > 0
+    assert torch.equal(before, torch.get_rng_state())
+    assert plan.model.embedding.weight.grad is gradient and bool((gradient == 1).all())
+    assert all(p.grad is None for n, p in plan.model.named_parameters() if n != "embedding.weight")
+
+
+def test_operations_of_a_step(corpus, tmp_path):
+    """Counted by hand for a window that cuts and one that does not."""
+    plan, batch = first(corpus, tmp_path)
+    c, lengths = plan.model.config, batch.packed.cu.diff().tolist()
+    weights = sum(
+        m.weight.numel()
+        for n, m in plan.model.named_modules()
+        if n.endswith((".qkv", ".out", ".gate_up", ".up", ".down"))
+    )
+    weights += plan.model.head.weight.numel()
+    pairs = sum(n * (n + 1) // 2 for n in lengths)
+    expected = 6 * weights * sum(lengths) + 12 * c.layers * c.heads * c.head_dim * pairs
+    assert forecast.operations(plan.model, batch) == expected
+    assert forecast._pairs(torch.tensor([5.0]), 2).item() == 1 + 2 + 2 + 2 + 2
+
+
+def test_lint_may_refuse(tmp_path):
+    data = tmp_path / "twice.jsonl"
+    data.write_text(
+        "".join(
+            json.dumps({"prompt": f"Is {i % 40} good?", "completion": "yes" if i < 40 else "no"}) + "\n"
+            for i in range(80)
+        )
+    )
+    with pytest.raises(ValueError, match="the linter found"):
+        pretrain(options(data, tmp_path / "run", lint="refuse", validation=0, test=0))
+
+
+# ------------------------------------------------------------------------------------------------------------ progress
+
+
+def test_the_line_of_progress(capsys):
+    show = Terminal(steps=10, peak=1e9)
+    show({"step": 2, "loss": 3.25, "tokens_per_s": 1234.0, "flops_per_s": 4e8})
+    show({"step": 4, "validation": 3.0, "validation_bits_per_byte": 1.5})
+    show({"step": 4, "loss": 3.125, "tokens_per_s": 1234.0, "flops_per_s": 4e8})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "2/10 · loss 3.250 · 1,234 tok/s · MFU 40%"
+    assert lines[1].startswith(
+        "4/10 · loss 3.125 · held out 3.000 (1.500 bits a byte) · 1,234 tok/s · MFU 40% · 0 s left"
+    )
+
+
+def test_durations():
+    assert [duration(s) for s in (3.4, 99, 200, 7500)] == ["3 s", "99 s", "3:20 min", "2:05 h"]
