@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,6 +62,27 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch):
 def test_every_suite_has_its_pytest_benchmark():
     files = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
     assert set(suites()) <= files, "add benchmarks/bench_<op>.py, a copy of bench_rms_norm.py"
+
+
+def test_pytest_benchmark_runs_them(tmp_path):
+    """The README's `pytest benchmarks`, of one case."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "benchmarks/bench_rms_norm.py",
+        "-k",
+        "1x576",
+        "-p",
+        "no:cacheprovider",
+    ]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    command += ["--benchmark-json", str(tmp_path / "new.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=alone)
+    assert done.returncode == 0, done.stdout
+    names = [row["name"] for row in json.loads((tmp_path / "new.json").read_text())["benchmarks"]]
+    assert names == [f"test_rms_norm[1x576-forward-{rival}]" for rival in ("fastllm", "torch")]
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
