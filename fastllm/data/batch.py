@@ -14,9 +14,9 @@ trained though a vocabulary may pad by the same id.
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class Example:
 def encode_text(tokenizer: Tokenizer, text: str, longest: int | None = None) -> list[Example]:
     """A document: bos (where the vocabulary puts one), its tokens, eos; every token after the first is trained. In pieces,
     where it is longer than `longest`."""
-    ids = [*_bos(tokenizer), *tokenizer.encode(text, add_special_tokens=False), _eos(tokenizer)]
+    ids = [*_bos(tokenizer), *tokenizer.encode(text, add_special_tokens=False), end_id(tokenizer)]
     example = Example.next_tokens(ids)
     return [example] if longest is None else example.pieces(longest)
 
@@ -85,7 +85,7 @@ def encode_completion(tokenizer: Tokenizer, prompt: str, completion: str, longes
     and `ends` is false; nothing is given where no answer would be left.
     """
     head = [*_bos(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
-    tail = [*tokenizer.encode(completion, add_special_tokens=False), _eos(tokenizer)]
+    tail = [*tokenizer.encode(completion, add_special_tokens=False), end_id(tokenizer)]
     if not head:
         raise ValueError("the prompt is empty, so nothing says the first token of the completion; give a text instead")
     return _cut(Example.next_tokens(head + tail, [False] * len(head) + [True] * len(tail)), longest)
@@ -127,7 +127,7 @@ def encode_messages(
         said = n % 2 == 1
         last = max((i for i, id in enumerate(part) if id in tokenizer.eos_ids), default=None) if said else None
         if said and last is None and n == len(texts) - 1:
-            part = [*part, _eos(tokenizer)]
+            part = [*part, end_id(tokenizer)]
         ids += part
         trained += [said and (last is None or i <= last) for i in range(len(part))]
     return _cut(Example.next_tokens(ids, trained), longest)
@@ -164,7 +164,8 @@ def _bos(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.bos_id] if tokenizer.add_bos else []
 
 
-def _eos(tokenizer: Tokenizer) -> int:
+def end_id(tokenizer: Tokenizer) -> int:
+    """What ends every sequence that is trained. ValueError: the vocabulary has no eos."""
     if tokenizer.eos_id is None:
         raise ValueError("the tokenizer has no eos, so no model would learn to end; name one among its roles")
     return tokenizer.eos_id
@@ -197,9 +198,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same elsewhere."""
-        p = self.packed
-        moved = Packed(p.ids.to(device), p.position.to(device), p.cu.to(device), p.longest)
-        return Batch(moved, self.target.to(device), self.weight.to(device))
+        return Batch(self.packed.to(device), self.target.to(device), self.weight.to(device))
 
 
 def collate(examples: Sequence[Example], pad_to: int | None = None, pad_id: int = 0) -> Batch:
@@ -214,13 +213,10 @@ def collate(examples: Sequence[Example], pad_to: int | None = None, pad_id: int 
         n = pad_to - total
         empty = Example(np.full(n, pad_id, np.int64), np.full(n, IGNORE, np.int64), np.zeros(n, np.float32))
         examples = [*examples, empty]
-    lengths = [len(e) for e in examples]
-    ids, target, weight = (
-        torch.from_numpy(np.concatenate([getattr(e, name) for e in examples])) for name in ("ids", "target", "weight")
+    target, weight = (
+        torch.from_numpy(np.concatenate([getattr(e, name) for e in examples])) for name in ("target", "weight")
     )
-    position = torch.cat([torch.arange(n) for n in lengths])
-    cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Batch(Packed(ids, position, cu, max(lengths)), target, weight)
+    return Batch(Packed.of_arrays([e.ids for e in examples]), target, weight)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -241,41 +237,33 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-class Batches:
-    """Batches of at most `tokens` tokens out of documents: an iterator with a state, exact at any batch.
+E = TypeVar("E", bound=Sized)
 
-    encode(document, index): its examples; index counts the documents, through all epochs, for what is drawn at random.
-    how: "best_fit" cuts no example (see `pack`); "sequential" keeps the order and fills every batch, cutting where one is full:
-    the rest goes on in the next as a sequence of its own. window: how many documents are packed together. ValueError: with the
-    place of a document that cannot be encoded.
-    """
+
+class Groups(Generic[E]):
+    """Examples of at most `tokens` tokens together, out of documents, with a state that is exact at any group: what batches of
+    every kind are made of. See `Batches`."""
 
     def __init__(
         self,
         documents: Documents | Mixture,
-        encode: Callable[[Document, int], list[Example]],
+        encode: Callable[[Document, int], list[E]],
         tokens: int,
-        how: str = "best_fit",
         window: int = 512,
         seed: int = 0,
     ):
-        if how not in HOW or tokens < 1 or window < 1:
-            raise ValueError(
-                f"how={how!r}, tokens={tokens}, window={window}; allowed: {', '.join(HOW)}; 1 or more each"
-            )
-        self.documents, self.encode, self.tokens, self.how = documents, encode, tokens, how
-        self.window, self.seed = window, seed
-        self._count, self._taken, self._made = 0, 0, list[list[Example]]()
+        if tokens < 1 or window < 1:
+            raise ValueError(f"tokens={tokens}, window={window}; allowed: 1 or more each")
+        self.documents, self.encode, self.tokens, self.window, self.seed = documents, encode, tokens, window, seed
+        self._count, self._taken, self._made = 0, 0, list[list[E]]()
         self._start = (documents.state_dict(), 0)
 
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> Batch:
+    def take(self) -> list[E]:
+        """The next group. StopIteration after the last one."""
         while self._taken == len(self._made):
             self._fill()
         self._taken += 1
-        return collate(self._made[self._taken - 1])
+        return self._made[self._taken - 1]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is: plain JSON."""
@@ -293,7 +281,7 @@ class Batches:
 
     def _fill(self) -> None:
         """The batches of the next window. StopIteration after the last one."""
-        start, examples = (self.documents.state_dict(), self._count), list[Example]()
+        start, examples = (self.documents.state_dict(), self._count), list[E]()
         for _ in range(self.window):
             try:
                 document = next(self.documents)
@@ -308,12 +296,46 @@ class Batches:
         if self._count == start[1]:
             self._made = []
             raise StopIteration
-        if self.how == "sequential":
-            self._made = _fill_in_order(examples, self.tokens)
-            return
+        self._made = self._group(examples, start[1])
+
+    def _group(self, examples: list[E], index: int) -> list[list[E]]:
+        """The examples of a window that begins with document `index`."""
         bins = pack([len(e) for e in examples], self.tokens)
-        order = permutation(len(bins), "batches", self.seed, start[1])  # or the longest would always come first
-        self._made = [[examples[i] for i in sorted(bins[b])] for b in order]
+        order = permutation(len(bins), "batches", self.seed, index)  # or the longest would always come first
+        return [[examples[i] for i in sorted(bins[b])] for b in order]
+
+
+class Batches(Groups[Example]):
+    """Batches of at most `tokens` tokens out of documents: an iterator with a state, exact at any batch.
+
+    encode(document, index): its examples; index counts the documents, through all epochs, for what is drawn at random.
+    how: "best_fit" cuts no example (see `pack`); "sequential" keeps the order and fills every batch, cutting where one is full:
+    the rest goes on in the next as a sequence of its own. window: how many documents are packed together. ValueError: with the
+    place of a document that cannot be encoded.
+    """
+
+    def __init__(
+        self,
+        documents: Documents | Mixture,
+        encode: Callable[[Document, int], list[Example]],
+        tokens: int,
+        how: str = "best_fit",
+        window: int = 512,
+        seed: int = 0,
+    ):
+        if how not in HOW:
+            raise ValueError(f"how={how!r}; allowed: {', '.join(HOW)}")
+        super().__init__(documents, encode, tokens, window, seed)
+        self.how = how
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        return collate(self.take())
+
+    def _group(self, examples: list[Example], index: int) -> list[list[Example]]:
+        return _fill_in_order(examples, self.tokens) if self.how == "sequential" else super()._group(examples, index)
 
 
 def _fill_in_order(examples: Iterable[Example], tokens: int) -> list[list[Example]]:
@@ -328,37 +350,3 @@ def _fill_in_order(examples: Iterable[Example], tokens: int) -> list[list[Exampl
             made[-1].append(part)
             begin, room = begin + len(part), room - len(part)
     return made
-
-
-# ----------------------------------------------------------------------------------------------------- encoder and decoder
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """B sources and targets for a Seq2Seq: source, mask [B, S]; decoder_ids, target, weight [B, S'].
-
-    model(source, decoder_ids, mask) says target[b, i] at decoder_ids[b, i]; IGNORE, and the weight 0, at padding."""
-
-    source: Tensor
-    mask: Tensor
-    decoder_ids: Tensor
-    target: Tensor
-    weight: Tensor
-
-
-def collate_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], start_id: int, pad_id: int) -> PairBatch:
-    """(source, target) token ids, eos included in both, as a padded batch; targets begin with start_id and are shifted."""
-    if not pairs or any(not len(part) for pair in pairs for part in pair):
-        raise ValueError("collate_pairs: every source and every target needs a token, and there must be a pair")
-    sources, targets = ([np.asarray(pair[side], dtype=np.int64) for pair in pairs] for side in (0, 1))
-    source, mask = _padded(sources, pad_id), _padded([np.ones(len(s), np.int64) for s in sources], 0).bool()
-    target = _padded(targets, IGNORE)
-    decoder_ids = _padded([np.concatenate(([start_id], t[:-1])) for t in targets], pad_id)
-    return PairBatch(source, mask, decoder_ids, target, (target != IGNORE).float())
-
-
-def _padded(rows: Sequence[np.ndarray], value: int) -> Tensor:
-    made = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
-    for row, ids in zip(made, rows, strict=True):
-        row[: len(ids)] = ids
-    return torch.from_numpy(made)

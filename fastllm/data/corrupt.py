@@ -4,13 +4,18 @@ What is drawn depends on (seed, index) alone: give the index of the document in 
 and the same after a resume.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .batch import IGNORE, Example
+from .batch import IGNORE, Example, end_id
+from .pairs import Pair
 from .tokenizer import Tokenizer
+
+# What `Tokenizer.train` is to be given: roles for an encoder, and as `more` the sentinels for an encoder-decoder.
+MASKED_ROLES: Mapping[str, str] = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +82,33 @@ def mask_tokens(
     return Example(read, target, (target != IGNORE).astype(np.float32))
 
 
+def encode_masked(
+    tokenizer: Tokenizer,
+    words: Words,
+    text: str,
+    index: int,
+    longest: int,
+    seed: int = 0,
+    rate: float = 0.15,
+    whole_words: bool = False,
+) -> list[Example]:
+    """A document, masked, in windows of at most `longest` tokens, cls in front and sep behind each where there are such roles.
+    index: of the document in the stream."""
+    first, last = ([id] if id is not None else [] for id in (tokenizer.cls_id, tokenizer.sep_id))
+    draw = generator(seed, index)
+    return [
+        mask_tokens([*first, *part, *last], words, draw, rate, whole_words)
+        for part in _windows(tokenizer, text, longest - len(first) - len(last))
+    ]
+
+
+def _windows(tokenizer: Tokenizer, text: str, size: int) -> list[list[int]]:
+    if size < 1:
+        raise ValueError(f"longest leaves room for {size} tokens of the text; it must be larger")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return [ids[i : i + size] for i in range(0, len(ids), size)]
+
+
 def _choose_words(
     ids: np.ndarray, is_plain: np.ndarray, words: Words, count: int, draw: np.random.Generator
 ) -> np.ndarray:
@@ -102,9 +134,7 @@ def sentinel_ids(tokenizer: Tokenizer) -> list[int]:
     while (id := tokenizer.token_id(f"<extra_id_{len(found)}>")) is not None:
         found.append(id)
     if not found:
-        raise ValueError(
-            'no <extra_id_0> in the vocabulary; tokenizer.extended([f"<extra_id_{i}>" for i in range(100)])'
-        )
+        raise ValueError("no <extra_id_0> in the vocabulary; tokenizer.extended(fastllm.data.corrupt.SENTINELS)")
     return found
 
 
@@ -138,6 +168,25 @@ def corrupt_spans(
         source += [parts[2 * i], [sentinels[i]]]
         target += [[sentinels[i]], parts[2 * i + 1]]
     return np.concatenate([*source, [eos_id]]), np.concatenate([*target, [sentinels[spans]], [eos_id]])
+
+
+def encode_spans(
+    tokenizer: Tokenizer,
+    sentinels: Sequence[int],
+    text: str,
+    index: int,
+    start_id: int,
+    longest: int,
+    seed: int = 0,
+) -> list[Pair]:
+    """A document, its spans corrupted, in windows of at most `longest` tokens of the text; a pair has a tenth more. A last
+    window of one token, in which nothing can be taken out, is left. index: of the document in the stream."""
+    eos, draw = end_id(tokenizer), generator(seed, index)
+    return [
+        Pair.of(*corrupt_spans(part, sentinels, eos, draw), start_id)
+        for part in _windows(tokenizer, text, longest)
+        if len(part) > 1
+    ]
 
 
 def _segments(total: int, count: int, draw: np.random.Generator) -> np.ndarray:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,13 @@ class Packed:
         return cls(ids.to(device), position.to(device), cu.to(device), max(lengths, default=0))
 
     @classmethod
+    def of_arrays(cls, sequences: Sequence[np.ndarray]) -> "Packed":
+        """Sequences of token ids int64, at least one."""
+        lengths = [len(s) for s in sequences]
+        ids, position = torch.from_numpy(np.concatenate(sequences)), torch.cat([torch.arange(n) for n in lengths])
+        return cls(ids, position, torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths))
+
+    @classmethod
     def of_padded(cls, ids: Tensor, mask: Tensor | None = None) -> "Packed":
         """ids int64 [B, S]; mask [B, S], true or not 0 where there is a token: anywhere, left, right or with gaps."""
         if ids.dim() != 2:
@@ -54,6 +62,12 @@ class Packed:
         rows, lengths = kept.reshape(-1).nonzero()[:, 0], kept.sum(1)
         cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
         return cls(ids.reshape(-1)[rows], position[rows], cu, int(lengths.max()), shape, rows)
+
+    def to(self, device: torch.device | str) -> "Packed":
+        """The same elsewhere."""
+        rows = None if self.rows is None else self.rows.to(device)
+        ids, position, cu = (x.to(device) for x in (self.ids, self.position, self.cu))
+        return Packed(ids, position, cu, self.longest, self.shape, rows)
 
     def select(self, padded: Tensor) -> Tensor:
         """What stands at the tokens in [B, S, ...]: [T, ...]."""

@@ -74,8 +74,11 @@ class EncoderConfig:
         return self.pad_id + 1 if self.skip_padding else 0
 
 
-# Sizes by name, for training from scratch and for tests; a file brings its own.
+# Sizes by name, for training from scratch (see presets.py) and for tests; a file brings its own.
 PRESETS = {
+    "nano": EncoderConfig(4096, 5, 128, 512, 4, 512, head="mlm"),
+    "micro": EncoderConfig(4096, 5, 256, 1024, 4, 512, head="mlm"),
+    "mini": EncoderConfig(4096, 6, 384, 1536, 6, 512, head="mlm"),
     "minilm-l6": EncoderConfig(30522, 6, 384, 1536, 12, 512, pooler=True),
     "bert-base": EncoderConfig(30522, 12, 768, 3072, 12, 512, head="mlm"),
     "bert-large": EncoderConfig(30522, 24, 1024, 4096, 16, 512, head="mlm"),
@@ -94,8 +97,12 @@ class MaskedHead(nn.Module):
         self.activation = config.activation
         self.words = linear(config.dim, config.vocab)
 
+    def transform(self, x: Tensor) -> Tensor:
+        """What the table of words reads: [..., dim] -> [..., dim]."""
+        return self.norm(ACTIVATIONS[self.activation](self.dense(x)))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.words(self.norm(ACTIVATIONS[self.activation](self.dense(x))))
+        return self.words(self.transform(x))
 
 
 class Encoder(nn.Module):
@@ -136,7 +143,10 @@ class Encoder(nn.Module):
 
     def pack_lists(self, sequences: Sequence[Sequence[int]]) -> Packed:
         """Sequences of token ids, of any lengths."""
-        batch = Packed.of_lists(sequences, self.norm.weight.device)
+        return self.placed(Packed.of_lists(sequences, self.norm.weight.device))
+
+    def placed(self, batch: Packed) -> Packed:
+        """Sequences that begin at position 0, with positions as this model counts them."""
         self._check_length(batch)
         if not self.config.skip_padding:
             return batch

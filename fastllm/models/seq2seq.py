@@ -5,6 +5,7 @@ Sources are packed: nothing is computed for their padding. In generation the key
 and all beams of a source read the same ones. A step over the cache gives the bits of the whole forward.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -91,8 +92,11 @@ _T5 = dict(
     position="relative", norm="rms", norm_first=True, bias=False, eps=1e-6, scale=1.0,
     pad_id=0, start_id=0, eos_id=1,
 )  # fmt: skip
-# Sizes by name, for training from scratch and for tests; a file brings its own.
+# Sizes by name, for training from scratch (see presets.py) and for tests; a file brings its own.
 PRESETS = {
+    "nano": Seq2SeqConfig(4096, 3, 3, 128, 256, 4, 32, head_scale=128**-0.5, **_T5),
+    "micro": Seq2SeqConfig(4096, 3, 3, 256, 512, 4, 64, head_scale=256**-0.5, **_T5),
+    "mini": Seq2SeqConfig(4096, 4, 4, 384, 768, 6, 64, head_scale=384**-0.5, **_T5),
     "transformer-base": Seq2SeqConfig(37000, 6, 6, 512, 2048, 8, 64, embed_scale=512**0.5),
     "transformer-big": Seq2SeqConfig(37000, 6, 6, 1024, 4096, 16, 64, embed_scale=1024**0.5),
     "t5-small": Seq2SeqConfig(32128, 6, 6, 512, 2048, 8, 64, head_scale=512**-0.5, **_T5),
@@ -232,18 +236,19 @@ class Seq2Seq(nn.Module):
         if self.front is not None:
             return self._encode_audio(source, mask)
         batch = Packed.of_padded(source, mask)
-        self._check_length(source.shape[1], self.config.source_limit)
         if self.encoder.relative is not None:
             _check_no_gaps(batch)
-        return self._encode_ids(batch)
+        return self.encode_packed(batch)
 
     def encode_lists(self, sources: list[list[int]]) -> Memory:
         """Sources of any lengths."""
-        batch = Packed.of_lists(sources, self.decoder.layers[0].mlp_norm.weight.device)
-        self._check_length(batch.longest, self.config.source_limit)
-        return self._encode_ids(batch)
+        return self.encode_packed(Packed.of_lists(sources, self.decoder.layers[0].mlp_norm.weight.device))
 
-    def _encode_ids(self, batch: Packed) -> Memory:
+    def encode_packed(self, batch: Packed) -> Memory:
+        """Sources one after another."""
+        if self.front is not None:
+            raise ValueError("this model reads audio: give features [B, bins, frames] to `encode`")
+        self._check_length(batch.shape[1] if batch.shape else batch.longest, self.config.source_limit)
         x = self.encoder.place(self._embed(batch.ids), batch.position)
         return self._encode(x, batch.cu, batch.longest)
 
@@ -272,13 +277,36 @@ class Seq2Seq(nn.Module):
         """Final hidden states [B, S', dim] of targets [B, S'], one a source."""
         self._check_targets(decoder_ids, memory.count)
         length = decoder_ids.shape[1]
-        self._check_length(length, self.config.max_position)
-        spec = self.decoder.attention(length, length)
-        x = self.decoder.place(self._embed(decoder_ids), torch.arange(length, device=decoder_ids.device))
-        starts = torch.arange(memory.count + 1, dtype=torch.int32, device=x.device) * length
+        position = torch.arange(length, device=decoder_ids.device)
+        starts = torch.arange(memory.count + 1, dtype=torch.int32, device=decoder_ids.device) * length
+        return self._decode(decoder_ids, position, starts, length, memory, ops.attention)
+
+    def decode_packed(self, targets: Packed, memory: Memory) -> Tensor:
+        """The same of targets one after another, one a source: [T, dim]."""
+        if targets.count != memory.count:
+            raise ValueError(f"{targets.count} targets for {memory.count} sources; each source needs one")
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+            return ops.attention_varlen(q, k, v, targets.cu, targets.cu, spec)
+
+        return self._decode(targets.ids, targets.position, targets.cu, targets.longest, memory, attention)
+
+    def _decode(
+        self,
+        ids: Tensor,
+        position: Tensor,
+        starts: Tensor,
+        longest: int,
+        memory: Memory,
+        attention: Callable[..., Tensor],
+    ) -> Tensor:
+        """attention(q, k, v, spec) among the tokens of each target; starts int32 [B + 1]: where each begins."""
+        self._check_length(longest, self.config.max_position)
+        spec = self.decoder.attention(longest, longest)
+        x = self.decoder.place(self._embed(ids), position)
         for layer in self.decoder.layers:
             cross = self._cross(layer.memory(memory.hidden), memory.cu, starts)
-            x = layer(x, lambda q, k, v: ops.attention(q, k, v, spec), cross)
+            x = layer(x, lambda q, k, v: attention(q, k, v, spec), cross)
         return self.decoder.last(x)
 
     @torch.no_grad()
@@ -305,11 +333,11 @@ class Seq2Seq(nn.Module):
         return self.logits(self.decoder.last(x[:, -1]))
 
     def _cross(self, keys: tuple[Tensor, Tensor], cu: Tensor, starts: Tensor) -> Cross:
-        """Attention of q [R, n, H, D] to a memory; starts int32 [B + 1]: where the queries of each source begin."""
+        """Attention of q [..., H, D] to a memory; starts int32 [B + 1]: where the queries of each source begin."""
         spec = AttentionSpec(causal=False, scale=self.config.scale)
 
         def attend(q: Tensor) -> Tensor:
-            return ops.attention_varlen(q.flatten(0, 1), *keys, starts, cu, spec).view(q.shape)
+            return ops.attention_varlen(q.flatten(0, -3), *keys, starts, cu, spec).view(q.shape)
 
         return attend
 
@@ -317,8 +345,12 @@ class Seq2Seq(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., V]"""
+        return self.head(self.scaled(hidden))
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """What the head reads."""
         scale = self.config.head_scale
-        return self.head(hidden if scale == 1.0 else hidden * scale)
+        return hidden if scale == 1.0 else hidden * scale
 
     def hidden(self, source: Tensor, decoder_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Final hidden states of the decoder: [B, S', dim]."""

@@ -40,7 +40,8 @@ class TrainingError(RuntimeError):
 class Batch(Protocol):
     """weight: float32, of each prediction, 0 where there is none."""
 
-    weight: Tensor
+    @property
+    def weight(self) -> Tensor: ...
 
     def to(self, device: torch.device | str) -> "Batch": ...
 

@@ -18,7 +18,6 @@ from fastllm.data.batch import (
     Batches,
     Example,
     collate,
-    collate_pairs,
     encode,
     encode_completion,
     encode_messages,
@@ -292,13 +291,3 @@ def test_batches_name_what_they_cannot_encode(corpus, tokenizer):
         next(Batches(Documents(corpus), lambda d, i: encode(tokenizer, d.fields), tokens=64))
     with pytest.raises(ValueError, match="how='best'"):
         batches(corpus, tokenizer, how="best")
-
-
-def test_pairs():
-    batch = collate_pairs([([5, 6, 1], [7, 1]), ([5, 1], [8, 9, 10, 1])], start_id=0, pad_id=0)
-    assert batch.source.tolist() == [[5, 6, 1], [5, 1, 0]] and batch.mask.tolist() == [[True] * 3, [True, True, False]]
-    assert batch.decoder_ids.tolist() == [[0, 7, 0, 0], [0, 8, 9, 10]]
-    assert batch.target.tolist() == [[7, 1, IGNORE, IGNORE], [8, 9, 10, 1]]
-    assert batch.weight.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    with pytest.raises(ValueError, match="needs a token"):
-        collate_pairs([([1], [])], 0, 0)

@@ -10,12 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastllm import ops
-from fastllm.data.batch import IGNORE, Batches, collate_pairs
-from fastllm.data.corrupt import Words, corrupt_spans, generator, mask_tokens, sentinel_ids
+from fastllm.data.batch import IGNORE, Batches
+from fastllm.data.corrupt import (
+    Words,
+    corrupt_spans,
+    encode_masked,
+    encode_spans,
+    generator,
+    mask_tokens,
+    sentinel_ids,
+)
 from fastllm.data.sources import Documents, write_jsonl
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.models.encoder import Encoder, EncoderConfig
-from fastllm.models.seq2seq import Seq2Seq, Seq2SeqConfig
 
 ROLES = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]", "eos": "[SEP]"}
 TEXTS = [f"the unbelievable cat number {i} sat on the mats; naïve cats!" for i in range(100)]
@@ -135,8 +142,39 @@ def test_span_errors(ids, options, words):
 
 
 def test_sentinels_are_missing():
-    with pytest.raises(ValueError, match=r"no <extra_id_0> in the vocabulary; tokenizer.extended"):
+    with pytest.raises(ValueError, match=r"no <extra_id_0> in the vocabulary; tokenizer\.extended"):
         sentinel_ids(Tokenizer.train(TEXTS, 300))
+
+
+def unmasked(example) -> list[int]:
+    return np.where(example.target == IGNORE, example.ids, example.target).tolist()
+
+
+def test_documents_in_windows():
+    """Each window is masked for itself, and put together they are the document."""
+    text = " ".join(TEXTS[:5])
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    windows = encode_masked(TOKENIZER, WORDS, text, 4, longest=16, seed=1)
+    assert [len(w) for w in windows[:-1]] == [16] * (len(windows) - 1) and all(w.weight.sum() >= 1 for w in windows)
+    inner = [unmasked(w) for w in windows]
+    assert all(w[0] == TOKENIZER.cls_id and w[-1] == TOKENIZER.sep_id for w in inner)
+    assert [id for w in inner for id in w[1:-1]] == ids
+    again, other = (encode_masked(TOKENIZER, WORDS, text, i, longest=16, seed=1) for i in (4, 5))
+    assert [w.ids.tolist() for w in again] == [w.ids.tolist() for w in windows] != [w.ids.tolist() for w in other]
+    assert not encode_masked(TOKENIZER, WORDS, "", 0, longest=16)
+    with pytest.raises(ValueError, match="room for 0 tokens"):
+        encode_masked(TOKENIZER, WORDS, text, 0, longest=2)
+
+
+def test_spans_in_windows():
+    text = " ".join(TEXTS[:5])
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    size = 16 if len(ids) % 16 != 1 else 15
+    pairs = encode_spans(TOKENIZER, SENTINELS, text, 0, start_id=2, longest=size)
+    assert all(p.target.ids[0] == 2 and (p.target.ids[1:] == p.target.target[:-1]).all() for p in pairs)
+    assert [id for p in pairs for id in restored(p.source.tolist(), p.target.target.tolist())] == ids
+    left = encode_spans(TOKENIZER, SENTINELS, text, 0, start_id=2, longest=len(ids) - 1)
+    assert len(left) == 1 and len(left[0].source) > len(ids) // 2  # of the second window nothing can be taken out
 
 
 # ---------------------------------------------------------------------------------------------------------------- models
@@ -169,19 +207,3 @@ def test_an_encoder_reads_masked_batches(tmp_path):
         optimizer.step()
         losses.append(loss.item())
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 1
-
-
-def test_a_seq2seq_reads_corrupted_spans():
-    ids = [TOKENIZER.encode(text, add_special_tokens=False) for text in TEXTS[:8]]
-    pairs = [corrupt_spans(x, SENTINELS, EOS, generator(0, i)) for i, x in enumerate(ids)]
-    batch = collate_pairs(pairs, start_id=2, pad_id=2)
-    model = Seq2Seq(Seq2SeqConfig(len(TOKENIZER), 1, 1, 32, 64, 2, 16))
-    spec = ops.LossSpec(reduction="none")
-    both = ops.cross_entropy(
-        model(batch.source, batch.decoder_ids, batch.mask).flatten(0, 1), batch.target.flatten(), None, spec
-    )
-    for i, pair in enumerate(pairs):  # padding changes nothing
-        one = collate_pairs([pair], start_id=2, pad_id=2)
-        alone = ops.cross_entropy(model(one.source, one.decoder_ids, one.mask)[0], one.target[0], None, spec)
-        torch.testing.assert_close(both.view(batch.target.shape)[i, : len(alone)], alone)
-        assert (both.view(batch.target.shape)[i, len(alone) :] == 0).all()
