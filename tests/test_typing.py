@@ -10,7 +10,7 @@ from _build import ROOT, run
 
 import fastllm
 from fastllm import _C, conversation, hub, models, ops
-from fastllm.data import batch, corrupt, curate, formats, instruct, lint, sources, tokenizer
+from fastllm.data import batch, corrupt, curate, formats, instruct, lint, pairs, sources, tokenizer
 from fastllm.decode import beam, embed
 from fastllm.models import resize
 
@@ -35,7 +35,7 @@ def callables(name, value):
                 yield f"{name}.{key}", member
 
 
-DATA = [batch, corrupt, curate, formats, instruct, lint, sources, tokenizer]
+DATA = [batch, corrupt, curate, formats, instruct, lint, pairs, sources, tokenizer]
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def _preset(family: str, *sizes: int, **more) -> DecoderConfig:
 
 
 _LLAMA3_2 = RopeScaling("llama3", 32.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
-# Sizes by name, for `fastllm pretrain` and for tests; a file brings its own.
+# Sizes by name, for training from scratch (see presets.py) and for tests; a file brings its own.
 PRESETS = {
     "nano": _preset("llama", 4096, 4, 128, 512, 4, 2, 32, 1024),
     "micro": _preset("llama", 4096, 6, 256, 640, 4, 2, 64, 1024),

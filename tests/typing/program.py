@@ -15,6 +15,7 @@ from fastllm.conversation import Conversation
 from fastllm.data.batch import Batch, Batches, encode
 from fastllm.data.curate import Rules, curate
 from fastllm.data.lint import Finding, lint
+from fastllm.data.pairs import PairBatch, PairBatches, encode_pair
 from fastllm.data.sources import Document, Documents, Mixture, mixing_rates
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.decode.beam import BeamParams, Hypothesis, generate
@@ -83,6 +84,8 @@ def data(tokenizer: Tokenizer) -> None:
     )
     batches = Batches(both, lambda document, index: encode(tokenizer, document.fields, longest=64), tokens=1024)
     assert_type(next(batches), Batch)
+    pairs = PairBatches(both, lambda document, index: encode_pair(tokenizer, document.fields, start_id=0), tokens=1024)
+    assert_type(next(pairs), PairBatch)
     assert_type(curate(train, None, Rules(languages=("en",))).table(), str)
     assert_type(lint(tokenizer, [], vocab=10), list[Finding])
     assert_type(Tokenizer.train(["a"], 300).extended(["<x>"]), Tokenizer)
