@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
+from ..data.pairs import PairBatch
 from ..models.blocks import Projection
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
+from ..models.seq2seq import Seq2Seq
 
 SHARE = 0.9  # of the free memory that a run may plan with
 TRAINED = 16  # bytes of a parameter with gradient, moments and, where it has 16 bits, its float32 master
@@ -40,7 +42,24 @@ def operations(model: nn.Module, batch: Any) -> float:
         said = float((batch.weight > 0).sum())
         every = 6.0 * (_weights(model) - head) * len(batch.packed.ids)
         return every + 6.0 * head * said + 12.0 * c.dim * c.layers * float(lengths.square().sum())
+    if isinstance(model, Seq2Seq) and isinstance(batch, PairBatch):
+        return _of_pairs(model, batch)
     return math.nan
+
+
+def _of_pairs(model: Seq2Seq, batch: PairBatch) -> float:
+    c, sources, targets = model.config, batch.source.cu.diff().double(), batch.said.packed.cu.diff().double()
+    keys = sum(layer.cross_kv.weight.numel() for layer in model.decoder.layers)  # made of the source
+    passed = (_weights(model.encoder) + keys) * len(batch.source.ids)
+    passed += (_weights(model.decoder) - keys + model.head.weight.numel()) * len(batch.said.target)
+    inner = float((sources.square() * c.encoder_layers).sum())
+    inner += float(((_pairs(targets, None) + targets * sources) * c.decoder_layers).sum())
+    return 6.0 * passed + 12.0 * c.heads * c.head_dim * inner
+
+
+def tokens_of(batch: Any) -> int:
+    """As the size of a batch counts them."""
+    return batch.weight.numel() + (len(batch.source.ids) if isinstance(batch, PairBatch) else 0)
 
 
 def _weights(module: nn.Module) -> int:
@@ -99,7 +118,7 @@ def footprint(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch:
         value = loss(model, batch.to(device_of(model)))
         del value
     state = sum(TRAINED * p.numel() if p.requires_grad else p.nbytes for p in model.parameters())
-    return Footprint(state, sum(kept.values()) / batch.weight.numel())
+    return Footprint(state, sum(kept.values()) / tokens_of(batch))
 
 
 def available_memory(device: torch.device) -> float:

@@ -5,28 +5,27 @@
 The same as `fastllm pretrain --arch decoder --preset nano --data 'corpus/*.jsonl' --out runs/first --steps 2000`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import hub
-from ..data.batch import Example, encode
-from ..data.chat import ChatTemplate
-from ..data.lint import Finding, lint
-from ..data.tokenizer import Tokenizer
-from ..llm import LLM
-from ..models import decoder
-from ..models.decoder import Decoder
+from ..data.corrupt import MASKED_ROLES, SENTINELS
+from ..data.tokenizer import DEFAULT_ROLES, Tokenizer
 from ..models.initial import initialise
+from ..models.presets import PRESETS, build, preset
 from ..models.text import read_text
-from ..sampling_params import SamplingParams
-from .objective import next_token_loss
 from .optim import require
-from .stage import Plan, StageOptions, StageReport, run, texts_of
+from .plans import plan_of
+from .stage import StageOptions, StageReport, run, texts_of
 
-OPENING = 40  # characters of a text that a sample goes on from
-FEW_LABELS = 20
+# What a vocabulary that is trained has beside words: `roles` and `more` of Tokenizer.train.
+SPECIAL: Mapping[str, Mapping[str, Any]] = {
+    "decoder": {"roles": DEFAULT_ROLES},
+    "encoder": {"roles": MASKED_ROLES},
+    "seq2seq": {"roles": {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "more": SENTINELS},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,22 +33,27 @@ class PretrainOptions(StageOptions):
     """Pre-training.
 
     Args:
-        arch: decoder, encoder or seq2seq.
+        arch: decoder (next tokens), encoder (masked tokens) or seq2seq (corrupted spans, or sources and targets).
         preset: The sizes by name; nano, micro and mini train in minutes on two cores.
         tokenizer: A model's folder, .gguf file, alias or Hub id; empty trains one on the data.
         vocab_size: Tokens of a vocabulary that is trained.
+        mask_rate: Of an encoder, the share of the tokens that are masked.
+        whole_words: Of an encoder, mask words and not tokens.
     """
 
     arch: str
     preset: str
     tokenizer: str = ""
     vocab_size: int = 8192
+    mask_rate: float = 0.15
+    whole_words: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("arch", self.arch, self.arch in PLANS, ", ".join(PLANS))
+        require("arch", self.arch, self.arch in PRESETS, ", ".join(PRESETS))
         require("preset", self.preset, self.preset in PRESETS[self.arch], ", ".join(PRESETS[self.arch]))
         require("vocab_size", self.vocab_size, self.vocab_size >= 260, "260 or more")
+        require("mask_rate", self.mask_rate, 0 < self.mask_rate <= 1, "more than 0, up to 1")
 
 
 def pretrain(
@@ -61,7 +65,12 @@ def pretrain(
     MemoryError, with what would fit, before the first step.
     """
     tokenizer, text = _tokenizer(options)
-    return run(options, PLANS[options.arch](options, tokenizer, text), resume, watch)
+    config = preset(options.arch, options.preset, tokenizer)
+    if options.max_length > getattr(config, "max_position", options.max_length):
+        config = preset(options.arch, options.preset, tokenizer, longest=options.max_length)
+    model = initialise(build(config), options.seed)
+    plan = plan_of(options, model, tokenizer, None, text, options.mask_rate, options.whole_words)
+    return run(options, plan, resume, watch)
 
 
 def _tokenizer(options: PretrainOptions) -> tuple[Tokenizer, Path]:
@@ -72,72 +81,5 @@ def _tokenizer(options: PretrainOptions) -> tuple[Tokenizer, Path]:
     path = Path(options.out) / "tokenizer"
     if not (path / "tokenizer.json").is_file():
         texts = (texts_of(d.fields) for d in options.documents("train"))
-        Tokenizer.train(texts, options.vocab_size, **ROLES[options.arch]).save(path)
+        Tokenizer.train(texts, options.vocab_size, **SPECIAL[options.arch]).save(path)
     return Tokenizer.from_folder(path), path
-
-
-# ------------------------------------------------------------------------------------------------------------- decoder
-
-
-def _decoder(options: PretrainOptions, tokenizer: Tokenizer, text: Path) -> Plan:
-    config = decoder.PRESETS[options.preset]
-    positions = max(config.max_position, options.max_length)
-    model = initialise(Decoder(replace(config, vocab=len(tokenizer), max_position=positions)), options.seed)
-    return decoder_plan(options, model, tokenizer, None, text)
-
-
-def decoder_plan(
-    options: StageOptions, model: Decoder, tokenizer: Tokenizer, template: ChatTemplate | None, text: Path
-) -> Plan:
-    """Next tokens of texts, of completions, or of the assistant's turns, whatever a record is."""
-
-    def opening(fields: Mapping[str, Any]) -> Any:
-        prompt, messages = fields.get("prompt"), fields.get("messages")
-        if isinstance(messages, list):
-            last = max(i for i, m in enumerate(messages) if m.get("role") == "assistant")
-            return messages[:last]
-        if isinstance(prompt, (str, list)):
-            return prompt
-        beginning = str(fields.get("text", ""))[:OPENING]
-        return beginning.rsplit(" ", 1)[0] or beginning
-
-    def write(model: Decoder, prompts: list[Any]) -> list[str]:
-        llm = LLM.of(model, tokenizer, template, max_model_len=min(options.max_length, model.config.max_position))
-        room = llm.max_model_len - 1
-        ids = [tokenizer.encode(p) if isinstance(p, str) else llm.chat_ids(p) for p in prompts]
-        count = min(options.sample_tokens, room)
-        params = SamplingParams(max_new_tokens=count, temperature=0.8, top_p=0.95, seed=options.seed)
-        return [out.text for out in llm.generate([each[-(room + 1 - count) :] for each in ids], params)]
-
-    def check(
-        examples: Sequence[Example], batches: list[Any], records: dict[str, list[Mapping[str, Any]]]
-    ) -> list[Finding]:
-        train = records["train"]
-        pairs = [
-            (r["prompt"], r["completion"])
-            for r in train
-            if all(isinstance(r.get(k), str) for k in ("prompt", "completion"))
-        ]
-        few = len({label for _, label in pairs}) <= FEW_LABELS
-        talks = any(isinstance(r.get("messages"), list) for r in train)
-        return lint(
-            tokenizer, examples, vocab=model.config.vocab, template=template if talks else None, batches=batches,
-            splits={name: [texts_of(r) for r in found] for name, found in records.items()},
-            labelled=pairs if few else (),
-        )  # fmt: skip
-
-    return Plan(
-        model=model,
-        loss=next_token_loss,
-        encode=lambda document, index: encode(tokenizer, document.fields, template, options.max_length),
-        text=text,
-        lint=check,
-        opening=opening,
-        write=write,
-        is_text=lambda fields: isinstance(fields.get("text"), str) and not fields.keys() & {"prompt", "messages"},
-    )
-
-
-PLANS: dict[str, Callable[[PretrainOptions, Tokenizer, Path], Plan]] = {"decoder": _decoder}
-PRESETS: dict[str, Mapping[str, Any]] = {"decoder": decoder.PRESETS}
-ROLES: dict[str, dict[str, Any]] = {"decoder": {}}

@@ -13,10 +13,9 @@ from typing import Any
 
 from .. import hub, models
 from ..data.chat import ChatTemplate
-from ..models.decoder import Decoder
 from ..models.text import read_text
 from .optim import require
-from .pretrain import decoder_plan
+from .plans import plan_of
 from .stage import StageOptions, StageReport, run
 
 
@@ -44,17 +43,15 @@ def sft(
 ) -> StageReport:
     """Trains a model on completions alone, with the token that ends them, and leaves a run folder as `pretrain` does.
 
-    Records: {"prompt", "completion"}, {"messages"}, {"text"}. Raises as `pretrain`; ValueError: a model of a class that this
-    stage does not train, a record of another form.
+    Records: {"prompt", "completion"}, {"messages"}, {"text"}; of an encoder-decoder {"source", "target"} too; of an encoder
+    {"text"} alone. Raises as `pretrain`; ValueError: a record of another form, a tokenizer that does not fit.
     """
     path = Path(options.model) if Path(options.model).exists() else hub.resolve(options.model)
     model = models.load(path)
-    if not isinstance(model, Decoder):
-        raise ValueError(f"sft: {options.model} is a {type(model).__name__}; allowed: a Decoder")
     if options.max_length > model.config.max_position:
         raise ValueError(f"max_length is {options.max_length}; allowed: up to {model.config.max_position}, the model's")
     tokenizer, template = read_text(path)
     if options.template:
         template = ChatTemplate(Path(options.template).read_text(encoding="utf-8"))
     known = None if isinstance(template, ValueError) else template
-    return run(options, decoder_plan(options, model, tokenizer, known, path), resume, watch)
+    return run(options, plan_of(options, model, tokenizer, known, path), resume, watch)

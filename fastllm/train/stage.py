@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..data.batch import Batches, Example, collate, pack
+from ..data.batch import Groups, pack
 from ..data.lint import Finding
 from ..data.sources import Document, Documents, Mixture, mixing_rates
 from ..files import Replacing
@@ -38,6 +38,7 @@ from .forecast import available_memory, footprint, operations, seconds_of
 from .loop import LOG, LoopOptions, Report, TrainingError, fit
 from .optim import require
 from .progress import TensorBoard, duration
+from .validation import held_out, unigram
 
 OPTIONS, SAMPLES, PICTURE, REPORT = "options.yaml", "samples.txt", "loss.png", "report.json"
 LINTS = ("warn", "refuse", "off")
@@ -166,18 +167,20 @@ class StageOptions(LoopOptions):
 class Plan:
     """What a stage trains.
 
-    encode(document, index): its examples, what is drawn at random by the index. write(model, prompts): what the model makes of
-    openings, None where it writes nothing; opening(fields): that of a record. text: the file or folder of tokenizer and chat
-    template. lint(examples, batches, records): what spoils it. is_text: every byte of a record is predicted, so bits a byte can
-    be told.
+    encode(document, index): its examples, what is drawn at random by the index; batches, collate: of them. write(model, prompts):
+    what the model makes of openings, None where it writes nothing; opening(fields): that of a record. text: the file or folder of
+    tokenizer and chat template. lint(examples, batches, records): what spoils it. is_text: every byte of a record is predicted,
+    so bits a byte can be told.
     """
 
     model: nn.Module
     loss: Callable[[nn.Module, Any], Tensor]
-    encode: Callable[[Document, int], list[Example]]
+    batches: type[Groups]
+    collate: Callable[[Sequence[Any]], Any]
+    encode: Callable[[Document, int], list[Any]]
     text: Path
-    lint: Callable[[Sequence[Example], list[Any], dict[str, list[Mapping[str, Any]]]], list[Finding]]
-    opening: Callable[[Mapping[str, Any]], Any]
+    lint: Callable[[Sequence[Any], list[Any], dict[str, list[Mapping[str, Any]]]], list[Finding]]
+    opening: Callable[[Mapping[str, Any]], Any] = lambda fields: None
     write: Callable[[nn.Module, list[Any]], list[str]] | None = None
     is_text: Callable[[Mapping[str, Any]], bool] = lambda fields: False
 
@@ -185,7 +188,7 @@ class Plan:
 @dataclass(frozen=True)
 class StageReport:
     """How a stage ended, as in report.json. validation, test: figures of the model that is in `model`, "loss" in nats a
-    prediction; None where there is no such split."""
+    prediction; None where there is no such split. unigram: what one has on the validation split that knows no context."""
 
     reason: str
     steps: int
@@ -193,6 +196,7 @@ class StageReport:
     loss: float
     validation: dict[str, float] | None
     test: dict[str, float] | None
+    unigram: dict[str, float] | None
     parameters: int
     tokens: int
     seconds: float
@@ -207,7 +211,7 @@ class HeldOut:
 
     def __init__(self, options: StageOptions, split: str, plan: Plan, most: int | None):
         self.openings: list[Any] = []
-        examples, self._bytes, plain, count = list[Example](), 0, True, 0
+        examples, self._bytes, plain, count = [], 0, True, 0
         for index, document in enumerate(options.documents(split)):
             made = [e for e in plan.encode(document, index) if len(e)]
             examples += made
@@ -221,18 +225,20 @@ class HeldOut:
         if not examples:
             raise ValueError(f"nothing of the split {split!r} can be trained on; give {split}=FILES, or a larger share")
         self._plain = plain
-        bins = pack([len(e) for e in examples], options.tokens)
-        self.batches = [collate([examples[i] for i in chosen]) for chosen in bins]
+        self.batches = _batched(examples, options.tokens, plan)
 
-    def figures(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor]) -> dict[str, float]:
-        """loss, in nats a prediction; bits_per_byte of texts that are predicted whole."""
-        device = next(model.parameters()).device
-        nats = math.fsum(float(loss(model, batch.to(device))) for batch in self.batches)
-        weight = math.fsum(float(batch.weight.double().sum()) for batch in self.batches)
-        found = {"loss": nats / weight}
+    def figures(self, model: nn.Module, plan: Plan) -> dict[str, float]:
+        """loss, in nats a prediction; accuracy, of the likeliest; bits_per_byte, of texts that are predicted whole."""
+        found = held_out(model, self.batches, plan.loss)
         if self._plain:
-            found["bits_per_byte"] = nats / math.log(2) / self._bytes
+            predictions = math.fsum(float(batch.weight.double().sum()) for batch in self.batches)
+            found["bits_per_byte"] = found["loss"] * predictions / math.log(2) / self._bytes
         return found
+
+
+def _batched(examples: Sequence[Any], tokens: int, plan: Plan) -> list[Any]:
+    bins = pack([len(e) for e in examples], tokens)
+    return [plan.collate([examples[i] for i in chosen]) for chosen in bins]
 
 
 # ------------------------------------------------------------------------------------------------------------------- run
@@ -253,7 +259,7 @@ def run(
     model = plan.model.to(device, dtype).train()
     held = {s: HeldOut(options, s, plan, options.validation_tokens) for s in ("validation",) if options.has(s)}
     train = options.documents("train", shuffle=options.shuffle, epochs=None)
-    batches = Batches(train, plan.encode, options.tokens, seed=options.seed)
+    batches = plan.batches(train, plan.encode, options.tokens, seed=options.seed)
     _lint(options, plan, say)
     _keep(options, out, resume, say)
     _forecast(options, plan, model, say)
@@ -289,14 +295,22 @@ def _finish(
     model.eval()
     with torch.no_grad():
         found = {
-            name: each and each.figures(model, plan.loss) for name, each in (("validation", validation), ("test", test))
+            name: each and each.figures(model, plan) for name, each in (("validation", validation), ("test", test))
         }
     models.save(model, out / "model", text=plan.text)
     tokens = [line["tokens"] for line in plots.read_log(out / LOG) if "tokens" in line]
     done = StageReport(
-        report.reason, report.step, report.best_step, report.loss, found["validation"], found["test"],
-        sum(p.numel() for p in model.parameters()), tokens[-1] if tokens else 0, round(seconds, 1), str(out / "model"),
-    )  # fmt: skip
+        reason=report.reason,
+        steps=report.step,
+        best_step=report.best_step,
+        loss=report.loss,
+        **found,
+        unigram=validation and unigram(validation.batches),
+        parameters=sum(p.numel() for p in model.parameters()),
+        tokens=tokens[-1] if tokens else 0,
+        seconds=round(seconds, 1),
+        model=str(out / "model"),
+    )
     with Replacing(out) as files:
         files.write(REPORT, json.dumps(dataclasses.asdict(done), indent=1) + "\n")
     return done
@@ -330,7 +344,7 @@ class _Validation:
         self.options, self.plan, self.held, self.out, self._count = options, plan, held, out, 0
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        found = self.held.figures(model, self.plan.loss)
+        found = self.held.figures(model, self.plan)
         prompts = self.options.prompts or self.held.openings
         if self.plan.write is not None and self.options.sample_tokens and prompts:
             texts = self.plan.write(model, prompts)
@@ -376,8 +390,7 @@ def _lint(options: StageOptions, plan: Plan, say: Callable[[str], None]) -> None
     }
     made = (plan.encode(Document(fields), i) for i, fields in enumerate(records["train"][:LINTED]))
     examples = [e for each in made for e in each if len(e)]
-    bins = pack([len(e) for e in examples], options.tokens)
-    findings = plan.lint(examples, [collate([examples[i] for i in chosen]) for chosen in bins[:8]], records)
+    findings = plan.lint(examples, _batched(examples, options.tokens, plan)[:8], records)
     for finding in findings:
         say(f"lint: {finding}")
     fatal = [f for f in findings if f.fault == "out of vocabulary" or options.lint == "refuse"]
@@ -406,7 +419,7 @@ def _forecast(options: StageOptions, plan: Plan, model: nn.Module, say: Callable
 def _first(options: StageOptions, plan: Plan, tokens: int) -> Any:
     """A batch of the training data, of its own reading."""
     documents = options.documents("train", shuffle=options.shuffle)
-    return next(Batches(documents, plan.encode, tokens, window=64, seed=options.seed))
+    return next(plan.batches(documents, plan.encode, tokens, window=64, seed=options.seed))
 
 
 def _advice(options: StageOptions, plan: Plan, model: nn.Module) -> str:
@@ -435,7 +448,7 @@ def _step_of(out: Path) -> int:
 def texts_of(fields: Mapping[str, Any]) -> str:
     """All text of a record, for a tokenizer to learn from."""
     parts: list[str] = []
-    for name in ("text", "prompt", "completion", "messages"):
+    for name in ("text", "prompt", "completion", "source", "target", "messages"):
         value = fields.get(name)
         if isinstance(value, str):
             parts.append(value)

@@ -15,11 +15,15 @@ from _training import LINES
 from fastllm import LLM, models
 from fastllm.cli import main
 from fastllm.data.batch import Batches
+from fastllm.data.tokenizer import Tokenizer
 from fastllm.models.decoder import Decoder
+from fastllm.models.initial import initialise
+from fastllm.models.presets import build, preset
 from fastllm.train import PretrainOptions, SftOptions, forecast, pretrain, sft, stage
 from fastllm.train.arguments import parse
 from fastllm.train.loop import LOG, TrainingError
 from fastllm.train.objective import next_token_loss
+from fastllm.train.plans import plan_of
 from fastllm.train.plots import read_log
 from fastllm.train.progress import Terminal, duration
 
@@ -134,6 +138,32 @@ def test_several_sources_are_mixed(corpus, tmp_path):
     assert pretrain(made).reason == "done"
 
 
+@pytest.mark.parametrize("arch", ["encoder", "seq2seq"])
+def test_other_classes(corpus, tmp_path, arch):
+    """They learn, resume, and are read by transformers."""
+    import transformers
+
+    made = options(corpus, tmp_path / "run", arch=arch, steps=12, vocab_size=400)
+    report = pretrain(made)
+    assert report.validation["loss"] < read_log(tmp_path / "run" / LOG)[0]["loss"]
+    assert set(report.validation) == {"loss", "accuracy"} and report.unigram["accuracy"] > 0
+    assert pretrain(made, resume=True).steps == 12
+    kind = {"encoder": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}[arch]
+    theirs, ours = getattr(transformers, kind).from_pretrained(report.model).eval(), models.load(report.model)
+    ids = torch.randint(10, 200, (2, 7))
+    if arch == "encoder":
+        assert torch.allclose(theirs(ids).logits, ours(ids), atol=1e-4)
+    else:
+        assert torch.allclose(theirs(input_ids=ids, decoder_input_ids=ids).logits, ours(ids, ids), atol=1e-4)
+
+
+def test_sources_and_targets(tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps({"source": f"{i} plus 1", "target": f"{i + 1}"}) + "\n" for i in range(200)))
+    report = pretrain(options(data, tmp_path / "run", arch="seq2seq", steps=9, vocab_size=400))
+    assert report.steps == 9 and "plus 1 | " in (tmp_path / "run" / "samples.txt").read_text()
+
+
 # ---------------------------------------------------------------------------------------------------------------- sft
 
 
@@ -162,9 +192,12 @@ def test_sft(run, tmp_path, record):
     assert isinstance(models.load(report.model), Decoder)
 
 
-def test_sft_refuses_an_encoder(tmp_path, corpus):
-    with pytest.raises(ValueError, match="is a Encoder; allowed: a Decoder"):
-        sft(SftOptions(model=str(asset("minilm-l6")), data=str(corpus), out=str(tmp_path)))
+def test_a_tokenizer_of_another_model(corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"the tokenizer has 30522 ids, the model \d+;"):
+        made = options(corpus, tmp_path)
+        tokenizer, text = MODULE._tokenizer(made)
+        other = Tokenizer.from_folder(asset("minilm-l6"))
+        plan_of(made, build(preset("decoder", "nano", tokenizer)), other, None, text)
 
 
 # ------------------------------------------------------------------------------------------------------ flags and YAML
@@ -194,7 +227,7 @@ def test_resume_takes_the_options_of_the_run(run):
         (["--max-length", "9000"], "max_length is 9000; allowed: at most tokens=4096"),
         (["--validation", "0.6", "--test", "0.5"], "less than 1"),
         (["--preset", "huge"], "preset is 'huge'; allowed: "),
-        (["--arch", "tree"], "arch is 'tree'; allowed: decoder"),
+        (["--arch", "tree"], "arch is 'tree'; allowed: decoder, encoder, seq2seq"),
         (["--lint", "maybe"], "lint is 'maybe'; allowed: warn, refuse, off"),
     ],
 )
@@ -254,7 +287,7 @@ def test_bad_data(tmp_path, monkeypatch, capsys, content, said):
 def first(corpus, tmp_path, tokens=256):
     made = options(corpus, tmp_path)
     tokenizer, text = MODULE._tokenizer(made)
-    plan = MODULE.PLANS["decoder"](made, tokenizer, text)
+    plan = plan_of(made, initialise(build(preset("decoder", "nano", tokenizer)), 0), tokenizer, None, text)
     return plan, next(Batches(made.documents("train"), plan.encode, tokens))
 
 
@@ -282,7 +315,7 @@ def test_memory_that_gives_out_in_a_step(corpus, tmp_path, monkeypatch):
             )
         return next_token_loss(model, batch)
 
-    monkeypatch.setattr(MODULE, "next_token_loss", loss)
+    monkeypatch.setattr("fastllm.train.plans.next_token_loss", loss)
     with pytest.raises(TrainingError, match=r"out of memory with tokens=256.*tokens=128 with accumulate=2"):
         pretrain(options(corpus, tmp_path / "run", validation=0))
     assert list((tmp_path / "run" / "checkpoints").iterdir())

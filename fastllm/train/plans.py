@@ -1,0 +1,161 @@
+"""How each class of model is trained: what a record becomes, which loss, what is written on the way, what spoils it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..data.batch import Batches, Example, collate, encode
+from ..data.chat import ChatTemplate
+from ..data.corrupt import Words, encode_masked, encode_spans, sentinel_ids
+from ..data.lint import Finding, check_labels, check_splits, check_tokenizer, lint
+from ..data.pairs import Pair, PairBatches, collate_pairs, encode_pair
+from ..data.sources import Document
+from ..data.tokenizer import Tokenizer
+from ..decode.beam import BeamParams, generate
+from ..llm import LLM
+from ..models.decoder import Decoder
+from ..models.encoder import Encoder
+from ..models.seq2seq import Seq2Seq
+from ..sampling_params import SamplingParams
+from .objective import masked_loss, next_token_loss, pair_loss
+from .stage import Plan, StageOptions, texts_of
+
+OPENING = 40  # characters of a text that a sample goes on from
+FEW_LABELS = 20  # completions that are so few are labels
+
+Records = Mapping[str, list[Mapping[str, Any]]]
+
+
+def plan_of(
+    options: StageOptions,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    text: Path,
+    mask_rate: float = 0.15,
+    whole_words: bool = False,
+) -> Plan:
+    """text: where tokenizer and template are from. The last two are an encoder's. ValueError: a tokenizer that does not fit the
+    model, or lacks a token that its class needs."""
+    config = model.config
+    if len(tokenizer) > config.vocab:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} ids, the model {config.vocab}; give the model's own, or grow its tables with "
+            "fastllm.models.resize.resize_vocab"
+        )
+    if isinstance(model, Decoder):
+        return _decoder(options, model, tokenizer, template, text)
+    if isinstance(model, Encoder):
+        return _encoder(options, model, tokenizer, text, mask_rate, whole_words)
+    if isinstance(model, Seq2Seq):
+        return _seq2seq(options, model, tokenizer, text)
+    raise TypeError(f"{type(model).__name__} is not a Decoder, an Encoder or a Seq2Seq")
+
+
+def _decoder(
+    options: StageOptions, model: Decoder, tokenizer: Tokenizer, template: ChatTemplate | None, text: Path
+) -> Plan:
+    """Next tokens of texts, of completions, or of the assistant's turns, whatever a record is."""
+
+    def opening(fields: Mapping[str, Any]) -> Any:
+        messages, prompt = fields.get("messages"), fields.get("prompt")
+        if isinstance(messages, list):
+            return messages[: max(i for i, m in enumerate(messages) if m.get("role") == "assistant")]
+        return prompt if isinstance(prompt, (str, list)) else _beginning(fields)
+
+    def write(model: Decoder, prompts: list[Any]) -> list[str]:
+        llm = LLM.of(model, tokenizer, template, max_model_len=min(options.max_length, model.config.max_position))
+        ids = [tokenizer.encode(p) if isinstance(p, str) else llm.chat_ids(p) for p in prompts]
+        count = min(options.sample_tokens, llm.max_model_len - 1)
+        params = SamplingParams(max_new_tokens=count, temperature=0.8, top_p=0.95, seed=options.seed)
+        return [out.text for out in llm.generate([each[count - llm.max_model_len :] for each in ids], params)]
+
+    def check(examples: Sequence[Example], batches: list[Any], records: Records) -> list[Finding]:
+        talks = any(isinstance(r.get("messages"), list) for r in records["train"])
+        return lint(
+            tokenizer, examples, vocab=model.config.vocab, template=template if talks else None, batches=batches,
+            splits=_texts(records), labelled=_labelled(records),
+        )  # fmt: skip
+
+    return Plan(
+        model=model,
+        loss=next_token_loss,
+        batches=Batches,
+        collate=collate,
+        encode=lambda document, index: encode(tokenizer, document.fields, template, options.max_length),
+        text=text,
+        lint=check,
+        opening=opening,
+        write=write,
+        is_text=lambda fields: isinstance(fields.get("text"), str) and not fields.keys() & {"prompt", "messages"},
+    )
+
+
+def _encoder(
+    options: StageOptions, model: Encoder, tokenizer: Tokenizer, text: Path, rate: float, whole_words: bool
+) -> Plan:
+    """Masked tokens of texts, drawn anew in each pass over them."""
+    words = Words.of(tokenizer)
+
+    def masked(document: Document, index: int) -> list[Example]:
+        return encode_masked(
+            tokenizer, words, document.text, index, options.max_length, options.seed, rate, whole_words
+        )
+
+    return Plan(
+        model=model,
+        loss=masked_loss,
+        batches=Batches,
+        collate=collate,
+        encode=masked,
+        text=text,
+        lint=lambda examples, batches, records: [*check_tokenizer(tokenizer), *check_splits(_texts(records))],
+    )
+
+
+def _seq2seq(options: StageOptions, model: Seq2Seq, tokenizer: Tokenizer, text: Path) -> Plan:
+    """Corrupted spans of texts; of records with two sides, the second from the first."""
+    start = model.config.start_id
+
+    def pairs(document: Document, index: int) -> list[Pair]:
+        if "text" in document.fields:
+            holes = sentinel_ids(tokenizer)
+            return encode_spans(tokenizer, holes, document.text, index, start, options.max_length, options.seed)
+        return encode_pair(tokenizer, document.fields, start, options.max_length)
+
+    def opening(fields: Mapping[str, Any]) -> str:
+        side = fields.get("source", fields.get("prompt"))
+        return side if isinstance(side, str) else f"{_beginning(fields)}{tokenizer.token(sentinel_ids(tokenizer)[0])}"
+
+    def write(model: Seq2Seq, prompts: list[str]) -> list[str]:
+        ids = [tokenizer.encode(p, add_special_tokens=False, parse_special=True) for p in prompts]
+        memory = model.encode_lists([[*each[: options.max_length - 1], tokenizer.eos_id] for each in ids])
+        found = generate(model, memory, params=BeamParams(beams=1, n=1, max_new_tokens=options.sample_tokens))
+        return [tokenizer.decode(hypotheses[0].token_ids) for hypotheses in found]
+
+    def check(pairs: Sequence[Pair], batches: list[Any], records: Records) -> list[Finding]:
+        return [*check_tokenizer(tokenizer), *check_splits(_texts(records)), *check_labels(_labelled(records))]
+
+    return Plan(
+        model=model, loss=pair_loss, batches=PairBatches, collate=collate_pairs, encode=pairs, text=text, lint=check,
+        opening=opening, write=write,
+    )  # fmt: skip
+
+
+def _beginning(fields: Mapping[str, Any]) -> str:
+    """Whole words of a text."""
+    beginning = str(fields.get("text", ""))[:OPENING]
+    return beginning.rsplit(" ", 1)[0] or beginning
+
+
+def _texts(records: Records) -> dict[str, list[str]]:
+    return {split: [texts_of(fields) for fields in found] for split, found in records.items()}
+
+
+def _labelled(records: Records) -> list[tuple[str, str]]:
+    """(prompt, completion) of the training data, where there are so few completions that they are labels."""
+    sides = [(r.get("prompt", r.get("source")), r.get("completion", r.get("target"))) for r in records["train"]]
+    pairs = [pair for pair in sides if all(isinstance(side, str) for side in pair)]
+    return pairs if len({label for _, label in pairs}) <= FEW_LABELS else []
