@@ -1,6 +1,6 @@
 """How fast a small model of each class learns from a text, and whether it knows more than how often each token comes.
 
-    python benchmarks/objectives.py PATH [--text FIELD] --arch decoder|encoder|seq2seq [--preset nano] [--steps 200]
+    python benchmarks/objectives.py PATH [--text FIELD] --arch decoder|encoder|seq2seq [--preset nano] [--steps 200] [--longest 256]
 
 PATH: what `Documents` reads; a split of 4 % is held out. Trains a tokenizer of 4,096 tokens, then the model, and prints loss and
 accuracy on what was held out, those of the best unigram there, and predictions and tokens/s: all positions of a step, read and
@@ -25,7 +25,6 @@ from fastllm.train.validation import held_out, unigram
 
 LOSSES = {"decoder": next_token_loss, "encoder": masked_loss, "seq2seq": pair_loss}
 SPLITS = {"train": 0.96, "validation": 0.04}
-LONGEST = 256  # tokens of a window
 
 
 class Counted:
@@ -46,14 +45,14 @@ def tokens_of(batch) -> int:
     return len(said.target) + (len(batch.source.ids) if said is not batch else 0)
 
 
-def batches(arch: str, tokenizer: Tokenizer, documents: Documents, tokens: int, start_id: int):
+def batches(arch: str, tokenizer: Tokenizer, documents: Documents, tokens: int, longest: int, start_id: int):
     if arch == "decoder":
-        return Batches(documents, lambda d, i: encode_text(tokenizer, d.text, LONGEST), tokens)
+        return Batches(documents, lambda d, i: encode_text(tokenizer, d.text, longest), tokens)
     if arch == "encoder":
         words = Words.of(tokenizer)
-        return Batches(documents, lambda d, i: encode_masked(tokenizer, words, d.text, i, LONGEST), tokens)
+        return Batches(documents, lambda d, i: encode_masked(tokenizer, words, d.text, i, longest), tokens)
     holes = sentinel_ids(tokenizer)
-    return PairBatches(documents, lambda d, i: encode_spans(tokenizer, holes, d.text, i, start_id, LONGEST), tokens)
+    return PairBatches(documents, lambda d, i: encode_spans(tokenizer, holes, d.text, i, start_id, longest), tokens)
 
 
 def main() -> None:
@@ -65,6 +64,7 @@ def main() -> None:
         "--preset", default="nano", choices=sorted({name for arch in PRESETS.values() for name in arch})
     )
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--longest", type=int, default=256, help="tokens of a window")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -75,12 +75,12 @@ def main() -> None:
 
     texts = (document.text for document in documents("train"))
     tokenizer = Tokenizer.train(texts, 4096, {**MASKED_ROLES, "eos": "<|endoftext|>"}, more=SENTINELS)
-    config = preset(given.arch, given.preset, tokenizer, LONGEST)
+    config = preset(given.arch, given.preset, tokenizer, given.longest)
     model, loss = initialise(build(config), given.seed), LOSSES[given.arch]
     start_id = getattr(config, "start_id", 0)
-    held = list(batches(given.arch, tokenizer, documents("validation"), given.tokens, start_id))
+    held = list(batches(given.arch, tokenizer, documents("validation"), given.tokens, given.longest, start_id))
     stream = documents("train", shuffle=1000, epochs=None)
-    source = Counted(batches(given.arch, tokenizer, stream, given.tokens, start_id))
+    source = Counted(batches(given.arch, tokenizer, stream, given.tokens, given.longest, start_id))
     options = LoopOptions(steps=given.steps, lr=given.lr, warmup=given.steps // 10, log_every=max(1, given.steps // 10))
     with tempfile.TemporaryDirectory() as run:
         start = time.perf_counter()
