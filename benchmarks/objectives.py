@@ -1,6 +1,6 @@
 """How fast a small model of each class learns from a text, and whether it knows more than how often each token comes.
 
-    python benchmarks/objectives.py PATH [--text FIELD] --arch decoder|encoder|seq2seq [--preset nano] [--steps 200] [--longest 256]
+    python benchmarks/objectives.py PATH [--text FIELD] --arch decoder|encoder|seq2seq [--preset nano] [--steps 200] [--lr 3e-3]
 
 PATH: what `Documents` reads; a split of 4 % is held out. Trains a tokenizer of 4,096 tokens, then the model, and prints loss and
 accuracy on what was held out, those of the best unigram there, and predictions and tokens/s: all positions of a step, read and
