@@ -1,6 +1,6 @@
 """The command line: thin doors to Python functions.
 
-fastllm info | bench | pull | generate | chat | pretrain | sft
+fastllm info | bench | pull | generate | chat | eval | pretrain | sft
 """
 
 import contextlib
@@ -274,6 +274,74 @@ def chat(
     if load is not None:
         talk.load(load)
     talk_on_terminal(talk)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[list[Path], typer.Option(help="Files, folders or globs of records; repeatable.")],
+    task: Annotated[str, typer.Option(help="perplexity, choice, classify or generate.")],
+    model: Annotated[str, typer.Option(help="Alias, .gguf file, folder of safetensors, or Hub id.")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="auto keeps what the file stores; float32 dequantises it.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4.  [default: as stored]")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter: a folder in PEFT's format.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test: records of this split alone.  [default: all]")
+    ] = None,
+    text: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
+    unit: Annotated[str, typer.Option(help="What of a text file is a text: file, paragraph or line.")] = "file",
+    limit: Annotated[int | None, typer.Option(help="Only so many records, from the beginning.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Perplexity: tokens seen at once.  [default: all that fit]")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="Perplexity: from window to window.  [default: half]")] = None,
+    shots: Annotated[int, typer.Option(help="Classify: solved examples in front of each record.")] = 0,
+    pool: Annotated[Path | None, typer.Option(help="Classify: where the examples come from.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Classify: the question, with {text} and {options}; \\n is a new line.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of examples.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="A prompt is a user's message to a chat model.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Generate: tokens of a text at most.")] = 64,
+    stop: Annotated[list[str] | None, typer.Option(help="Generate: text that ends one; repeatable.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and completion.")] = None,
+    threads: Annotated[int | None, typer.Option(help="[default: as torch has it]")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write all of it there.")] = None,
+) -> None:
+    """Measure a model on records: perplexity {"text"}, choice {"prompt", "choices", "answer"}, classify the same with one list of
+    choices or {"text", "label"}, generate {"prompt", "completion"}.
+
+    A table on stdout. Choose by --split validation; read --split test once, for the model that was chosen.
+    """
+    from .data.sources import Documents
+    from .evaluate import tasks
+    from .files import Replacing
+
+    # everything that can be wrong is found before a model is loaded
+    if task not in tasks.TASKS:
+        raise ValueError(f"--task {task}; allowed: {', '.join(tasks.TASKS)}")
+    if json_path and not json_path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{json_path}: the folder {json_path.absolute().parent} does not exist")
+    if shots and not pool:
+        raise ValueError(f"--shots {shots}: give the file that the examples come from, with --pool")
+    records = Documents(data, split=split, text=text, unit=unit)
+    options = tasks.Options(
+        limit=limit, window=window, stride=stride, shots=shots, seed=seed, max_new_tokens=max_new_tokens, chat=chat,
+        pool=Documents(pool, text=text) if pool else (), stop=[s.replace("\\n", "\n") for s in stop or ()],
+        prompt=tasks.PROMPT if prompt is None else prompt.replace("\\n", "\n"), adapter=adapter and str(adapter),
+    )  # fmt: skip
+    from .llm import LLM
+
+    llm = LLM(model, dtype=dtype, quantize=quantize, max_model_len=max_model_len, num_threads=threads)
+    if adapter:
+        llm.load_adapter(str(adapter), adapter)
+    report = tasks.run(llm, task, records, options, watch=lambda count: _progress(f"{count} records"))
+    _progress("")
+    print(report.table())
+    if json_path:
+        origin = {"model": model, "dtype": dtype, "quantize": quantize, "data": list(map(str, data)), "split": split}
+        asked = {k: v for k, v in vars(options).items() if k != "pool"}
+        with Replacing(json_path.absolute().parent) as files:
+            files.write(json_path.name, json.dumps(origin | {"options": asked} | dataclasses.asdict(report)) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------- training

@@ -306,10 +306,22 @@ class LLM:
 
     # ------------------------------------------------------------------------------------------------------- scoring
 
-    def logprobs(self, prompts: Prompt | Sequence[Prompt], *, adapter: str | None = None) -> list[list[float]]:
-        """For each text or list of ids, log p of every token after the first given those before it."""
+    def logprobs(
+        self, prompts: Prompt | Sequence[Prompt], *, adapter: str | None = None, starts: int | Sequence[int] = 1
+    ) -> list[list[float]]:
+        """For each text or list of ids, log p of every token after the first given those before it.
+
+        starts: the first token that is scored, one number for all or one each. What comes before is read once by texts that
+        have it in common, such as the answers to one question. ValueError: a start below 1 or behind the end.
+        """
         requests = self._to_score(prompts)
-        return [scores.tolist() for scores in self.engine.score(requests, adapter)]
+        each = [starts] * len(requests) if isinstance(starts, int) else list(starts)
+        if len(each) != len(requests):
+            raise ValueError(f"logprobs: {len(requests)} texts, but {len(each)} starts; give one number, or one each")
+        for ids, start in zip(requests, each, strict=True):
+            if not 1 <= start <= len(ids):
+                raise ValueError(f"logprobs: start {start} of a text of {len(ids)} tokens; allowed: 1 to {len(ids)}")
+        return [scores.tolist() for scores in self.engine.score(requests, adapter, each)]
 
     def perplexity(self, prompts: Prompt | Sequence[Prompt], *, adapter: str | None = None) -> list[float]:
         """exp(-mean log p) of the tokens after the first, for each text or list of ids (of at least two tokens)."""

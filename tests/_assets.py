@@ -25,7 +25,8 @@ def asset(name: str = DEFAULT) -> Path:
         pytest.skip(f"asset {name}: {error}")
 
 
-_PASSAGES = "evals/registry/data/schelling_point"
+_EVALS = "evals/registry/data"
+_PASSAGES = f"{_EVALS}/schelling_point"
 _DUMP = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 DATA = {
     "passages": hub.Asset(  # 1,000 of OpenWebText, 1,000 of Wikipedia
@@ -48,6 +49,26 @@ DATA = {
         licence="of its sources",
         folder=_PASSAGES,
     ),
+    "questions": hub.Asset(  # 1,000 questions of MMLU, 28,614 headlines with whether they are sarcastic
+        distribution="evals",
+        version="3.0.1.post1",
+        archive_size=46_322_659,
+        members=(
+            hub.Member(
+                f"{_EVALS}/sandbagging/samples-all-large.jsonl",
+                "ae8f5342c41efd39921ee0e16c19c3ac3ef09cd8cf367158b47c69592e8f8fac",
+                483_904,
+            ),
+            hub.Member(
+                f"{_EVALS}/sarcasm/samples.jsonl",
+                "4cb34ff4d2718da62368440ffe8dece7ece39a46b0fe4d172fdd8a76bc420f46",
+                6_906_270,
+            ),
+        ),
+        what="multiple choice and headlines",
+        licence="of its sources",
+        folder=_EVALS,
+    ),
     "wiki": hub.Asset(  # 206 pages of a dump, as XML
         distribution="gensim",
         version="4.4.0",
@@ -67,7 +88,7 @@ SDIST = "vadersentiment==3.3.2 --hash=sha256:5d7c06e027fc8b99238edb0d53d970cf970
 
 
 def packaged(name: str) -> Path:
-    """The folder of a data set: "passages", "wiki" or "reviews"."""
+    """The folder of a data set: "passages", "questions", "wiki" or "reviews"."""
     try:
         return _reviews() if name == "reviews" else hub._resolve_alias(name, DATA[name], progress=False, verify=False)
     except hub.HubError as error:

@@ -10,8 +10,13 @@ from _build import ROOT, run
 
 import fastllm
 from fastllm import _C, conversation, hub, models, ops
+<<<<<<< HEAD
 from fastllm.data import batch, corrupt, curate, formats, instruct, lint, pairs, sources, tokenizer
+=======
+from fastllm.data import batch, corrupt, curate, formats, instruct, lint, questions, sources, tokenizer
+>>>>>>> c41b3f0 (evaluate: perplexity, bits per byte, multiple choice, measures of text, and fastllm eval)
 from fastllm.decode import beam, embed
+from fastllm.evaluate import choice, perplexity, records, scorer, tasks, text
 from fastllm.models import resize
 
 PROGRAM = ROOT / "tests/typing/program.py"
@@ -35,11 +40,18 @@ def callables(name, value):
                 yield f"{name}.{key}", member
 
 
+<<<<<<< HEAD
 DATA = [batch, corrupt, curate, formats, instruct, lint, pairs, sources, tokenizer]
+=======
+DATA = [batch, corrupt, curate, formats, instruct, lint, questions, sources, tokenizer]
+EVALUATE = [choice, perplexity, records, scorer, tasks, text]
+>>>>>>> c41b3f0 (evaluate: perplexity, bits per byte, multiple choice, measures of text, and fastllm eval)
 
 
 @pytest.mark.parametrize(
-    "module", [fastllm, conversation, beam, embed, hub, models, ops, resize, *DATA], ids=lambda m: m.__name__
+    "module",
+    [fastllm, conversation, beam, embed, hub, models, ops, resize, *DATA, *EVALUATE],
+    ids=lambda m: m.__name__,
 )
 def test_public_signatures_are_complete(module):
     ours = [

@@ -128,19 +128,41 @@ class Instructions:
 
     def __call__(self, fields: Mapping[str, Any], index: int = 0) -> dict[str, str]:
         """ValueError: a question that does not fit by itself, with its number of tokens."""
-        wording = int(uniform("wording", self.seed, index) * len(self.task.wordings))
+        wording = self._wording(index)
         prompt, completion = self.task.render(fields, wording)
-        sizes = self._sizes([prompt + completion])
-        room = self.longest - sizes[0] - 2  # bos, eos
+        return {"prompt": self._with_examples(fields, prompt, [completion], index), "completion": completion}
+
+    def options(self, fields: Mapping[str, Any], field: str, values: Sequence[Any], index: int = 0) -> dict[str, Any]:
+        """{"prompt", "choices", "answer"}: what follows the prompt for each value of a field, and the place of the record's own.
+
+        The prompt is the same whichever is right. ValueError: the record's value is none of them, a wording that tells it in the
+        prompt, or a question that does not fit.
+        """
+        if (value := fields.get(field)) not in values:
+            raise ValueError(f"{field} is {value!r}; allowed: {', '.join(map(str, values))}")
+        rendered = [self.task.render({**fields, field: value}, self._wording(index)) for value in values]
+        (prompt, *others), choices = dict.fromkeys(prompt for prompt, _ in rendered), [text for _, text in rendered]
+        if others:
+            raise ValueError(f"task {self.task.name}: a prompt tells the field {field!r}, which is asked for")
+        prompt = self._with_examples(fields, prompt, choices, index)
+        return {"prompt": prompt, "choices": choices, "answer": list(values).index(value)}
+
+    def _wording(self, index: int) -> int:
+        return int(uniform("wording", self.seed, index) * len(self.task.wordings))
+
+    def _with_examples(self, fields: Mapping[str, Any], prompt: str, completions: Sequence[str], index: int) -> str:
+        """The prompt behind as many examples as leave room for the longest completion."""
+        size = max(self._sizes([prompt + completion for completion in completions]))
+        room = self.longest - size - 2  # bos, eos
         if room < 0:
-            raise ValueError(f"the question and its answer have {sizes[0] + 2} tokens, longest={self.longest}")
-        shown = self._examples(fields, wording, index)
+            raise ValueError(f"the question and its answer have {size + 2} tokens, longest={self.longest}")
+        shown = self._examples(fields, self._wording(index), index)
         for example, size in zip(shown, self._sizes(shown), strict=True):
             if size > room:
                 continue  # a shorter one may fit
             room -= size
             prompt = example + prompt
-        return {"prompt": prompt, "completion": completion}
+        return prompt
 
     def _examples(self, fields: Mapping[str, Any], wording: int, index: int) -> list[str]:
         found: list[str] = []

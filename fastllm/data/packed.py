@@ -1,11 +1,14 @@
 """Sequences of different lengths laid one after another, so that nothing is computed for padding."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -97,3 +100,18 @@ class Packed:
         empty = (self.cu.diff() == 0).nonzero()
         if len(empty):
             raise ValueError(f"sequence {empty[0].item()} has no token; there is nothing to pool")
+
+
+def in_parts(sequences: Iterable[Item], tokens: int, size: Callable[[Item], int] = len) -> Iterator[list[Item]]:
+    """In order, parts of up to so many tokens, or of one longer sequence. size: how many a sequence has."""
+    part: list[Item] = []
+    total = 0
+    for sequence in sequences:
+        count = size(sequence)
+        if part and total + count > tokens:
+            yield part
+            part, total = [], 0
+        part.append(sequence)
+        total += count
+    if part:
+        yield part

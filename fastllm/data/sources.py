@@ -101,7 +101,8 @@ class Documents:
     document: the "file", a "paragraph" (between blank lines) or a "line". bad: "raise" a BadRecord, or "skip" it with a
     warning. longest: bytes of the longest record that is read. split: only the documents of this name of `fractions`.
     shuffle: documents in a block, 0 keeps the order. epochs: how often all is given, None without end. part: (r, n) gives
-    every n-th document, from the r-th on: what one of n processes trains on. apply: fields -> fields, or None to leave it out.
+    every n-th document, from the r-th on: what one of n processes trains on. apply: fields -> fields, or None to leave it out; a
+    ValueError of it is a bad record.
     """
 
     def __init__(
@@ -230,22 +231,27 @@ class Documents:
     def _document(self, file: Path, number: int, record: dict[str, Any] | str) -> Document | None:
         """None: skipped, of another split, or left out by `apply`."""
         if isinstance(record, str):
-            if self.bad == "raise":
-                raise BadRecord(f"{file}:{number}: {record}; mend it, or give bad='skip'")
-            self.skipped += 1
-            if self.skipped <= _WARNINGS:
-                more = "; further ones are only counted" if self.skipped == _WARNINGS else ""
-                warnings.warn(f"{file}:{number}: {record}; skipped{more}", stacklevel=5)
-            return None
+            return self._skip(file, number, record)
         if self.text != "text" and self.text in record:
             record = {"text": record[self.text]} | {k: v for k, v in record.items() if k not in ("text", self.text)}
         document = Document(record, str(file), number)
         if self.split is not None and split_of(document.key, self.fractions) != self.split:
             return None
         if self.apply is not None:
-            made = self.apply(document.fields)
+            try:
+                made = self.apply(document.fields)
+            except ValueError as error:
+                return self._skip(file, number, str(error))
             document = None if made is None else Document(made, document.file, document.number)
         return document
+
+    def _skip(self, file: Path, number: int, what: str) -> None:
+        if self.bad == "raise":
+            raise BadRecord(f"{file}:{number}: {what}; mend it, or give bad='skip'")
+        self.skipped += 1
+        if self.skipped <= _WARNINGS:
+            more = "; further ones are only counted" if self.skipped == _WARNINGS else ""
+            warnings.warn(f"{file}:{number}: {what}; skipped{more}", stacklevel=6)
 
 
 def _beginning(epoch: int) -> dict[str, int]:

@@ -3,7 +3,7 @@ vector has the same bits whatever stands beside it."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import hub, models
+from ..data.packed import in_parts
 from ..data.tokenizer import Tokenizer
 from ..models.encoder import POOLS, Encoder
 from ..models.layers import pack_weights
@@ -65,7 +66,8 @@ class TextEncoder:
         sequences = self._ids([texts] if isinstance(texts, str) else texts, truncate)
         with torch.inference_mode():
             parts = [
-                self.model.embed(self.model.pack_lists(part), self.how, self.normalize) for part in _batches(sequences)
+                self.model.embed(self.model.pack_lists(part), self.how, self.normalize)
+                for part in in_parts(sequences, ROWS)
             ]
         return torch.cat(parts) if parts else torch.empty(0, self.model.config.dim)
 
@@ -82,18 +84,6 @@ class TextEncoder:
                     f"text {index} has {len(ids)} tokens, the model {limit} positions; shorten it, or give truncate=True"
                 )
         return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in sequences]
-
-
-def _batches(sequences: list[list[int]]) -> Iterator[list[list[int]]]:
-    """In order, of up to ROWS tokens, or of one sequence."""
-    start = rows = 0
-    for stop, ids in enumerate(sequences):
-        if rows and rows + len(ids) > ROWS:
-            yield sequences[start:stop]
-            start, rows = stop, 0
-        rows += len(ids)
-    if start < len(sequences):
-        yield sequences[start:]
 
 
 def _pooling(path: Path) -> tuple[str, bool]:

@@ -36,9 +36,9 @@ from .forks import Home
 from .graph import Captured, capture
 from .rows import Rows
 from .scheduler import Scheduler, Sequence
+from .score import Scores
 from .speculate import Speculator
 
-SCORE_ROWS = 64  # rows of logits at once when scoring: 64 x 49,152 floats are 12.6 MB
 # What a piece of a prompt may take while others run, and while none does; and its tokens at least. Fewer than 16 take the time
 # of so many; with fewer than 64, where nobody waits for the piece's end, a slow model would read its weights too often.
 PIECE_S, PIECE_ALONE_S = 0.1, 0.25
@@ -345,9 +345,9 @@ class Engine:
             adapters = None if slots is None else Adapters(slots, self.adapters.pools)
             batch = chunk(self.cache, s.pages, start, stop, adapters)
             hidden = self.model.step(torch.tensor(s.prompt[start:stop]), batch)
-            if s.hidden:
+            if s.hidden and stop > s.skip:
                 s.taking = True
-                s.hidden(hidden)
+                s.hidden(hidden[max(s.skip - start, 0) :])
             seconds = time.perf_counter() - began
             s.timing.prompt_tokens += stop - start
             s.timing.prefill_s += seconds
@@ -411,12 +411,28 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------- prompts
 
-    def score(self, texts: Iterable[list[int]], adapter: str | None = None) -> list[Tensor]:
-        """log p(ids[i] | ids[:i]) for i from 1, float32 [n - 1], of each text: the bits that decoding would report."""
-        scores = [_Scores(self.model, ids) for ids in texts]
-        params = SamplingParams(adapter=adapter)
-        self.run([Sequence(s.ids, params=params, hidden=s.add) for s in scores])
-        return [torch.cat(s.found) if s.found else torch.empty(0) for s in scores]
+    def score(
+        self, texts: Iterable[list[int]], adapter: str | None = None, starts: Iterable[int] | None = None
+    ) -> list[Tensor]:
+        """log p(ids[i] | ids[:i]) for i from a start on, 1 where none is given, float32 [n - start], of each text: the bits
+        that decoding would report.
+
+        What comes before a start may be found in the cache, and is known to it afterwards; texts that differ in their last
+        token alone are read once. So the choices of a question cost little more than the question.
+        """
+        texts = list(texts)
+        groups: dict[tuple[tuple[int, ...], int], Scores] = {}
+        wanted = []
+        for ids, start in zip(texts, [1] * len(texts) if starts is None else starts, strict=True):
+            key = tuple(ids[:-1]), start
+            if key[0] and key not in groups:
+                groups[key] = Scores(self.model, ids[:-1], start)
+            if group := groups.get(key):
+                group.lasts.setdefault(ids[-1], len(group.lasts))
+            wanted.append(group)
+        params, scores = SamplingParams(adapter=adapter), groups.values()
+        self.run([Sequence(s.ids, params=params, hidden=s.add, skip=s.skip) for s in scores])
+        return [s.of(ids[-1]) if s else torch.empty(0) for s, ids in zip(wanted, texts, strict=True)]
 
     def embed(self, texts: Iterable[list[int]], adapter: str | None = None) -> Tensor:
         """Mean over the tokens of the normed final hidden states, of length 1: float32 [number of texts, dim]."""
@@ -424,21 +440,6 @@ class Engine:
         params = SamplingParams(adapter=adapter)
         self.run([Sequence(m.ids, params=params, hidden=m.add) for m in means])
         return torch.stack([m.found for m in means])
-
-
-class _Scores:
-    """Takes hidden states of a text as they come, and keeps the log-probabilities of its tokens."""
-
-    def __init__(self, model: Decoder, ids: list[int]):
-        self.model, self.ids, self.found = model, ids, []
-        self._targets, self._done = torch.tensor(ids), 0
-
-    def add(self, hidden: Tensor) -> None:
-        for rows in hidden.split(SCORE_ROWS):
-            targets = self._targets[self._done + 1 : self._done + 1 + len(rows)]
-            if len(targets):
-                self.found.append(ops.target_logprobs(self.model.logits(rows[: len(targets)]), targets))
-            self._done += len(rows)
 
 
 class _Mean:

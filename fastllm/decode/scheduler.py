@@ -58,7 +58,8 @@ class Sequence:
 
     room: tokens to generate at most. index: the completion's number among those of its request, which share the prompt
     object. receive: is given each token, and says whether the sequence ends with it. hidden: is given the final hidden
-    states [T, dim] of the prompt, piece by piece. Both are called by the thread that drives the engine.
+    states [T, dim] of the prompt, piece by piece. Both are called by the thread that drives the engine. skip: of a text, so
+    many tokens at the beginning whose hidden states are not wanted; they may be found in the cache, as those of a prompt.
     """
 
     prompt: list[int]
@@ -69,6 +70,7 @@ class Sequence:
     receive: Callable[[Step], bool] = lambda step: False
     hidden: Callable[[Tensor], None] | None = None
     timing: Timing = field(default_factory=Timing)
+    skip: int = 0
 
     tokens: list[int] = field(default_factory=list, init=False)  # generated so far
     adapter: Adapter | None = field(default=None, init=False)  # the one that params names, once it is in line
@@ -140,7 +142,7 @@ class Scheduler:
         if sibling:  # its full pages are shared; of the page that ends the prompt, each has its own copy
             known, shared = s.to_read, self.cache.share(sibling.pages[: s.to_read // PAGE])
         else:
-            shared = self.cache.match(s.prompt, s.root) if s.room else []
+            shared = self.cache.match(s.prompt if s.room else s.prompt[: s.skip], s.root)
             known = len(shared) * PAGE
         need = pages_for(len(s.prompt) + s.room) - len(shared)
         if need > self.cache.available:
@@ -174,5 +176,7 @@ class Scheduler:
                 self.cache.learn([*s.prompt, *s.tokens][:-1], s.pages, s.root)
         else:
             self.waiting.remove(s)
+            if s.skip and not s.error:
+                self.cache.learn(s.prompt[: s.read], s.pages, s.root)
         self.cache.release(s.pages, forget=s.error is not None)
         s.pages = []

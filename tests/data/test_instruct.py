@@ -79,6 +79,25 @@ def test_no_shot_is_the_question(tokenizer):
         assert prompt.count(POOL[0]["text"]) == 1
 
 
+@pytest.mark.parametrize("shots", [0, 2])
+def test_options(tokenizer, shots):
+    """The prompt is that of the question, whichever answer is right; the choices are what may follow."""
+    make = Instructions(REVIEWS["classify"], tokenizer, 400, POOL, shots)
+    for index in range(20):
+        made = make.options(POOL[1], "label", ["positive", "negative"], index)
+        assert made == {"choices": [" positive", " negative"], "answer": 1} | {"prompt": make(POOL[1], index)["prompt"]}
+        other = make.options(POOL[1] | {"label": "positive"}, "label", ["positive", "negative"], index)
+        assert other["answer"] == 0 and (shots or other["prompt"] == made["prompt"])
+    with pytest.raises(ValueError, match="label is 'negative'; allowed: good, bad"):
+        make.options(POOL[1], "label", ["good", "bad"])
+    with pytest.raises(ValueError, match="task generate: a prompt tells the field 'label', which is asked for"):
+        Instructions(REVIEWS["generate"], tokenizer, 400).options(POOL[1], "label", ["positive", "negative"])
+    with pytest.raises(
+        ValueError, match=r"the question and its answer have \d+ tokens, longest=100"
+    ):  # the longest choice
+        Instructions(REVIEWS["classify"], tokenizer, 100).options(POOL[0], "label", ["positive", "negative " * 200])
+
+
 def test_errors(tokenizer):
     with pytest.raises(ValueError, match=r"the question and its answer have \d+ tokens, longest=10"):
         Instructions(REVIEWS["classify"], tokenizer, 10)(ASKED)

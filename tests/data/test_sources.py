@@ -44,6 +44,20 @@ def test_formats(corpus):
     assert find_files([corpus / "c.txt", corpus]) == [corpus / "c.txt", corpus / "a.jsonl", corpus / "b.jsonl.gz"]
 
 
+def test_what_apply_refuses_is_a_bad_record(corpus):
+    def odd(fields):
+        if fields["i"] % 10 == 3:
+            raise ValueError(f"{fields['i']} is unlucky")
+        return fields if fields["i"] % 2 else None
+
+    with pytest.raises(BadRecord, match=r"a\.jsonl:4: 3 is unlucky; mend it, or give bad='skip'"):
+        list(Documents(corpus / "a.jsonl", apply=odd))
+    documents = Documents(corpus / "a.jsonl", apply=odd, bad="skip")
+    with pytest.warns(UserWarning, match=r"a\.jsonl:14: 13 is unlucky; skipped"):
+        found = texts(documents)
+    assert found == [f"a{i}" for i in range(1, 23, 2) if i % 10 != 3] and documents.skipped == 2
+
+
 @pytest.mark.parametrize(
     ("unit", "wanted"),
     [

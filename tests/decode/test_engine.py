@@ -1,5 +1,6 @@
 """The engine: the contract over neighbours, pieces, threads and cache contents; failures; threads; what a step costs."""
 
+import random
 import time
 from dataclasses import replace
 
@@ -49,6 +50,22 @@ def test_scores_are_what_decoding_reports(chunk):
     made = steps(e, PROMPT[:100], SAMPLED, 60)
     (scores,) = e.score([PROMPT[:100] + [token for token, _ in made]])
     assert len(scores) == 159 and scores[99:].tolist() == [logprob for _, logprob in made]
+
+
+@pytest.mark.parametrize("fields", [{}, {"chunk": 7}, {"prefix_cache": False}, {"pages": 5, "capacity": 80}], ids=str)
+def test_scores_from_a_start_on(fields):
+    """Texts that begin alike, in the order in which they come: what is found in the cache has the same bits."""
+    e, draw = engine(**fields), random.Random(0)
+    texts, starts = [], []
+    for _ in range(60):
+        n = draw.choice((2, 3, 15, 16, 17, 18, 31, 32, 33, 34, 50))
+        texts.append(PROMPT[:n] + draw.choices(range(3, 9), k=draw.randint(0, 3)))
+        starts.append(draw.randint(1, len(texts[-1])))
+    whole = e.score(texts)
+    e.cache.forget()
+    found = e.score(texts, starts=starts)
+    assert [s.tolist() for s in found] == [s[start - 1 :].tolist() for s, start in zip(whole, starts, strict=True)]
+    check(e.cache)
 
 
 def test_scores_of_short_and_of_no_texts():

@@ -20,6 +20,10 @@ from fastllm.data.sources import Document, Documents, Mixture, mixing_rates
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.decode.beam import BeamParams, Hypothesis, generate
 from fastllm.decode.embed import TextEncoder
+from fastllm.evaluate import choice, tasks
+from fastllm.evaluate.perplexity import Perplexity, perplexity, pseudo_perplexity
+from fastllm.evaluate.scorer import Scorer
+from fastllm.evaluate.text import bleu, f1
 from fastllm.llm import Completion, RequestOutput
 from fastllm.models.decoder import Decoder
 from fastllm.models.encoder import Encoder
@@ -89,6 +93,18 @@ def data(tokenizer: Tokenizer) -> None:
     assert_type(curate(train, None, Rules(languages=("en",))).table(), str)
     assert_type(lint(tokenizer, [], vocab=10), list[Finding])
     assert_type(Tokenizer.train(["a"], 300).extended(["<x>"]), Tokenizer)
+
+
+def evaluation(llm: LLM, model: Decoder, encoder: Encoder) -> None:
+    test = Documents("a.jsonl", split="test")
+    assert_type(perplexity(llm, test, window=512, stride=256).bits_per_byte, float)
+    assert_type(perplexity(Scorer(model, llm.tokenizer), ["a"]), Perplexity)
+    assert_type(pseudo_perplexity(encoder, llm.tokenizer, [{"text": "a"}]), Perplexity)
+    scored = choice.score(llm, [{"prompt": "a", "choices": ["b", "c"], "answer": 1}], batch=128)
+    assert_type(scored[0].best("byte"), int)
+    assert_type(choice.summarise(scored), dict[str, float])
+    assert_type((f1(["a"], ["b"]), bleu(["a"], ["b"])), tuple[float, tuple[float, str]])
+    assert_type(tasks.run(llm, "generate", test, tasks.Options(limit=9)).table(), str)
 
 
 def encoders(model: Seq2Seq, ids: Tensor) -> None:

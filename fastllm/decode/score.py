@@ -1,0 +1,46 @@
+"""Log-probabilities of given tokens, out of hidden states: what texts are scored with, by the engine and by a bare model."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..models.decoder import Decoder
+
+ROWS = 64  # of logits at once: 64 x 49,152 floats are 12.6 MB
+
+
+def target_logprobs(logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    """log p(targets[t]) under logits(hidden)[t], hidden [T, dim]: float32 [T], the bits that decoding would report, whatever T
+    is; never more than a few rows of logits are in memory."""
+    rows = zip(hidden.split(ROWS), targets.split(ROWS), strict=True)
+    found = [ops.target_logprobs(logits(part).float(), target) for part, target in rows if len(target)]
+    return torch.cat(found) if found else torch.empty(0)
+
+
+class Scores:
+    """Takes the hidden states of one beginning, as they come, and scores the texts that are it and one token more.
+
+    ids: the beginning; start: the first token that is scored; lasts: the tokens that may follow, each of a text.
+    """
+
+    def __init__(self, model: Decoder, ids: Sequence[int], start: int):
+        self.model, self.ids, self.skip = model, list(ids), start - 1
+        self.lasts: dict[int, int] = {}  # token: its place in what is found for the end
+        self._targets, self._found, self._done = torch.tensor(self.ids[start:], dtype=torch.int64), list[Tensor](), 0
+        self._ends = torch.empty(0)
+
+    def add(self, hidden: Tensor) -> None:
+        """Those from token `skip` on, each once, in order."""
+        inner = self._targets[self._done : self._done + len(hidden)]
+        self._found.append(target_logprobs(self.model.logits, hidden[: len(inner)], inner))
+        self._done += len(inner)
+        if len(inner) < len(hidden):
+            logits = self.model.logits(hidden[-1:]).expand(len(self.lasts), -1)
+            self._ends = ops.target_logprobs(logits, torch.tensor(list(self.lasts)))
+
+    def of(self, last: int) -> Tensor:
+        """Of the text that ends with this token: float32 [its tokens from start on]."""
+        place = self.lasts[last]
+        return torch.cat([*self._found, self._ends[place : place + 1]])
