@@ -10,11 +10,7 @@ from _build import ROOT, run
 
 import fastllm
 from fastllm import _C, conversation, hub, models, ops
-<<<<<<< HEAD
-from fastllm.data import batch, corrupt, curate, formats, instruct, lint, pairs, sources, tokenizer
-=======
-from fastllm.data import batch, corrupt, curate, formats, instruct, lint, questions, sources, tokenizer
->>>>>>> c41b3f0 (evaluate: perplexity, bits per byte, multiple choice, measures of text, and fastllm eval)
+from fastllm.data import batch, corrupt, curate, formats, instruct, lint, pairs, questions, sources, tokenizer
 from fastllm.decode import beam, embed
 from fastllm.evaluate import choice, perplexity, records, scorer, tasks, text
 from fastllm.models import resize
@@ -40,12 +36,8 @@ def callables(name, value):
                 yield f"{name}.{key}", member
 
 
-<<<<<<< HEAD
-DATA = [batch, corrupt, curate, formats, instruct, lint, pairs, sources, tokenizer]
-=======
-DATA = [batch, corrupt, curate, formats, instruct, lint, questions, sources, tokenizer]
+DATA = [batch, corrupt, curate, formats, instruct, lint, pairs, questions, sources, tokenizer]
 EVALUATE = [choice, perplexity, records, scorer, tasks, text]
->>>>>>> c41b3f0 (evaluate: perplexity, bits per byte, multiple choice, measures of text, and fastllm eval)
 
 
 @pytest.mark.parametrize(
