@@ -1,12 +1,15 @@
 """The pieces that models are built from: a projection and an embedding whose weights may be packed, norms, activations, and the
 batch of a paged forward. They call the ops and hold no arithmetic of their own."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..ops import Panels, QWeight
@@ -133,6 +136,41 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = GATED | {
     "gelu": ops.gelu,
     "gelu_tanh": lambda h: ops.gelu(h, "tanh"),
 }
+
+
+class Recomputable(nn.Module):
+    """A layer that can keep its inputs alone for the backward, which then computes the rest anew: the same bits (what ops draw at
+    random comes from counters), for one more forward: see `recomputing`. Its `forward` is decorated by `recomputable`."""
+
+    recompute = False
+
+
+def recomputable(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's forward that looks at `recompute`."""
+
+    @functools.wraps(forward)
+    def either(layer: Recomputable, *inputs: Any) -> Any:
+        if layer.recompute and torch.is_grad_enabled():
+            return checkpoint(forward, layer, *inputs, use_reentrant=False)
+        return forward(layer, *inputs)
+
+    return either
+
+
+@contextlib.contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Within it the layers of a model keep no more than their inputs for the backward. ValueError: it has none that can."""
+    layers = [m for m in model.modules() if isinstance(m, Recomputable)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layer that can be recomputed; train it with recompute=False")
+    before = [layer.recompute for layer in layers]
+    try:
+        for layer in layers:
+            layer.recompute = True
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.recompute = was
 
 
 def replace_weight(module: nn.Module, weight: Panels | QWeight) -> None:

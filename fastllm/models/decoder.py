@@ -18,7 +18,19 @@ from torch import Tensor, nn
 from .. import ops
 from ..data.packed import Packed
 from ..ops import AttentionSpec, RopeScaling
-from .blocks import ACTIVATIONS, GATED, Adapted, Adapters, Embedding, LayerNorm, PagedBatch, Projection, RMSNorm
+from .blocks import (
+    ACTIVATIONS,
+    GATED,
+    Adapted,
+    Adapters,
+    Embedding,
+    LayerNorm,
+    PagedBatch,
+    Projection,
+    Recomputable,
+    RMSNorm,
+    recomputable,
+)  # fmt: skip
 
 NORMS, POSITIONS = ("rms", "layer"), ("rope", "learned", "alibi")
 
@@ -172,7 +184,7 @@ PRESETS = {
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
-class Layer(nn.Module):
+class Layer(Recomputable):
     """One transformer layer. It takes the stream x and what is still to be added to it, or None, and gives both again."""
 
     def __init__(self, config: DecoderConfig):
@@ -193,6 +205,7 @@ class Layer(nn.Module):
         self.activation = None if fused else ACTIVATIONS[c.mlp]
         self.down = Projection(c.ffn, c.dim, bias=c.mlp_bias)
 
+    @recomputable
     def forward(
         self, x: Tensor, added: Tensor | None, index: int, attend: Attend, adapters: Adapters | None = None
     ) -> tuple[Tensor, Tensor | None]:

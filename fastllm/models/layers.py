@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import Panels, QWeight
 from . import blocks
-from .blocks import GATED, Embedding, LayerNorm, Projection, RMSNorm, make_gains, replace_weight
+from .blocks import (
+    GATED, Embedding, LayerNorm, Projection, Recomputable, RMSNorm, make_gains, recomputable, replace_weight,
+)  # fmt: skip
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = blocks.ACTIVATIONS | {
     "relu": torch.relu,
@@ -19,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = blocks.ACTIVATIONS | {
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 Norm = LayerNorm | RMSNorm
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-Cross = Callable[[Tensor], Tensor]
+Keys = tuple[Tensor, Tensor]
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> Projection:
@@ -58,7 +60,7 @@ class LayerConfig:
             raise ValueError("norm='rms' stands in front of a part: give norm_first=True")
 
 
-class Layer(nn.Module):
+class Layer(Recomputable):
     """Self-attention, attention to a memory where there is one (`cross`), and the feed-forward part."""
 
     def __init__(self, config: LayerConfig, cross: bool = False):
@@ -76,16 +78,23 @@ class Layer(nn.Module):
         width = c.ffn * (2 if c.activation in GATED else 1)
         self.up, self.down = linear(c.dim, width, c.bias), linear(c.ffn, c.dim, c.bias)
 
-    def memory(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def memory(self, hidden: Tensor) -> Keys:
         """Keys and values of a memory [..., dim] for this layer's cross-attention: [..., H, D] each."""
         heads, dim = self.heads
         return self.cross_kv(hidden).unflatten(-1, (2 * heads, dim)).chunk(2, -2)
 
-    def forward(self, x: Tensor, attend: Attend, cross: Cross | None = None) -> Tensor:
-        """x [..., dim]; attend(q, k, v) and cross(q) of [..., H, D] -> [..., H, D]."""
+    @recomputable
+    def forward(
+        self, x: Tensor, attend: Attend, cross: Attend | None = None, memory: Tensor | Keys | None = None
+    ) -> Tensor:
+        """x [..., dim]; attend(q, k, v) and cross(q, k, v) of [..., H, D] -> [..., H, D]; memory: what cross attends to, hidden
+        [..., dim], or the keys and values that were made of it."""
         x = self._add(self.attn_norm, x, self.out, lambda h, norm: attend(*self._qkv(h, norm)).flatten(-2))
         if cross is not None:
-            x = self._add(self.cross_norm, x, self.cross_out, lambda h, norm: cross(self._query(h, norm)).flatten(-2))
+            keys = self.memory(memory) if isinstance(memory, Tensor) else memory
+            x = self._add(
+                self.cross_norm, x, self.cross_out, lambda h, norm: cross(self._query(h, norm), *keys).flatten(-2)
+            )
         return self._add(self.mlp_norm, x, self.down, self._inner)
 
     def _add(self, norm: Norm, x: Tensor, last: Projection, part: Callable[[Tensor, Norm | None], Tensor]) -> Tensor:

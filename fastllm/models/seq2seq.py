@@ -15,7 +15,7 @@ from .. import ops
 from ..data.packed import Packed
 from ..ops import AttentionSpec
 from .blocks import Embedding
-from .layers import NORMS, Cross, Layer, LayerConfig, linear
+from .layers import NORMS, Attend, Layer, LayerConfig, linear
 from .positions import RelativeBias, Sinusoids
 
 LONGEST = 1 << 20  # what a table of sinusoids or distances may hold
@@ -304,9 +304,9 @@ class Seq2Seq(nn.Module):
         self._check_length(longest, self.config.max_position)
         spec = self.decoder.attention(longest, longest)
         x = self.decoder.place(self._embed(ids), position)
+        cross = self._cross(memory.cu, starts)
         for layer in self.decoder.layers:
-            cross = self._cross(layer.memory(memory.hidden), memory.cu, starts)
-            x = layer(x, lambda q, k, v: attention(q, k, v, spec), cross)
+            x = layer(x, lambda q, k, v: attention(q, k, v, spec), cross, memory.hidden)
         return self.decoder.last(x)
 
     @torch.no_grad()
@@ -326,18 +326,19 @@ class Seq2Seq(nn.Module):
         spec = self.decoder.attention(count, stop)
         x = self.decoder.place(self._embed(ids), torch.arange(first, stop, device=ids.device))
         starts = nn.functional.pad(cache.counts.cumsum(0), (1, 0)).int() * count
+        cross = self._cross(cache.cu, starts)
         for i, layer in enumerate(self.decoder.layers):
-            cross = self._cross(cache.cross[i], cache.cu, starts)
-            x = layer(x, lambda q, k, v, i=i: ops.attention(q, *cache.append(i, k, v), spec), cross)
+            x = layer(x, lambda q, k, v, i=i: ops.attention(q, *cache.append(i, k, v), spec), cross, cache.cross[i])
         cache.length = stop
         return self.logits(self.decoder.last(x[:, -1]))
 
-    def _cross(self, keys: tuple[Tensor, Tensor], cu: Tensor, starts: Tensor) -> Cross:
-        """Attention of q [..., H, D] to a memory; starts int32 [B + 1]: where the queries of each source begin."""
+    def _cross(self, cu: Tensor, starts: Tensor) -> Attend:
+        """Attention of q [..., H, D] to keys and values of a memory; starts int32 [B + 1]: where the queries of each source
+        begin."""
         spec = AttentionSpec(causal=False, scale=self.config.scale)
 
-        def attend(q: Tensor) -> Tensor:
-            return ops.attention_varlen(q.flatten(0, -3), *keys, starts, cu, spec).view(q.shape)
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return ops.attention_varlen(q.flatten(0, -3), k, v, starts, cu, spec).view(q.shape)
 
         return attend
 
