@@ -1,8 +1,12 @@
-"""Files of a folder that appear whole or not at all.
+"""Files of a folder, or a folder of files, that appear whole or not at all.
 
 with Replacing(folder) as files:
     files.write("config.json", text)
     save_file(tensors, files.part("model.safetensors"))
+
+new = ReplacingFolder(folder)
+save_file(tensors, new.begin() / "tensors.safetensors")
+new.finish()
 """
 
 import contextlib
@@ -28,7 +32,7 @@ class Replacing:
     def part(self, name: str) -> Path:
         """Where a file is to be written, to become `name`."""
         self._at = name
-        self.parts[name] = (self.folder / name).with_name(f".{Path(name).name}.part")
+        self.parts[name] = _part(self.folder / name)
         self.parts[name].parent.mkdir(parents=True, exist_ok=True)
         return self.parts[name]
 
@@ -66,6 +70,41 @@ class Replacing:
         else:
             step = "save to a folder that can be written"
         return f"{file} could not be written ({os.strerror(number)}); what stood there is unchanged. {step}"
+
+
+class ReplacingFolder:
+    """A folder is filled under another name, `part`, and takes its own, and the place of an older one, when all of it is on the
+    disk. Three calls, for one that several processes fill."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.part = _part(self.folder)
+
+    def begin(self) -> Path:
+        """An empty folder to fill. What others that were cut off left beside it goes."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.parent.glob(_part(Path("*")).name):
+            shutil.rmtree(left, ignore_errors=True)
+        self.part.mkdir()
+        return self.part
+
+    def finish(self) -> None:
+        """Puts it in place."""
+        for path in (*self.part.iterdir(), self.part):
+            sync(path)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        os.replace(self.part, self.folder)
+        sync(self.folder.parent)
+
+    def drop(self) -> None:
+        """Gives it up; what stands in its place stays."""
+        shutil.rmtree(self.part, ignore_errors=True)
+
+
+def _part(path: Path) -> Path:
+    """What a file or folder is called until it is whole."""
+    return path.with_name(f".{path.name}.part")
 
 
 def sync(path: Path) -> None:

@@ -10,7 +10,15 @@ from .. import ops
 from ..ops import Panels, QWeight
 from . import blocks
 from .blocks import (
-    GATED, Embedding, LayerNorm, Projection, Recomputable, RMSNorm, make_gains, recomputable, replace_weight,
+    GATED,
+    Embedding,
+    LayerNorm,
+    Projection,
+    Recomputable,
+    RMSNorm,
+    make_gains,
+    recomputable,
+    replace_weight,
 )  # fmt: skip
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = blocks.ACTIVATIONS | {

@@ -9,9 +9,14 @@ gradient is that of one large batch, however its tokens fall into small ones. Th
 What a step depends on is in a checkpoint: parameters, moments, step, position in the data, torch's generators. So a run that
 was cut off, at any moment, goes on with the bits that it would have had, on the same number of threads. The run folder holds
 the checkpoints and log.jsonl, a line for each logged step and each validation.
+
+Under torchrun W processes compute a step together (parallel.py): process r takes its batches r, r + W, … of W * accumulate. So
+they do what one process does with W times the accumulate, to the rounding of sums, and any number of them goes on with what
+others left. The first one writes the log.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -19,7 +24,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +32,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..files import Replacing
+from ..models.blocks import recomputing
 from .checkpoint import CheckpointError, Checkpoints, Progress
 from .optim import Optimizer, OptimOptions, require
+from .parallel import Processes, Share, start
 
 LOG, BAD_BATCH = "log.jsonl", "bad_batch.json"
 
@@ -60,12 +68,14 @@ class LoopOptions(OptimOptions):
 
     Args:
         steps: Of the whole run.
-        accumulate: Batches of a step.
+        accumulate: Batches of a step, of each process.
         log_every: Steps between lines of the log; 0: only at the end.
         eval_every: Steps between validations; 0: only at the end.
         save_every: Steps between checkpoints; 0: only at the end, and where a validation is the best.
         keep_last: Checkpoints that stay, beside the best.
         patience: Validations without a new best before it stops; 0: never.
+        recompute: Keep of each layer its input alone, and compute the rest again in the backward: same bits, less memory.
+        compile: The loss by torch.compile.
     """
 
     steps: int = 1000
@@ -75,6 +85,8 @@ class LoopOptions(OptimOptions):
     save_every: int = 0
     keep_last: int = 2
     patience: int = 0
+    recompute: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,15 +132,37 @@ def fit(
     finite (the model is then as it was before the step). Any other error of the data or the loss is raised as it is, when the
     steps before it are saved. CheckpointError: a checkpoint that cannot be written or read, or a
     folder that has some when resume is not given. ValueError: options, or a batch without a prediction.
+
+    Of several processes all must call it, with the same arguments. The values of `model` are those of the first one; `loss` gets
+    a twin of it, and `model` has values in `validate` and in the end alone, in every process. The first one writes, calls
+    `watch` and tells its own figures. An error that is not of this list leaves the last checkpoint.
     """
-    run = Path(out)
-    checkpoints, optimizer = Checkpoints(run, options.keep_last), Optimizer(model, options, options.steps)
-    progress = _begin(model, batches, optimizer, checkpoints, resume)
-    device = next(iter(optimizer.parameters.values())).device
-    step_of = _Step(model, batches, loss, optimizer, options.accumulate, device)
+    processes = start()
+    with recomputing(model) if options.recompute else contextlib.nullcontext():
+        share = Share(model, loss, processes, options.compile)
+        with _giving_back(share):
+            return _run(share, batches, Path(out), options, processes, validate, resume, tuple(watch), figures)
+
+
+def _run(
+    share: Share,
+    batches: Source,
+    run: Path,
+    options: LoopOptions,
+    processes: Processes,
+    validate: Callable[[nn.Module], float | Mapping[str, float]] | None,
+    resume: bool,
+    watch: tuple[Callable[[Mapping[str, Any]], None], ...],
+    figures: Callable[[], Mapping[str, float]] | None,
+) -> Report:
+    checkpoints = Checkpoints(run, options.keep_last, processes)
+    optimizer = Optimizer(share.model, options, options.steps)
+    progress = _begin(share.model, batches, optimizer, checkpoints, resume)
+    step_of = _Step(share, batches, optimizer, options.accumulate, processes)
     value, reason, saved = math.nan, "done", progress.step if resume else None
-    model.train()
-    with _Log(run, progress.step, watch) as log, _Interrupt() as interrupt:
+    share.train()
+    log = _Log(run, progress.step, watch) if processes.rank == 0 else _Silence()
+    with log, _Interrupt() as interrupt:
         while progress.step < options.steps:
             try:
                 value, predictions = step_of()
@@ -136,11 +170,11 @@ def fit(
                 reason = "no more data"
                 break
             except _NotFinite as problem:
-                _say_not_finite(problem, progress, checkpoints, run)
+                processes.first(functools.partial(_say_not_finite, problem, progress, checkpoints, run))
             except Exception:  # of the data or the loss: no parameter has moved since the last step
-                if saved != progress.step > 0:
+                if processes.count == 1 and saved != progress.step > 0:
                     with contextlib.suppress(CheckpointError):
-                        checkpoints.save(model, optimizer, progress)
+                        checkpoints.save(share.model, optimizer, progress)
                 raise
             step = progress.step + 1
             progress = replace(
@@ -151,47 +185,70 @@ def fit(
                 more = figures() if figures else {}
                 log.write({"step": step, "loss": value, "tokens": progress.tokens, **step_of.since_last(), **more})
             if validate is not None and (last or _due(step, options.eval_every)):
-                found, others = _validated(model, validate)
+                found, others = _validated(share, validate, processes)
                 log.write({"step": step, "validation": found, **others})
                 better = progress.best is None or found < progress.best
                 progress = replace(progress, stale=0 if better else progress.stale + 1)
                 if better:
                     progress = replace(progress, best=found, best_step=step)
-                    checkpoints.save(model, optimizer, progress)
+                    checkpoints.save(share.model, optimizer, progress)
                     saved = step
             if _due(step, options.save_every) and saved != step:
-                checkpoints.save(model, optimizer, progress)
+                checkpoints.save(share.model, optimizer, progress)
                 saved = step
+            asked = processes.any(interrupt.asked)
             if options.patience and progress.stale >= options.patience:
                 reason = "no better"
-            elif interrupt.asked and not last:
+            elif asked and not last:
                 reason = "interrupted"
             if reason != "done":
                 break
         if saved != progress.step:
-            checkpoints.save(model, optimizer, progress)
+            checkpoints.save(share.model, optimizer, progress)
     path = checkpoints.path(progress.step)
     return Report(reason, progress.step, value, progress.best, progress.best_step, path)
 
 
 def _begin(model: nn.Module, batches: Source, optimizer: Optimizer, checkpoints: Checkpoints, resume: bool) -> Progress:
-    there = checkpoints.steps()
+    there, count = checkpoints.steps(), checkpoints.processes.count
     if not resume:
         if there:
             raise CheckpointError(
                 f"{checkpoints.folder} has checkpoints up to step {there[-1]}; give resume=True to go on, or another folder"
             )
-        return Progress(data=batches.state_dict())
+        _check_alike(batches, checkpoints.processes)
+        return Progress(data=batches.state_dict(), processes=count)
     progress = checkpoints.load(model, optimizer)
     batches.load_state_dict(progress.data)
-    threads = checkpoints.threads(progress.step)
-    if threads != torch.get_num_threads():
-        warnings.warn(
-            f"the checkpoint was computed by {threads} threads, now there are {torch.get_num_threads()}: the run goes on, "
-            "but sums in other orders may change its last bits",
-            stacklevel=3,
+    _check_alike(batches, checkpoints.processes)
+    now = {"threads": torch.get_num_threads(), "processes": count}
+    for name, number in now.items():
+        if getattr(progress, name) != number:
+            warnings.warn(
+                f"the checkpoint was computed by {getattr(progress, name)} {name}, now there are {number}: the run goes on, "
+                "but sums in other orders may change its last bits",
+                stacklevel=3,
+            )
+    return replace(progress, **now)
+
+
+def _check_alike(batches: Source, processes: Processes) -> None:
+    """All processes are to count the same batches."""
+    if processes.any(processes.first(batches.state_dict) != batches.state_dict()):
+        raise TrainingError(
+            "the processes do not stand at the same place of the same data; give all of them the same files and options"
         )
-    return progress
+
+
+@contextlib.contextmanager
+def _giving_back(share: Share) -> Iterator[None]:
+    """The values to the model that was given; also where all processes stop alike."""
+    try:
+        yield
+    except (TrainingError, CheckpointError):
+        share.fill()
+        raise
+    share.fill()
 
 
 # ------------------------------------------------------------------------------------------------------------ one step
@@ -206,16 +263,12 @@ class _Step:
     """A step: its loss a prediction, and the weight of its predictions. StopIteration when there is no more data."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        batches: Source,
-        loss: Callable,
-        optimizer: Optimizer,
-        accumulate: int,
-        device: torch.device,
+        self, share: Share, batches: Source, optimizer: Optimizer, accumulate: int, processes: Processes | None = None
     ):
-        self.model, self.batches, self.loss, self.optimizer = model, batches, loss, optimizer
-        self.accumulate, self.device = accumulate, device
+        self.share, self.batches, self.optimizer = share, batches, optimizer
+        self.processes = processes or Processes()
+        self.accumulate = accumulate * self.processes.count
+        self.device = next(iter(optimizer.parameters.values())).device
         self._clear()
 
     def __call__(self) -> tuple[float, float]:
@@ -230,19 +283,33 @@ class _Step:
         self._waited += time.perf_counter() - began
         self._forget_gradients()  # of the caller, or of a step that an error cut off
         value = 0.0
-        for number, batch in enumerate(group):
-            part = self.loss(self.model, batch.to(self.device)) / total
-            value += float(part.detach())
+        for number, loss in enumerate(self._losses(group, total)):
+            value += loss
             if not math.isfinite(value):
                 self._forget_gradients()
                 raise _NotFinite(f"the loss is {value}", number, data)
-            part.backward()
         self._rate = self.optimizer.rate
         self._norm = float(self.optimizer.step())
         if not math.isfinite(self._norm):
             raise _NotFinite(f"the gradients' norm is {self._norm}", None, data)
         self._weight += total
         return value, total
+
+    def _losses(self, group: list[Batch], total: float) -> list[float]:
+        """Each batch's part of the loss. This process goes back through its own, and all know all of them."""
+        count, rank = self.processes.count, self.processes.rank
+        parts: dict[int, Tensor] = {}
+        for first in range(0, len(group), count):
+            number = first + rank
+            own = number < len(group)
+            batch = group[number if own else first].to(self.device)
+            part = self.share(batch) / total
+            if own:
+                parts[number] = part.detach()
+            else:  # the data end here; the others' layers need this process, and its gradients are 0
+                part = part * 0
+            part.backward()
+        return self.processes.sum([float(parts[n]) if n in parts else 0.0 for n in range(len(group))])
 
     def since_last(self) -> dict[str, float]:
         """Figures of the steps since the last call: rate and norm of the last one, predictions a second, and the share of time
@@ -294,17 +361,19 @@ def _say_not_finite(problem: _NotFinite, progress: Progress, checkpoints: Checkp
     ) from None
 
 
-def _validated(model: nn.Module, validate: Callable) -> tuple[float, dict[str, float]]:
+def _validated(share: Share, validate: Callable, processes: Processes) -> tuple[float, dict[str, float]]:
     """The loss, and what else was found."""
-    model.eval()
-    try:
-        with torch.no_grad():
-            found = validate(model)
-        if not isinstance(found, Mapping):
-            return float(found), {}
-        return float(found["loss"]), {f"validation_{name}": v for name, v in found.items() if name != "loss"}
-    finally:
-        model.train()
+    with share.whole() as model:
+        model.eval()
+        try:
+            with torch.no_grad():
+                found = validate(model)
+        finally:
+            model.train()
+    if not isinstance(found, Mapping):
+        found = {"loss": found}
+    loss = processes.first(lambda: float(found["loss"]))
+    return loss, {f"validation_{name}": v for name, v in found.items() if name != "loss"}
 
 
 def _due(step: int, every: int) -> bool:
@@ -317,13 +386,11 @@ def _due(step: int, every: int) -> bool:
 class _Log:
     """log.jsonl: lines behind the step where a run goes on are those of one that was cut off, and go."""
 
-    def __init__(self, run: Path, step: int, watch: Iterable[Callable[[Mapping[str, Any]], None]]):
-        run.mkdir(parents=True, exist_ok=True)
-        self.path, self.watch = run / LOG, tuple(watch)
+    def __init__(self, run: Path, step: int, watch: tuple[Callable[[Mapping[str, Any]], None], ...]):
+        self.path, self.watch = run / LOG, watch
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        part = self.path.with_name(f".{LOG}.part")
-        part.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(part, self.path)
+        with Replacing(run) as files:
+            files.write(LOG, "".join(f"{line}\n" for line in kept))
 
     def _lines(self) -> list[str]:
         """The whole ones."""
@@ -342,6 +409,13 @@ class _Log:
         self._file.flush()
         for each in self.watch:
             each(record)
+
+
+class _Silence(contextlib.nullcontext):
+    """The log of a process that is not the first."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        pass
 
 
 class _Interrupt:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import AdamWSpec, AdamWState
+from .parallel import local, norm_over_processes
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 DECAY_SHARE = 0.2  # of all steps, at the end of "wsd"
@@ -87,7 +88,8 @@ class OptimOptions:
 
 
 class Optimizer:
-    """The parameters of a model that need a gradient, with AdamW's moments of each, and a float32 master beside 16-bit ones."""
+    """The parameters of a model that need a gradient, with AdamW's moments of each, and a float32 master beside 16-bit ones.
+    Of parameters in shards each process updates its own."""
 
     def __init__(self, model: nn.Module, options: OptimOptions, steps: int):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -121,8 +123,9 @@ class Optimizer:
         for decays, names in _groups(named).items():
             decay = o.weight_decay if decays[0] else 0.0
             spec = AdamWSpec(lr=rate, beta1=o.beta1, beta2=o.beta2, eps=o.eps, weight_decay=decay)
-            group = [named[name] for name in names]
-            ops.adamw(group, [p.grad for p in group], [self.states[n] for n in names], self.done, spec, scale, skip)
+            group = [local(named[name]) for name in names]
+            gradients = [local(named[name].grad) for name in names]
+            ops.adamw(group, gradients, [_local_state(self.states[n]) for n in names], self.done, spec, scale, skip)
         for p in named.values():
             p.grad = None
         return norm
@@ -156,9 +159,14 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     """The 2-norm of all of them together, a float32 scalar."""
     kinds: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:
-        kinds.setdefault(gradient.dtype, []).append(gradient)
+        kinds.setdefault(gradient.dtype, []).append(local(gradient))
     norms = [ops.grad_norm(kind) for kind in kinds.values()]
-    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    return norm_over_processes(norm, gradients[0])
+
+
+def _local_state(state: AdamWState) -> AdamWState:
+    return AdamWState(*(None if t is None else local(t) for t in vars(state).values()))
 
 
 def _groups(named: Mapping[str, nn.Parameter]) -> dict[tuple, list[str]]:

@@ -21,6 +21,7 @@ from _training import batches, decoder, equal, parameters
 from fastllm.train.checkpoint import STATE, TENSORS, CheckpointError, Checkpoints
 from fastllm.train.loop import BAD_BATCH, LOG, LoopOptions, TrainingError, _Step, fit
 from fastllm.train.objective import next_token_loss
+from fastllm.train.parallel import Processes, Share
 
 OPTIONS = LoopOptions(steps=12, lr=1e-2, warmup=3, log_every=1)
 
@@ -76,7 +77,7 @@ def gradient_of(model, parts) -> tuple[torch.Tensor, float, float]:
         return (rows.weight * (model(rows.x) - rows.y).square().sum(1)).sum()
 
     optimizer = SimpleNamespace(parameters=dict(model.named_parameters()), rate=0.0, step=step)
-    value, weight = _Step(model, Listed(parts), loss, optimizer, len(parts), torch.device("cpu"))()
+    value, weight = _Step(Share(model, loss, Processes()), Listed(parts), optimizer, len(parts))()
     return found[0], value, weight
 
 
