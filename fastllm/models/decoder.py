@@ -211,7 +211,7 @@ class Layer(Recomputable):
     ) -> tuple[Tensor, Tensor | None]:
         """x, added [..., dim]; attend(q [..., H, D], k and v [..., Hk, D], layer index) -> [..., H, D]."""
 
-        def adapted(name: str) -> Adapted | None:
+        def adapted(name: str) -> "Adapted | None":  # quoted: Dynamo cannot make the union
             return None if adapters is None else adapters.of(index, name)
 
         x, qkv = self._read(self.qkv, self.attn_norm, x, added, adapted("qkv"))
@@ -337,9 +337,10 @@ class Decoder(nn.Module):
     def packed_hidden(self, batch: Packed) -> Tensor:
         """The same for sequences one after another: [T, dim]. None sees another; each has the bits that it has alone."""
         self._check_length(batch.longest)
+        keys = batch.cu.clone() if torch.compiler.is_compiling() else batch.cu  # Dynamo takes no tensor twice
 
         def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-            return ops.attention_varlen(q, k, v, batch.cu, batch.cu, spec)
+            return ops.attention_varlen(q, k, v, batch.cu, keys, spec)
 
         return self._turned(batch.ids, batch.position, attention)
 

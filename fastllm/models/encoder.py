@@ -161,8 +161,9 @@ class Encoder(nn.Module):
             self.types(torch.zeros_like(batch.ids) if types is None else types),
         )
         x, _ = self.norm(self.embedding(batch.ids) + kind, residual=place)
+        keys = batch.cu.clone() if torch.compiler.is_compiling() else batch.cu  # Dynamo takes no tensor twice
         for layer in self.layers:
-            x = layer(x, lambda q, k, v: ops.attention_varlen(q, k, v, batch.cu, batch.cu, EVERYTHING))
+            x = layer(x, lambda q, k, v: ops.attention_varlen(q, k, v, batch.cu, keys, EVERYTHING))
         return x
 
     def pool(self, x: Tensor, batch: Packed, how: str = "mean") -> Tensor:

@@ -100,7 +100,7 @@ class Share(nn.Module):
         self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], processes: Processes, compiled: bool = False
     ):
         super().__init__()
-        self.loss = torch.compile(loss, dynamic=True) if compiled else loss  # batches differ in their shapes
+        self.loss = torch.compile(loss) if compiled else loss
         self.given = (model,)  # in a tuple: no part of this module
         self.model = model if processes.count == 1 else _shared_twin(model)
         if processes.count > 1:
