@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -12,20 +11,10 @@ from torch import nn
 from ..data.packed import Packed, in_parts
 from ..data.tokenizer import Tokenizer
 from ..decode.score import target_logprobs
+from ..llm import LLM
 from ..models.decoder import Decoder
 
 ROWS = 4096  # tokens that go through the model at once
-
-
-class Scores(Protocol):
-    """What is evaluated: an `LLM`, or a `Scorer`."""
-
-    tokenizer: Tokenizer
-    max_model_len: int
-
-    def logprobs(
-        self, prompts: Sequence[Sequence[int]], *, adapter: str | None = None, starts: int | Sequence[int] = 1
-    ) -> list[list[float]]: ...
 
 
 class Scorer:
@@ -99,3 +88,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+Scores = LLM | Scorer  # what can be evaluated
