@@ -367,11 +367,16 @@ def sft(context: typer.Context) -> None:
 
 def _stage(name: str, kind: type, stage: Callable, arguments: list[str]) -> None:
     from .train.arguments import parse
+    from .train.parallel import start
     from .train.progress import Terminal, duration
 
     options, resume = parse(name, kind, arguments)
     _keep_freed_memory()
-    report = stage(options, resume=resume, watch=[Terminal(options.steps, _peak(options))])
+    processes = start()
+    peak = processes.first(lambda: _peak(options)) * processes.count
+    report = stage(options, resume=resume, watch=[Terminal(options.steps, peak)])
+    if processes.rank:
+        return
     words = {"done": "done", "no better": "no better for a while", "no more data": "the data ended"}
     print(f"{words.get(report.reason, report.reason)} after {report.steps} steps, {duration(report.seconds)}")
     for split in ("validation", "test"):

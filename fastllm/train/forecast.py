@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Batch
 from ..data.pairs import PairBatch
 from ..models.blocks import Projection
 from ..models.decoder import Decoder
@@ -28,33 +27,37 @@ WORK = 1.15  # what kernels and the allocator take beside the tensors that are c
 # ---------------------------------------------------------------------------------------------------------- operations
 
 
-def operations(model: nn.Module, batch: Any) -> float:
-    """Floating-point operations of forward and backward, none of them done twice: 6 for each token and weight of a matrix that
-    it passes, 12 H D for each pair of a query and a key that it sees, in each layer (Chowdhery et al. 2022, arXiv 2204.02311,
-    appendix B, with the pairs counted)."""
-    if isinstance(model, Decoder) and isinstance(batch, Batch):
-        c, lengths = model.config, batch.packed.cu.diff().double()
-        pairs = sum(float(_pairs(lengths, c.window_of(layer)).sum()) for layer in range(c.layers))
-        return 6.0 * _weights(model) * len(batch.packed.ids) + 12.0 * c.heads * c.head_dim * pairs
-    if isinstance(model, Encoder) and isinstance(batch, Batch):
-        c, lengths = model.config, batch.packed.cu.diff().double()
-        head = 0 if model.head is None else _weights(model.head)
-        said = float((batch.weight > 0).sum())
-        every = 6.0 * (_weights(model) - head) * len(batch.packed.ids)
-        return every + 6.0 * head * said + 12.0 * c.dim * c.layers * float(lengths.square().sum())
-    if isinstance(model, Seq2Seq) and isinstance(batch, PairBatch):
-        return _of_pairs(model, batch)
-    return math.nan
+class Operations:
+    """operations(batch): floating-point operations of forward and backward, none of them done twice: 6 for each token and weight
+    of a matrix that it passes, 12 H D for each pair of a query and a key that it sees, in each layer (Chowdhery et al. 2022,
+    arXiv 2204.02311, appendix B, with the pairs counted). NaN for a model of another class.
+    """
 
+    def __init__(self, model: nn.Module):
+        self.config, self.kind = getattr(model, "config", None), type(model)
+        self._all, self._head, self._sources = _weights(model), 0, 0
+        if isinstance(model, Encoder) and model.head is not None:
+            self._head = _weights(model.head)
+        if isinstance(model, Seq2Seq):
+            keys = sum(layer.cross_kv.weight.numel() for layer in model.decoder.layers)  # made of the source
+            self._sources = _weights(model.encoder) + keys
 
-def _of_pairs(model: Seq2Seq, batch: PairBatch) -> float:
-    c, sources, targets = model.config, batch.source.cu.diff().double(), batch.said.packed.cu.diff().double()
-    keys = sum(layer.cross_kv.weight.numel() for layer in model.decoder.layers)  # made of the source
-    passed = (_weights(model.encoder) + keys) * len(batch.source.ids)
-    passed += (_weights(model.decoder) - keys + model.head.weight.numel()) * len(batch.said.target)
-    inner = float((sources.square() * c.encoder_layers).sum())
-    inner += float(((_pairs(targets, None) + targets * sources) * c.decoder_layers).sum())
-    return 6.0 * passed + 12.0 * c.heads * c.head_dim * inner
+    def __call__(self, batch: Any) -> float:
+        c = self.config
+        if self.kind is Decoder:
+            lengths = batch.packed.cu.diff().double()
+            pairs = sum(float(_pairs(lengths, c.window_of(layer)).sum()) for layer in range(c.layers))
+            return 6.0 * self._all * len(batch.packed.ids) + 12.0 * c.heads * c.head_dim * pairs
+        if self.kind is Encoder:
+            lengths, said = batch.packed.cu.diff().double(), float((batch.weight > 0).sum())
+            passed = (self._all - self._head) * len(batch.packed.ids) + self._head * said
+            return 6.0 * passed + 12.0 * c.dim * c.layers * float(lengths.square().sum())
+        if self.kind is Seq2Seq:
+            sources, targets = batch.source.cu.diff().double(), batch.said.packed.cu.diff().double()
+            passed = self._sources * len(batch.source.ids) + (self._all - self._sources) * len(batch.said.target)
+            pairs = sources.square() * c.encoder_layers + (_pairs(targets, None) + targets * sources) * c.decoder_layers
+            return 6.0 * passed + 12.0 * c.heads * c.head_dim * float(pairs.sum())
+        return math.nan
 
 
 def tokens_of(batch: Any) -> int:

@@ -65,6 +65,13 @@ def _decoder(
             return messages[: max(i for i, m in enumerate(messages) if m.get("role") == "assistant")]
         return prompt if isinstance(prompt, (str, list)) else _beginning(fields)
 
+    def size(fields: Mapping[str, Any]) -> int | None:
+        text = fields.get("text")
+        if not isinstance(text, str) or fields.keys() & {"prompt", "messages"}:
+            return None
+        first = [] if tokenizer.add_bos else tokenizer.encode(text, add_special_tokens=False)[:1]  # context alone
+        return len(text.encode()) - sum(len(tokenizer.token_bytes(id)) for id in first)
+
     def write(model: Decoder, prompts: list[Any]) -> list[str]:
         llm = LLM.of(model, tokenizer, template, max_model_len=min(options.max_length, model.config.max_position))
         ids = [tokenizer.encode(p) if isinstance(p, str) else llm.chat_ids(p) for p in prompts]
@@ -89,7 +96,7 @@ def _decoder(
         lint=check,
         opening=opening,
         write=write,
-        is_text=lambda fields: isinstance(fields.get("text"), str) and not fields.keys() & {"prompt", "messages"},
+        size=size,
     )
 
 

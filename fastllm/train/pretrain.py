@@ -17,6 +17,7 @@ from ..models.initial import initialise
 from ..models.presets import PRESETS, build, preset
 from ..models.text import read_text
 from .optim import require
+from .parallel import start
 from .plans import plan_of
 from .stage import StageOptions, StageReport, run, texts_of
 
@@ -79,7 +80,11 @@ def _tokenizer(options: PretrainOptions) -> tuple[Tokenizer, Path]:
         path = Path(options.tokenizer) if Path(options.tokenizer).exists() else hub.resolve(options.tokenizer)
         return read_text(path)[0], path
     path = Path(options.out) / "tokenizer"
-    if not (path / "tokenizer.json").is_file():
-        texts = (texts_of(d.fields) for d in options.documents("train"))
-        Tokenizer.train(texts, options.vocab_size, **SPECIAL[options.arch]).save(path)
+
+    def train() -> None:
+        if not (path / "tokenizer.json").is_file():
+            texts = (texts_of(d.fields) for d in options.documents("train"))
+            Tokenizer.train(texts, options.vocab_size, **SPECIAL[options.arch]).save(path)
+
+    start().first(train)
     return Tokenizer.from_folder(path), path

@@ -20,7 +20,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ from ..data.sources import Document, Documents, Mixture, mixing_rates
 from ..files import Replacing
 from . import plots
 from .checkpoint import Checkpoints
-from .forecast import available_memory, footprint, operations, seconds_of
-from .loop import LOG, LoopOptions, Report, TrainingError, fit
+from .forecast import Footprint, Operations, available_memory, device_of, footprint, seconds_of
+from .loop import LOG, LoopOptions, Report, Source, TrainingError, fit
 from .optim import require
+from .parallel import start
 from .progress import TensorBoard, duration
 from .validation import held_out, unigram
 
@@ -169,8 +170,8 @@ class Plan:
 
     encode(document, index): its examples, what is drawn at random by the index; batches, collate: of them. write(model, prompts):
     what the model makes of openings, None where it writes nothing; opening(fields): that of a record. text: the file or folder of
-    tokenizer and chat template. lint(examples, batches, records): what spoils it. is_text: every byte of a record is predicted,
-    so bits a byte can be told.
+    tokenizer and chat template. lint(examples, batches, records): what spoils it. size(fields): the bytes that the predictions
+    of a record stand for, None where they are no text from its beginning to its end; of bits a byte.
     """
 
     model: nn.Module
@@ -182,7 +183,7 @@ class Plan:
     lint: Callable[[Sequence[Any], list[Any], dict[str, list[Mapping[str, Any]]]], list[Finding]]
     opening: Callable[[Mapping[str, Any]], Any] = lambda fields: None
     write: Callable[[nn.Module, list[Any]], list[str]] | None = None
-    is_text: Callable[[Mapping[str, Any]], bool] = lambda fields: False
+    size: Callable[[Mapping[str, Any]], int | None] = lambda fields: None
 
 
 @dataclass(frozen=True)
@@ -211,26 +212,25 @@ class HeldOut:
 
     def __init__(self, options: StageOptions, split: str, plan: Plan, most: int | None):
         self.openings: list[Any] = []
-        examples, self._bytes, plain, count = [], 0, True, 0
+        examples, sizes, count = [], [], 0
         for index, document in enumerate(options.documents(split)):
             made = [e for e in plan.encode(document, index) if len(e)]
             examples += made
             count += sum(map(len, made))
-            plain = plain and plan.is_text(document.fields)
-            self._bytes += len(document.text.encode()) if plain else 0
+            sizes.append(plan.size(document.fields))
             if len(self.openings) < options.samples:
                 self.openings.append(plan.opening(document.fields))
             if most is not None and count >= most:
                 break
         if not examples:
             raise ValueError(f"nothing of the split {split!r} can be trained on; give {split}=FILES, or a larger share")
-        self._plain = plain
+        self._bytes = None if None in sizes else sum(sizes)
         self.batches = _batched(examples, options.tokens, plan)
 
     def figures(self, model: nn.Module, plan: Plan) -> dict[str, float]:
         """loss, in nats a prediction; accuracy, of the likeliest; bits_per_byte, of texts that are predicted whole."""
         found = held_out(model, self.batches, plan.loss)
-        if self._plain:
+        if self._bytes:
             predictions = math.fsum(float(batch.weight.double().sum()) for batch in self.batches)
             found["bits_per_byte"] = found["loss"] * predictions / math.log(2) / self._bytes
         return found
@@ -252,36 +252,46 @@ def run(
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> StageReport:
     """Trains a plan and leaves the run folder complete. See `fit` for what it raises."""
-    out, began = Path(options.out), time.perf_counter()
+    out, began, processes = Path(options.out), time.perf_counter(), start()
+    if processes.rank:
+        say = _silence
     if options.plot:
         plots.require()
     device, dtype = options.where
     model = plan.model.to(device, dtype).train()
-    held = {s: HeldOut(options, s, plan, options.validation_tokens) for s in ("validation",) if options.has(s)}
+    validation = HeldOut(options, "validation", plan, options.validation_tokens) if options.has("validation") else None
     train = options.documents("train", shuffle=options.shuffle, epochs=None)
-    batches = plan.batches(train, plan.encode, options.tokens, seed=options.seed)
-    _lint(options, plan, say)
-    _keep(options, out, resume, say)
-    _forecast(options, plan, model, say)
-    board = TensorBoard(out / "tensorboard", _step_of(out)) if options.tensorboard else None
-    counted = _Counted(plan.loss)
-    validation = held.get("validation")
+    batches = _Counted(plan.batches(train, plan.encode, options.tokens, seed=options.seed), model)
+
+    def prepare() -> Footprint:
+        _lint(options, plan, say)
+        _keep(options, out, resume, say)
+        return _forecast(options, plan, model, say, processes.count)
+
+    size = processes.first(prepare)
+    board = None
+    if options.tensorboard and processes.rank == 0:
+        board = TensorBoard(out / "tensorboard", max(Checkpoints(out).steps(), default=0))
     try:
         report = fit(
-            model, batches, counted, out, options, resume=resume, figures=counted.figures,
-            validate=validation and _Validation(options, plan, validation, out),
+            model, batches, plan.loss, out, options, resume=resume, figures=batches.figures,
+            validate=validation and _Validation(options, plan, validation, writes=processes.rank == 0),
             watch=(*watch, board) if board else watch,
         )  # fmt: skip
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise TrainingError(f"{_advice(options, plan, model)} ({' '.join(str(error).split())[:200]})") from error
+        raise TrainingError(f"{_advice(options, size, device)} ({' '.join(str(error).split())[:200]})") from error
     finally:
         if board:
             board.close()
-        if options.plot and (out / LOG).exists():
+        if options.plot and processes.rank == 0 and (out / LOG).exists():
             plots.draw_losses(plots.read_log(out / LOG), out / PICTURE, f"{out.name}: loss")
-    return _finish(options, plan, model, report, validation, time.perf_counter() - began)
+    return processes.first(lambda: _finish(options, plan, model, report, validation, time.perf_counter() - began))
+
+
+def _silence(line: str) -> None:
+    """What processes say that are not the first."""
 
 
 def _finish(
@@ -317,15 +327,17 @@ def _finish(
 
 
 class _Counted:
-    """A loss that counts the operations of its batches."""
+    """Batches, with the operations that they take: those of all processes."""
 
-    def __init__(self, loss: Callable[[nn.Module, Any], Tensor]):
-        self.loss = loss
+    def __init__(self, batches: Source, model: nn.Module):
+        self.batches, self.operations = batches, Operations(model)
+        self.state_dict, self.load_state_dict = batches.state_dict, batches.load_state_dict
         self._clear()
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        self._done += operations(model, batch)
-        return self.loss(model, batch)
+    def __next__(self) -> Any:
+        batch = next(self.batches)
+        self._done += self.operations(batch)
+        return batch
 
     def figures(self) -> dict[str, float]:
         """Operations a second since the last call."""
@@ -340,15 +352,15 @@ class _Counted:
 class _Validation:
     """Figures of the split that is held out, and samples beside them."""
 
-    def __init__(self, options: StageOptions, plan: Plan, held: HeldOut, out: Path):
-        self.options, self.plan, self.held, self.out, self._count = options, plan, held, out, 0
+    def __init__(self, options: StageOptions, plan: Plan, held: HeldOut, writes: bool):
+        self.options, self.plan, self.held, self.writes = options, plan, held, writes
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         found = self.held.figures(model, self.plan)
         prompts = self.options.prompts or self.held.openings
-        if self.plan.write is not None and self.options.sample_tokens and prompts:
+        if self.writes and self.plan.write is not None and self.options.sample_tokens and prompts:
             texts = self.plan.write(model, prompts)
-            with (self.out / SAMPLES).open("a", encoding="utf-8") as file:
+            with (Path(self.options.out) / SAMPLES).open("a", encoding="utf-8") as file:
                 file.write(f"== held out {found['loss']:.4f} nats a prediction\n")
                 file.writelines(f"{_shown(p)} | {text}\n" for p, text in zip(prompts, texts, strict=True))
         return found
@@ -400,20 +412,23 @@ def _lint(options: StageOptions, plan: Plan, say: Callable[[str], None]) -> None
         )
 
 
-def _forecast(options: StageOptions, plan: Plan, model: nn.Module, say: Callable[[str], None]) -> None:
+def _forecast(
+    options: StageOptions, plan: Plan, model: nn.Module, say: Callable[[str], None], processes: int
+) -> Footprint:
     """Says what the run will take. MemoryError: more than there is."""
     small, full = _first(options, plan, options.max_length), _first(options, plan, options.tokens)
-    device = next(model.parameters()).device
     size = footprint(model, plan.loss, small)
-    refusal = size.refuse(options.tokens, options.accumulate, available_memory(device))
+    size = replace(size, state=size.state // processes)
+    refusal = size.refuse(options.tokens, options.accumulate, available_memory(device_of(model)))
     if refusal:
         raise MemoryError(refusal)
     seconds = seconds_of(model, plan.loss, full) * options.accumulate
     parameters = sum(p.numel() for p in model.parameters())
     say(
-        f"{parameters:,} parameters; {options.steps} steps of some {options.tokens * options.accumulate:,} tokens, "
+        f"{parameters:,} parameters; {options.steps} steps of some {options.tokens * options.accumulate * processes:,} tokens, "
         f"{seconds:.2f} s each: {duration(seconds * options.steps)}, {size.of(options.tokens) / 1e9:.1f} GB"
     )
+    return size
 
 
 def _first(options: StageOptions, plan: Plan, tokens: int) -> Any:
@@ -422,9 +437,8 @@ def _first(options: StageOptions, plan: Plan, tokens: int) -> Any:
     return next(plan.batches(documents, plan.encode, tokens, window=64, seed=options.seed))
 
 
-def _advice(options: StageOptions, plan: Plan, model: nn.Module) -> str:
-    size = footprint(model, plan.loss, _first(options, plan, options.max_length))
-    most = size.fitting(available_memory(next(model.parameters()).device))
+def _advice(options: StageOptions, size: Footprint, device: torch.device) -> str:
+    most = size.fitting(available_memory(device))
     parts = max(2, -(-options.tokens // max(most, 1)))
     return (
         f"out of memory with tokens={options.tokens}: a step takes some {size.of(options.tokens) / 1e9:.1f} GB; "
@@ -439,10 +453,6 @@ def _shown(prompt: Any) -> str:
 def _is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
-
-
-def _step_of(out: Path) -> int:
-    return max(Checkpoints(out).steps(), default=0)
 
 
 def texts_of(fields: Mapping[str, Any]) -> str:
