@@ -14,12 +14,12 @@ from _training import VOCAB, batches, decoder, equal, parameters
 from torch import nn
 
 from fastllm import ops
-from fastllm.data.batch import collate_pairs
+from fastllm.data.pairs import Pair, collate_pairs
 from fastllm.models.encoder import Encoder, EncoderConfig
 from fastllm.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from fastllm.train.checkpoint import CheckpointError
 from fastllm.train.loop import LOG, LoopOptions, TrainingError, _Step, fit
-from fastllm.train.objective import next_token_loss
+from fastllm.train.objective import next_token_loss, pair_loss
 from fastllm.train.parallel import Share, start
 
 OPTIONS = {"steps": 8, "lr": 1e-2, "warmup": 3, "log_every": 1}
@@ -136,14 +136,8 @@ def seq2seq(folder: Path, processes: int) -> dict:
     sizes = {"vocab": VOCAB, "encoder_layers": 2, "decoder_layers": 2, "dim": 32, "ffn": 48, "heads": 4, "head_dim": 8}
     model = Seq2Seq(Seq2SeqConfig(**sizes, position="relative", norm="rms", norm_first=True, bias=False, eos_id=0))
     words = np.random.default_rng(0).integers(1, VOCAB, (16, 3, 2, 9)).tolist()
-    pairs = [collate_pairs([(s, t[: 3 + i]) for i, (s, t) in enumerate(w)], start_id=0, pad_id=0) for w in words]
-
-    def loss(model, batch):
-        b = batch.pairs
-        logits = model.logits(model.hidden(b.source, b.decoder_ids, b.mask)).flatten(0, 1)
-        return ops.cross_entropy(logits, b.target.flatten(), spec=ops.LossSpec(reduction="sum"))
-
-    return other(folder, "seq2seq", processes, model, Listed([Here(p.weight, pairs=p) for p in pairs]), loss)
+    parts = [collate_pairs([Pair.of(s, t[: 3 + i], 0) for i, (s, t) in enumerate(w)]) for w in words]
+    return other(folder, "seq2seq", processes, model, Listed(parts), pair_loss)
 
 
 def other(folder: Path, name: str, processes: int, model: nn.Module, source, loss) -> dict:
