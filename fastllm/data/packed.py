@@ -32,6 +32,11 @@ class Packed:
         """B"""
         return self.cu.shape[0] - 1
 
+    @property
+    def cu_keys(self) -> Tensor:
+        """cu as the borders of keys beside those of queries: while it compiles another tensor, as Dynamo takes none twice."""
+        return self.cu.clone() if torch.compiler.is_compiling() else self.cu
+
     @classmethod
     def of_lists(cls, sequences: Sequence[Sequence[int]], device: torch.device | str | None = None) -> "Packed":
         """Sequences of token ids."""

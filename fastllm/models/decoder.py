@@ -337,7 +337,7 @@ class Decoder(nn.Module):
     def packed_hidden(self, batch: Packed) -> Tensor:
         """The same for sequences one after another: [T, dim]. None sees another; each has the bits that it has alone."""
         self._check_length(batch.longest)
-        keys = batch.cu.clone() if torch.compiler.is_compiling() else batch.cu  # Dynamo takes no tensor twice
+        keys = batch.cu_keys
 
         def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
             return ops.attention_varlen(q, k, v, batch.cu, keys, spec)

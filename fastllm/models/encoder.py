@@ -161,7 +161,7 @@ class Encoder(nn.Module):
             self.types(torch.zeros_like(batch.ids) if types is None else types),
         )
         x, _ = self.norm(self.embedding(batch.ids) + kind, residual=place)
-        keys = batch.cu.clone() if torch.compiler.is_compiling() else batch.cu  # Dynamo takes no tensor twice
+        keys = batch.cu_keys
         for layer in self.layers:
             x = layer(x, lambda q, k, v: ops.attention_varlen(q, k, v, batch.cu, keys, EVERYTHING))
         return x

@@ -286,8 +286,10 @@ class Seq2Seq(nn.Module):
         if targets.count != memory.count:
             raise ValueError(f"{targets.count} targets for {memory.count} sources; each source needs one")
 
+        keys = targets.cu_keys
+
         def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-            return ops.attention_varlen(q, k, v, targets.cu, targets.cu, spec)
+            return ops.attention_varlen(q, k, v, targets.cu, keys, spec)
 
         return self._decode(targets.ids, targets.position, targets.cu, targets.longest, memory, attention)
 
