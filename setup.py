@@ -24,6 +24,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = "-mavx2 -mfma -mf16c -mbmi -mbmi2"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512"
 TIERS = {"generic": "", "avx2": AVX2, "avx512": AVX512} if X86 else {"generic": ""}
+# -fmad=false: as -ffp-contract=off for C++
+NVCC_FLAGS = "-O3 -std=c++17 -fmad=false --expt-relaxed-constexpr"
 KERNEL_FLAGS = "-fno-exceptions -fno-rtti"  # both would leave weak symbols in objects that differ in their instructions
 
 
@@ -124,8 +126,8 @@ def core_rules(suffix: str, build: Path) -> list[str]:
 def cuda_rules(nvcc: str, build: Path) -> list[str]:
     lines = [
         "rule nvcc",
-        f"  command = {nvcc} -MD -MF $out.d -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -lineinfo"
-        " --expt-relaxed-constexpr $arch -c $in -o $out",
+        f"  command = {nvcc} -MD -MF $out.d {NVCC_FLAGS} -Xcompiler -fPIC,-fvisibility=hidden -lineinfo"
+        " $arch -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvlink",

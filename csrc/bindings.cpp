@@ -78,6 +78,28 @@ struct PlanHandle {
 
 const CudaTable* cuda = nullptr;
 
+const char* const kCudaNames[] = {
+#define CUDA_KERNEL(name, Args) #name,
+#include "cuda/kernels.def"
+#undef CUDA_KERNEL
+};
+
+// A kernel of the CUDA library: the record of the CPU kernel of its name, then scratch and stream.
+PyObject* call_cuda(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  const int index = int(PyLong_AsLong(self));
+  const char* name = kCudaNames[index];
+  int record = 0;
+  while (strcmp(kKernels[record].name, name)) ++record;
+  const std::string kinds = std::string(kKernels[record].kinds) + "pp";
+  if (size_t(count) != kinds.size())
+    return PyErr_Format(PyExc_TypeError, "_C.cuda_%s takes %d arguments (%s), got %d", name, int(kinds.size()), kinds.c_str(), int(count));
+  if (!cuda) return PyErr_Format(PyExc_RuntimeError, "the CUDA library is not loaded; see `fastllm info`");
+  int64_t slots[kMaxFields + 2];
+  if (!fill(kinds.c_str(), args, slots)) return nullptr;
+  const auto *scratch = slots + count - 2, *stream = slots + count - 1;
+  return PyLong_FromLong(cuda->run[index](slots, reinterpret_cast<char*>(*scratch), reinterpret_cast<void*>(*stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -88,6 +110,14 @@ PYBIND11_MODULE(_C, m) {
     py::object index = py::int_(i);
     m.attr(kKernels[i].name) = py::reinterpret_steal<py::object>(PyCFunction_New(&methods.back(), index.ptr()));
   }
+  for (int i = 0; i < kCudaKernelCount; ++i) {
+    static std::deque<std::string> names;
+    names.push_back(std::string("cuda_") + kCudaNames[i]);
+    methods.push_back({names.back().c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_cuda)), METH_FASTCALL, nullptr});
+    py::object index = py::int_(i);
+    m.attr(names.back().c_str()) = py::reinterpret_steal<py::object>(PyCFunction_New(&methods.back(), index.ptr()));
+  }
+  m.def("cuda_kernels", [] { return std::vector<std::string>(kCudaNames, kCudaNames + kCudaKernelCount); });
   m.def("kernels", [] {
     py::dict names;
     for (int i = 0; i < kKernelCount; ++i) names[kKernels[i].name] = kKernels[i].kinds;

@@ -35,6 +35,9 @@ def load_cuda(path: str, /) -> int:
 
 def cuda_error(code: int, /) -> str: ...
 def cuda_runtime_version() -> int: ...
+def cuda_kernels() -> list[str]:
+    """Each is the function cuda_<name>: the CPU kernel's arguments, then scratch and stream; returns CUDA's error."""
+
 def cuda_copy(to: int, source: int, nbytes: int, stream: int, /) -> int: ...
 def __getattr__(name: str) -> Callable[..., int]:
     """Every other name is a kernel of csrc/cpu/kernels.def; it returns a status."""

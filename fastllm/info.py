@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from . import _C
+from .ops._cuda import driver
+from .ops._cuda import library as cuda_library
 from .ops._op import OPS
 
 # ------------------------------------------------------------------------------------------------------------- machine
@@ -46,28 +48,6 @@ def cache_sizes() -> tuple[int, int]:
     return sizes[2], max(sizes.values())
 
 
-@functools.cache
-def cuda_library() -> tuple[bool, str]:
-    """(usable, why): the compiled CUDA library beside the core."""
-    path = Path(__file__).parent / "_cuda.so"
-    if not path.exists():
-        return False, "not built: this copy of fastllm was compiled without nvcc (FASTLLM_CUDA=1 asks for it)"
-    try:
-        count = _C.load_cuda(str(path))
-    except (RuntimeError, OSError) as error:
-        return False, f"broken: {error}"
-    if count > 0:
-        return (
-            True,
-            f"CUDA {_C.cuda_runtime_version() // 1000}.{_C.cuda_runtime_version() % 1000 // 10}, {count} GPU(s)",
-        )
-    if count == -35 and driver():  # cudaErrorInsufficientDriver: too old, or none at all
-        return False, f"driver {driver()} is too old for CUDA {_C.cuda_runtime_version() // 1000}"
-    if count == -35:
-        return False, "no NVIDIA driver"
-    return False, _C.cuda_error(-count) if count else "no GPU"
-
-
 def triton_state() -> tuple[bool, str]:
     from .ops import _triton
 
@@ -84,11 +64,6 @@ def gpus() -> list[dict[str, Any]]:
         p = torch.cuda.get_device_properties(i)
         found.append({"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory})
     return found
-
-
-def driver() -> str | None:
-    lines = [line for line in _lines("/proc/driver/nvidia/version") if "NVRM" in line]
-    return next((word for word in lines[0].split() if word[0].isdigit() and "." in word), None) if lines else None
 
 
 def package(name: str) -> str | None:

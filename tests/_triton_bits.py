@@ -8,6 +8,7 @@ import math
 import _oracle
 import pytest
 import torch
+from _sample_rows import FIELDS, HARD_PENALTIES, hard_rows, penalised
 
 from fastllm import _C
 from fastllm.bench.case import Make
@@ -42,37 +43,17 @@ def test_sample(case):
     check_sample(inputs["logits"], inputs["state"])
 
 
-FIELDS = (
-    {}, {"temperature": 0.0}, USUAL, {"top_p": 0.3, "temperature": 1.7}, {"top_k": 590, "top_p": 0.7},
-    {"top_k": 6000, "top_p": 0.999}, {"min_p": 1e-30}, {"top_k": 300, "min_p": 1e-3}, {"temperature": 1e-45},
-)  # fmt: skip
-
-
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_sample_on_hard_rows(fields):
-    vocab = 600
-    ramp = torch.arange(vocab).float()
-    rows = torch.stack(
-        (
-            torch.zeros(vocab), ramp % 2, torch.exp2(ramp % 250 - 125), torch.where(ramp % 3 == 0, -INF, -ramp),
-            torch.where(ramp % 50 == 3, INF, 0.0), torch.where(ramp == 521, 5.0, -INF),
-        )
-    )  # fmt: skip
-    check_sample(rows, SampleState.create(len(rows), seed=torch.arange(len(rows)) * 2**40 - 7, index=3, **fields))
+    check_sample(*hard_rows(fields))
 
 
 @pytest.mark.parametrize("fields", [{}, USUAL, {"top_p": 0.9}], ids=str)
-@pytest.mark.parametrize(
-    "penalties", [{}, {**PENALTIES, "frequency_penalty": -0.7, "min_new_tokens": 30}], ids=("", "penalties")
-)
+@pytest.mark.parametrize("penalties", [{}, HARD_PENALTIES], ids=("", "penalties"))
 def test_sample_split_over_programs(monkeypatch, fields, penalties):
     monkeypatch.setattr(_sample_gpu, "splits", lambda *_: _sample_gpu._SPLITS)
     logits = torch.randn(2, 9000, generator=torch.Generator().manual_seed(5)) * 4
-    state = SampleState.create(2, history=20, suppress=3, seed=torch.arange(2), position=2**33, **fields, **penalties)
-    state.history.copy_(
-        torch.tensor([5, 5, 8000, 17, 3, 5, 8000, 8000, 9000, -1, 2**31 - 1, 44, 7, 7, 7, 7, 7, 7, 7, 7])
-    )
-    state.suppress.copy_(torch.tensor([4, 8999, -1]))
+    state = penalised(2, {**fields, **penalties})
     check_sample(logits, state, entropy=bool(fields))
 
 

@@ -1,7 +1,7 @@
 // Dropout by counter: whether an element is kept is a function of (seed, call, row, column); fastllm/ops/_dropout.py has the
 // formula. One Philox gives four neighbouring columns, a vector of them 64.
 #pragma once
-#include "philox.h"
+#include "../philox.h"
 #include "simd.h"
 
 namespace fastllm {

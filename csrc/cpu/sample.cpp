@@ -5,7 +5,7 @@
 // inverse CDF on integers: with the weights w of the kept set (fixed.h), S their sum and u 64 random bits, r = floor(u
 // S / 2^64), and the token is the first, in order of the vocabulary, whose running sum of w exceeds r. Only exp() has
 // floating-point rounding in it, so the threads that share a row, and rows that share a call, cannot change a bit.
-#include "philox.h"
+#include "../philox.h"
 #include "row.h"
 
 namespace fastllm {

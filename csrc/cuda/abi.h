@@ -6,7 +6,14 @@
 
 namespace fastllm {
 
-constexpr int kCudaAbi = 1;
+constexpr int kCudaAbi = 2;
+
+enum CudaKernel : int {
+#define CUDA_KERNEL(name, Args) kCuda_##name,
+#include "kernels.def"
+#undef CUDA_KERNEL
+  kCudaKernelCount
+};
 
 struct CudaTable {
   int abi;
@@ -14,6 +21,7 @@ struct CudaTable {
   int (*device_count)();    // negative: minus a cudaError_t (no driver, driver too old)
   const char* (*error_string)(int code);
   int (*copy)(void* to, const void* from, int64_t bytes, void* stream);    // 16-byte aligned; the bandwidth ceiling
+  int (*run[kCudaKernelCount])(const void* record, char* scratch, void* stream);
 };
 
 const CudaTable* open_cuda(const char* path);    // throws std::runtime_error when the file cannot be used

@@ -1,7 +1,6 @@
 // A streaming copy: what `fastllm bench --device cuda` measures as the memory ceiling. cudaMemcpy uses the copy engines on
 // some paths; the ceiling of a kernel is what a kernel reaches.
-#include <cuda_runtime.h>
-#include <stdint.h>
+#include "common.cuh"
 
 namespace fastllm {
 namespace {
@@ -27,13 +26,8 @@ __global__ void copy_kernel(uint4* __restrict__ to, const uint4* __restrict__ fr
 int copy(void* to, const void* from, int64_t bytes, void* stream) {
   if (bytes % 16) return int(cudaErrorInvalidValue);
   if (bytes == 0) return int(cudaSuccess);
-  int device = 0, multiprocessors = 0;
-  cudaError_t e = cudaGetDevice(&device);
-  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (e != cudaSuccess) return int(e);
-  copy_kernel<<<multiprocessors * 4, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<uint4*>(to), static_cast<const uint4*>(from), bytes / 16);
-  return int(cudaGetLastError());
+  return launch(copy_kernel, attribute(cudaDevAttrMultiProcessorCount) * 4, kThreads, 0, 1, stream, static_cast<uint4*>(to),
+                static_cast<const uint4*>(from), bytes / 16);
 }
 
 }  // namespace fastllm

@@ -1,11 +1,15 @@
 // The function table that the core module fetches, and the device's own facts.
 #include <cuda_runtime.h>
 
+#include "../records.h"
 #include "abi.h"
 
 namespace fastllm {
 
 int copy(void* to, const void* from, int64_t bytes, void* stream);    // copy.cu
+#define CUDA_KERNEL(name, Args) int name(const Args&, char* scratch, void* stream);
+#include "kernels.def"
+#undef CUDA_KERNEL
 
 static int device_count() {
   int n = 0;
@@ -17,7 +21,13 @@ static const char* error_string(int code) { return cudaGetErrorString(cudaError_
 }  // namespace fastllm
 
 extern "C" __attribute__((visibility("default"))) const fastllm::CudaTable* fastllm_cuda_table() {
-  static const fastllm::CudaTable table = {fastllm::kCudaAbi, CUDART_VERSION, fastllm::device_count, fastllm::error_string,
-                                           fastllm::copy};
+  using namespace fastllm;
+  static const CudaTable table = {
+      kCudaAbi, CUDART_VERSION, device_count, error_string, copy, {
+#define CUDA_KERNEL(name, Args) \
+  [](const void* record, char* scratch, void* stream) { return name(*static_cast<const Args*>(record), scratch, stream); },
+#include "kernels.def"
+#undef CUDA_KERNEL
+      }};
   return &table;
 }

@@ -93,6 +93,7 @@ class Op:
         A launcher may have one more, `train=False`: see Kernel.
     triton_name, triton_reason: what `fastllm info` says of the GPU's kernel, where its launcher hands calls to a library.
     no_triton: what it says where there is none: what runs in its place, or why a GPU never asks.
+    cuda: a launcher of CUDA C++, in the place of Triton's where _cuda.py says so; cuda_name: what `fastllm info` calls it.
     fake: shapes and dtypes of the results.
     save(ctx, inputs, output), backward(ctx, *gradients): as in torch.autograd.Function; None for an op without its own
         backward: asked for a gradient it runs its reference, and `fastllm info` says so.
@@ -106,6 +107,8 @@ class Op:
     triton_name: str = "Triton"
     triton_reason: str = "the GPU kernel of this op"
     no_triton: str = "no GPU kernel yet"
+    cuda: Callable[..., Any] | None = None
+    cuda_name: str = "CUDA C++"
     save: Callable[..., None] | None = None
     backward: Callable[..., Any] | None = None
 
@@ -138,17 +141,29 @@ class Op:
                 return Kernel(self.cpu, f"C++ ({_C.isa()})", f"best tier of this processor, {_C.max_threads()} threads")
             return Kernel(self.reference, "reference", "no CPU kernel")
         if device == "cuda":
-            from . import _triton
-
-            if not self.triton:
-                return Kernel(self.reference, "reference", self.no_triton)
-            if not _triton.available():
-                return Kernel(self.reference, "reference", _triton.unavailable_reason())
-            return Kernel(_triton.on_device(self.triton), self.triton_name, self.triton_reason)
+            return self._choose_gpu()
         warnings.warn(
             f"fastllm.{self.name}: no kernel for device {device!r}, running the PyTorch reference", stacklevel=5
         )
         return Kernel(self.reference, "reference", f"no kernel for device {device!r}")
+
+    def _choose_gpu(self) -> Kernel:
+        from . import _cuda, _triton
+
+        if not self.triton:
+            return Kernel(self.reference, "reference", self.no_triton)
+        if not _triton.available():
+            return Kernel(self.reference, "reference", _triton.unavailable_reason())
+        reason = self.triton_reason
+        if self.cuda:
+            reason += f"; {_cuda.VARIABLE}={self.name} runs CUDA C++ in its place"
+        if self.name in _cuda.wanted():
+            used, why = _cuda.library()
+            if used:
+                return Kernel(_triton.on_device(self.cuda), self.cuda_name, f"{_cuda.VARIABLE} names it")
+            reason = f"{_cuda.VARIABLE} names it, but the CUDA library is not used: {why}"
+            warnings.warn(f"fastllm.{self.name}: {reason}; Triton runs it", stacklevel=6)
+        return Kernel(_triton.on_device(self.triton), self.triton_name, reason)
 
     def _flat(self, args: tuple) -> list:
         return [args[i] for i in self._tensors] + [t for i in self._lists for t in args[i]]

@@ -24,12 +24,25 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from . import _quant_gpu
+from . import _cuda, _quant_gpu
 from ._op import Op, as_rows, check, check_dtype
-from .linear import GATE_UP, SWIGLU, WHOLE, check_fusion, check_plain, check_rows_at, compose, must_compose, product
+from .linear import (
+    GATE_UP,
+    SWIGLU,
+    WHOLE,
+    check_fusion,
+    check_plain,
+    check_rows_at,
+    compose,
+    fields,
+    must_compose,
+    product,
+)
+from .rms_norm import rms_norm
 
 GROUP = 32  # of x; and the least of a weight's
 GROUPS = (32, 64, 128)
+CUDA_ROWS = 8  # of a product in CUDA C++
 
 
 @dataclass(frozen=True)
@@ -330,6 +343,22 @@ def gpu(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves
     return _quant_gpu.linear(y, x, weight, group, depth, bits, has_min, bias, norm, eps, residual, halves)
 
 
+def cuda(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves) -> Tensor:
+    """csrc/cuda/quant_linear.cu for few rows; more are Triton's."""
+    if x.numel() > CUDA_ROWS * depth:
+        return gpu(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves)
+    y, group = _output(x, rows, halves), group_of(weight, bits, has_min)
+    if not y.numel():
+        return y
+    flat = as_rows(x if norm is None else rms_norm(x, norm, eps))
+    residual = None if residual is None else as_rows(residual)
+    scratch = torch.empty(flat.shape[0] * -(-depth // GROUP), 44, dtype=torch.uint8, device=x.device)
+    form = form_of(bits, has_min)
+    record = fields(y, flat, weight, form, bias, residual=residual, halves=halves, group=group)
+    _cuda.launch("quant_linear", record, scratch, x.device)
+    return y
+
+
 def gpu_backward(dy, weight, rows, depth, bits, has_min, halves) -> Tensor:
     return _quant_gpu.backward(dy, weight, group_of(weight, bits, has_min), rows, depth, bits, has_min, halves)
 
@@ -370,6 +399,8 @@ forward = Op(
     fake=lambda x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves: _output(x, rows, halves),
     cpu=cpu,
     triton=gpu,
+    cuda=cuda,
+    cuda_name=f"CUDA C++ (up to {CUDA_ROWS} rows, else Triton)",
     save=_save,
     backward=_backward,
 )

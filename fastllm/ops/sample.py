@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from . import _sample_gpu
+from . import _cuda, _sample_gpu
 from ._op import Op, check, check_dtype, pointer
 
 MAX_VOCAB = 1 << 23  # 2^23 weights of 2^40 stay below 2^63
@@ -340,16 +340,22 @@ def cpu(
     outputs = token, logprob, truncated, kept, spread
     if n:
         x = logits if logits.stride(1) == 1 else logits.contiguous()
-        status = _C.sample(
-            token.data_ptr(), logprob.data_ptr(), truncated.data_ptr(), spread.data_ptr() if entropy else 0,
-            kept.data_ptr(), x.data_ptr(), settings.data_ptr(), pointer(rows), history.data_ptr(), suppress.data_ptr(),
-            x.shape[0], x.shape[1], x.stride(0), settings.shape[0], history.shape[1], suppress.shape[1],
-        )  # fmt: skip
+        status = _C.sample(*_fields(outputs, x, settings, history, suppress, rows, entropy))
         if status == _INDEX_OUT_OF_RANGE:
             raise _no_record(settings)
         if status == _NOT_A_NUMBER:  # without torch's ops: a step that is captured may end here
             raise LogitsError([row for row, value in enumerate(logprob.tolist()) if value != value])
     return outputs
+
+
+def _fields(outputs, x, settings, history, suppress, rows, entropy) -> tuple:
+    """The record (csrc/records/sample.h); x: logits with unit stride. The caller holds the tensors."""
+    token, logprob, truncated, kept, spread = outputs
+    return (
+        token.data_ptr(), logprob.data_ptr(), truncated.data_ptr(), spread.data_ptr() if entropy else 0,
+        kept.data_ptr(), x.data_ptr(), settings.data_ptr(), pointer(rows), history.data_ptr(), suppress.data_ptr(),
+        x.shape[0], x.shape[1], x.stride(0), settings.shape[0], history.shape[1], suppress.shape[1],
+    )  # fmt: skip
 
 
 def gpu(
@@ -362,6 +368,19 @@ def gpu(
     return outputs
 
 
+def cuda(
+    logits: Tensor, settings: Tensor, history: Tensor, suppress: Tensor, rows: Tensor | None, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """csrc/cuda/sample.cu; like `gpu` it raises nothing."""
+    outputs = _outputs(logits, entropy)
+    if logits.shape[0]:
+        x = logits if logits.stride(1) == 1 else logits.contiguous()
+        penalties = history.shape[1] + suppress.shape[1] > 0  # then a count and a logit for each that may be changed
+        scratch = torch.empty(2, *x.shape, dtype=torch.int32, device=x.device) if penalties else None
+        _cuda.launch("sample", _fields(outputs, x, settings, history, suppress, rows, entropy), scratch, x.device)
+    return outputs
+
+
 # -------------------------------------------------------------------------------------------------------- registration
 
 forward = Op(
@@ -371,6 +390,7 @@ forward = Op(
     fake=lambda logits, settings, history, suppress, rows, entropy: _outputs(logits, entropy),
     cpu=cpu,
     triton=gpu,
+    cuda=cuda,
 )
 
 

@@ -9,7 +9,7 @@ struct Philox {
   uint32_t word[4];
 };
 
-[[maybe_unused]] inline Philox philox(uint64_t key, uint64_t low, uint64_t high) {
+[[maybe_unused]] constexpr Philox philox(uint64_t key, uint64_t low, uint64_t high) {
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   uint32_t c0 = uint32_t(low), c1 = uint32_t(low >> 32), c2 = uint32_t(high), c3 = uint32_t(high >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -25,7 +25,7 @@ struct Philox {
 }
 
 // 64 uniform bits: counter (position, index), key seed; words 0 and 1 of the output, word 0 low.
-[[maybe_unused]] inline uint64_t random_bits(int64_t seed, int64_t index, int64_t position) {
+[[maybe_unused]] constexpr uint64_t random_bits(int64_t seed, int64_t index, int64_t position) {
   const Philox p = philox(uint64_t(seed), uint64_t(position), uint64_t(index));
   return uint64_t(p.word[1]) << 32 | p.word[0];
 }

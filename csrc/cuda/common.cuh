@@ -1,0 +1,87 @@
+// What CUDA kernels share: a block's memory, warps, clusters of blocks, launches. tests/cuda_host compiles it for a processor.
+//
+// Products and sums are never contracted (-fmad=false): an fma is where the kernel says so, as on a CPU.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "../common.h"
+
+namespace fastllm {
+namespace {
+
+constexpr unsigned kWhole = 0xffffffff;    // all lanes of a warp
+
+// A block's shared memory, whose size the launch names, as a record.
+template <class T> __device__ __forceinline__ T& shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ uint4 memory[];
+  return *reinterpret_cast<T*>(memory);
+#else
+  return *reinterpret_cast<T*>(cuda_host::shared());
+#endif
+}
+
+template <class T> __device__ __forceinline__ T warp_sum(T v) {
+#pragma unroll
+  for (int with = 16; with; with /= 2) v += __shfl_xor_sync(kWhole, v, with);
+  return v;
+}
+__device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+  for (int with = 16; with; with /= 2) v = fmaxf(v, __shfl_xor_sync(kWhole, v, with));
+  return v;
+}
+
+// A cluster: blocks that see each other's shared memory. Before sm_90 a block is alone.
+__device__ __forceinline__ unsigned cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  return __clusterRelativeBlockRank();
+#else
+  return 0;
+#endif
+}
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+#else
+  __syncthreads();
+#endif
+}
+// The same place in the shared memory of another block of the cluster.
+template <class T> __device__ __forceinline__ T* at_rank(T* p, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<T*>(__cluster_map_shared_rank(p, rank));
+#else
+  return p;
+#endif
+}
+
+inline int attribute(cudaDeviceAttr what) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, what, device) != cudaSuccess) return 0;
+  return value;
+}
+
+// Launches a grid of one dimension, in clusters where `cluster` is above 1; returns a cudaError_t.
+template <class... P, class... A>
+int launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, int cluster, void* stream, A... arguments) {
+  if (blocks <= 0) return int(cudaSuccess);
+  if (blocks > INT32_MAX) return int(cudaErrorInvalidValue);
+  if (shared > 48 << 10) {
+    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (e != cudaSuccess) return int(e);
+  }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(cluster), attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim.x = unsigned(blocks), config.blockDim.x = unsigned(threads);
+  config.gridDim.y = config.gridDim.z = config.blockDim.y = config.blockDim.z = 1;
+  config.dynamicSmemBytes = size_t(shared), config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute, config.numAttrs = cluster > 1 ? 1 : 0;
+  return int(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace
+}  // namespace fastllm

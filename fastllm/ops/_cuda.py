@@ -1,0 +1,66 @@
+"""The CUDA C++ kernels: whether their library can be used, which ops are to run them, and how one is called.
+
+Where an op has both, Triton's kernel runs unless FASTLLM_CUDA_KERNELS names the op: no GPU has compared them yet
+(`fastllm bench OP --device cuda` does). This is the one place where that is decided.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._op import pointer
+
+VARIABLE = "FASTLLM_CUDA_KERNELS"
+OPS = tuple(_C.cuda_kernels())
+
+
+@functools.cache
+def wanted() -> frozenset[str]:
+    """The ops that FASTLLM_CUDA_KERNELS gives to CUDA C++: names with commas between, or "all"."""
+    names = frozenset(name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip())
+    if names == {"all"}:
+        return frozenset(OPS)
+    if unknown := names - set(OPS):
+        raise ValueError(f"{VARIABLE} names {', '.join(sorted(unknown))}; allowed: {', '.join(OPS)}, or all alone")
+    return names
+
+
+@functools.cache
+def library() -> tuple[bool, str]:
+    """(usable, why): the compiled CUDA library beside the core."""
+    path = Path(__file__).parents[1] / "_cuda.so"
+    if not path.exists():
+        return False, "not built: this copy of fastllm was compiled without nvcc (FASTLLM_CUDA=1 asks for it)"
+    try:
+        count = _C.load_cuda(str(path))
+    except (RuntimeError, OSError) as error:
+        return False, f"broken: {error}"
+    version = _C.cuda_runtime_version()
+    if count > 0:
+        return True, f"CUDA {version // 1000}.{version % 1000 // 10}, {count} GPU(s)"
+    if count == -35 and driver():  # cudaErrorInsufficientDriver: too old, or none at all
+        return False, f"driver {driver()} is too old for CUDA {version // 1000}"
+    if count == -35:
+        return False, "no NVIDIA driver"
+    return False, _C.cuda_error(-count) if count else "no GPU"
+
+
+def driver() -> str | None:
+    """The version of the NVIDIA driver."""
+    try:
+        lines = Path("/proc/driver/nvidia/version").read_text().splitlines()
+    except OSError:
+        return None
+    lines = [line for line in lines if "NVRM" in line]
+    return next((word for word in lines[0].split() if word[0].isdigit() and "." in word), None) if lines else None
+
+
+def launch(kernel: str, fields: tuple, scratch: Tensor | None, device: torch.device) -> None:
+    """Runs a kernel on the current stream; its record is that of the CPU kernel of its name. RuntimeError: CUDA's own."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if code := getattr(_C, f"cuda_{kernel}")(*fields, pointer(scratch), stream):
+        raise RuntimeError(f"{kernel}: the CUDA kernel could not be launched: {_C.cuda_error(code)}")

@@ -1,0 +1,161 @@
+"""The CUDA C++ kernels against the CPU's, bit for bit: on a GPU, or on this processor with the library that tests/cuda_host
+makes of them, which FASTLLM_CUDA_HOST names. tests/test_cuda.py runs this file, as test_triton.py does _triton_interpreter.py."""
+
+import ctypes
+import os
+
+import _oracle
+import pytest
+import torch
+from _sample_rows import FIELDS, HARD_PENALTIES, hard_rows, penalised
+
+from fastllm import _C
+from fastllm.bench.case import Make
+from fastllm.bench.cases.quant_linear import FORMATS, GROUPED, random_weight
+from fastllm.bench.cases.quant_linear import SUITE as QUANT
+from fastllm.bench.cases.sample import PENALTIES, SUITE, USUAL
+from fastllm.ops import SampleState, _cuda
+from fastllm.ops._op import OPS
+from fastllm.ops.quant_linear import CUDA_ROWS
+
+pytestmark = pytest.mark.skipif(_C.isa() == "generic", reason="the generic tier rounds an fma twice")
+HOST = os.environ.get("FASTLLM_CUDA_HOST")
+DEVICE = "cpu" if HOST else "cuda"
+# Threads take turns in another order with each seed; a kernel without races has the same bits.
+SEEDS = (1, 2) if HOST else (0,)
+# What the library on a processor takes its device for: (first number of the capability, shared memory of a block)
+DEVICES = (
+    {"clusters": (9, 227 << 10), "single blocks": (8, 163 << 10), "global memory": (9, 48 << 10)}
+    if HOST
+    else {"": None}
+)
+
+if HOST:
+    _C.load_cuda(HOST)
+    host = ctypes.CDLL(HOST)
+else:
+    assert _cuda.library()[0], _cuda.library()[1]
+
+
+@pytest.fixture(params=DEVICES.values(), ids=DEVICES)
+def device(request):
+    if HOST:
+        host.cuda_host_device(*request.param)
+
+
+def on_device(value):
+    if isinstance(value, SampleState):
+        return SampleState(*(on_device(t) for t in (value.settings, value.history, value.suppress, value.rows)))
+    return value.to(DEVICE) if torch.is_tensor(value) else value
+
+
+def check(op: str, *arguments, cpu=None) -> None:
+    """The bits of the CPU's kernel, whichever threads go first."""
+    wanted = _oracle.as_tuple(OPS[op].cpu(*(cpu or arguments)))
+    given = [on_device(a) for a in arguments]
+    for seed in SEEDS:
+        if HOST:
+            host.cuda_host_seed(ctypes.c_uint64(seed))
+        for ours, theirs in zip(_oracle.as_tuple(OPS[op].cuda(*given)), wanted, strict=True):
+            assert torch.equal(ours.cpu().nan_to_num(-7.0), theirs.nan_to_num(-7.0)), (ours, theirs)
+
+
+def check_sample(logits, state, entropy: bool = True) -> None:
+    check("sample", logits, state.settings, state.history, state.suppress, state.rows, entropy)
+
+
+# ------------------------------------------------------------------------------------------------------------- sample
+
+
+@_oracle.cases(SUITE)
+def test_sample(case, device):
+    inputs = _oracle.draw(SUITE, case, torch.float32)
+    check_sample(inputs["logits"], inputs["state"])
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_sample_on_hard_rows(fields, device):
+    check_sample(*hard_rows(fields))
+
+
+@pytest.mark.parametrize("fields", [{}, USUAL, {"top_p": 0.9}, {"temperature": 0.0}], ids=str)
+def test_sample_with_penalties(fields, device):
+    logits = torch.randn(2, 9000, generator=torch.Generator().manual_seed(5)) * 4
+    check_sample(logits, penalised(2, {**fields, **HARD_PENALTIES}), entropy=bool(fields))
+
+
+@pytest.mark.parametrize("fields", [{}, {"top_k": 30}, {"top_p": 0.95}, {"min_p": 0.05}, {"top_k": 200}], ids=str)
+def test_draws(fields, device):
+    logits = torch.randn(1, 3000, generator=torch.Generator().manual_seed(2)) * 2
+    check_sample(logits.expand(12, -1), SampleState.create(12, seed=torch.arange(12), index=-5, **fields))
+
+
+def sampled(logits, state):
+    return [t.cpu() for t in OPS["sample"].cuda(*map(on_device, (logits, *state, True)))]
+
+
+def test_rows_are_left_out_and_records_that_do_not_exist(device):
+    logits = torch.randn(4, 100)
+    logits[1] = float("nan")
+    s = SampleState.create(2, top_k=5)
+    rows = torch.tensor([1, -1, 2, 0], dtype=torch.int32)
+    token, logprob, _, kept, _ = sampled(logits, (s.settings, s.history, s.suppress, rows))
+    assert kept.tolist() == [5, 0, -1, 5] and token[1:3].tolist() == [0, 0] and logprob[1] == 0 and logprob[2].isnan()
+
+
+@pytest.mark.parametrize("fields", [{}, {"temperature": 0.0}, USUAL, {"top_p": 0.5}, PENALTIES], ids=str)
+def test_rows_without_a_distribution(fields, device):
+    logits = torch.randn(5, 5000)
+    logits[1, 4], logits[3] = float("nan"), -float("inf")
+    logits[4, 0], logits[4, 4999] = float("nan"), float("inf")
+    s = SampleState.create(5, history=12, **fields)
+    outputs = sampled(logits, (s.settings, s.history, s.suppress, None))
+    token, logprob, truncated, kept, entropy = outputs
+    for output in (logprob, truncated, entropy):
+        assert output.isnan().tolist() == [False, True, False, True, True]
+    assert token[[1, 3, 4]].tolist() == kept[[1, 3, 4]].tolist() == [0, 0, 0]
+    good = torch.tensor([0, 2])
+    alone = OPS["sample"].cpu(logits[good], s.settings[good], s.history[good], s.suppress[good], None, True)
+    assert all(torch.equal(o[good], a) for o, a in zip(outputs, alone, strict=True))
+
+
+# -------------------------------------------------------------------------------------------------------- quant_linear
+
+
+def check_quant(x, weight, bias=None, norm=None, residual=None, halves: int = 0) -> None:
+    w = (weight.data, weight.rows, weight.depth, weight.bits, weight.has_min)
+    check("quant_linear", x, *w, bias, norm, 1e-6, residual, halves)
+
+
+@_oracle.cases(QUANT)
+def test_quant_linear(case):
+    inputs = _oracle.draw(QUANT, case, torch.float32)
+    if "x" not in inputs or inputs["x"].numel() > CUDA_ROWS * inputs["weight"].depth:
+        pytest.skip("more rows than it takes: Triton's")
+    if "norm" in inputs and not HOST:
+        pytest.skip("the norm before it is Triton's, with bits of its own")
+    swiglu = int(inputs.pop("swiglu", False))
+    check_quant(halves=swiglu, **inputs)
+
+
+@pytest.mark.parametrize("rows", range(1, CUDA_ROWS + 1))
+@pytest.mark.parametrize("form", [*FORMATS, "q4_1 g64", "int8 g128"])
+def test_quant_linear_by_rows(form, rows):
+    make = Make("cpu", seed=rows)
+    check_quant(make.normal(rows, 1184), random_weight(make, 40, 1184, form), residual=make.normal(rows, 40))
+
+
+@pytest.mark.parametrize("form", [*FORMATS, *GROUPED])
+@pytest.mark.parametrize("halves", [1, 2], ids=["swiglu", "gate and up"])
+def test_quant_linear_of_two_halves(form, halves):
+    make = Make("cpu", seed=3)
+    check_quant(make.normal(3, 2176) * 9, random_weight(make, 2 * 21, 2176, form, swiglu=True), halves=halves)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_quant_linear_of_odd_numbers(form):
+    """Zeros, subnormals, infinities and a NaN, each in a row of its own."""
+    make = Make("cpu", seed=4)
+    x = make.normal(6, 96)
+    x[0], x[1, :32], x[2, 5], x[3, 40], x[4] = 0, 1e-36, float("inf"), float("nan"), x[4] * 1e30
+    check_quant(x, random_weight(make, 20, 96, form))

@@ -1,0 +1,186 @@
+"""The CUDA C++ kernels without a GPU: compiled for this processor by tests/cuda_host they run against the CPU's kernels, bit for
+bit. With one (`pytest -m gpu`): the same tests on it, and the kernels under compute-sanitizer."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from _build import ROOT, need, python, run
+
+from fastllm import _C, info
+from fastllm.ops import _cuda
+from fastllm.ops._op import OPS
+
+HERE = Path(__file__).parent
+BITS = HERE / "_cuda_bits.py"
+FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
+FLAGS += ["-march=native", "-I", HERE / "cuda_host", "-x", "c++"]  # native: an fma is one instruction
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="contexts and shared libraries of Linux")
+
+
+def bits_on(**environment: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(BITS)]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_kernels_have_the_bits_of_the_cpu(tmp_path):
+    library = tmp_path / "cuda_host.so"
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    run(need("g++", "g++"), *FLAGS, "-shared", "-fPIC", *sources, "-o", library)
+    assert "passed" in bits_on(FASTLLM_CUDA_HOST=str(library))
+
+
+# ------------------------------------------------------------------------------------------------ what the processor finds
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    program = tmp_path_factory.mktemp("faults") / "faults"
+    run(need("g++", "g++"), *FLAGS, HERE / "cuda_host/faults.cu", "-o", program)
+    return lambda name, seed=1: run(program, name, seed, check=name != "beyond")
+
+
+def test_a_sound_kernel_has_one_result(faults):
+    assert {faults("sound", seed).stdout for seed in range(8)} == {"2080\n"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("missed", r"a barrier that not all threads reach: \d+ wait, and \d+ have left"),
+        ("elsewhere", r"threads meet at different places, lines \d+ and \d+ \(block \d, thread \d+\)"),
+        ("lane", r"a barrier that not all threads reach"),
+        ("cluster", r"a barrier that not all threads reach"),
+    ],
+)
+def test_a_barrier_that_not_all_reach_fails_the_launch(faults, fault, message):
+    assert all(re.match(message, faults(fault, seed).stdout) for seed in range(8))
+
+
+@pytest.mark.parametrize("fault", ["race", "unwritten"])
+def test_what_depends_on_the_order_differs_between_seeds(faults, fault):
+    assert len({faults(fault, seed).stdout for seed in range(8)}) > 1
+
+
+def test_shared_memory_ends_where_it_ends(faults):
+    assert faults("beyond").returncode < 0
+
+
+# ------------------------------------------------------------------------------------------------------------ the switch
+
+
+def test_names_of_the_switch(monkeypatch):
+    assert set(_cuda.OPS) == {op.name for op in OPS.values() if op.cuda}
+    for words, names in {
+        "": set(),
+        "sample": {"sample"},
+        " sample, quant_linear,": set(_cuda.OPS),
+        "all": set(_cuda.OPS),
+    }.items():
+        monkeypatch.setenv(_cuda.VARIABLE, words)
+        assert _cuda.wanted.__wrapped__() == names
+    monkeypatch.setenv(_cuda.VARIABLE, "sample,softmax")
+    with pytest.raises(
+        ValueError, match=r"FASTLLM_CUDA_KERNELS names softmax; allowed: quant_linear, sample, or all alone"
+    ):
+        _cuda.wanted.__wrapped__()
+
+
+CHOICE = """
+import torch, warnings
+from fastllm.ops import _cuda, _triton, sample
+from fastllm.ops._op import OPS
+_triton.available = lambda: True  # as on a machine with a GPU
+_triton.on_device = lambda launcher: launcher
+LIBRARY
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for name in ("sample", "softmax"):
+        kernel = OPS[name].kernel("cuda")
+        print(kernel.name, kernel.reason, sep="|")
+print(*(w.message for w in caught), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("library", "wish", "lines"),
+    [
+        ("", "", ["Triton|the GPU kernel of this op; FASTLLM_CUDA_KERNELS=sample runs CUDA C++ in its place", ""]),
+        ("_cuda.library = lambda: (True, 'there')", "sample", ["CUDA C++|FASTLLM_CUDA_KERNELS names it", ""]),
+        (
+            "_cuda.library = lambda: (False, 'no NVIDIA driver')",
+            "sample",
+            [
+                "Triton|FASTLLM_CUDA_KERNELS names it, but the CUDA library is not used: no NVIDIA driver",
+                "fastllm.sample: FASTLLM_CUDA_KERNELS names it, but the CUDA library is not used: no NVIDIA driver;"
+                " Triton runs it",
+            ],
+        ),
+    ],
+    ids=["default", "named", "named in vain"],
+)
+def test_what_runs_on_a_gpu(library, wish, lines):
+    done = python(CHOICE.replace("LIBRARY", library), FASTLLM_CUDA_KERNELS=wish)
+    assert done.stdout.splitlines() == [lines[0], "Triton|the GPU kernel of this op", lines[1]], done.stderr
+
+
+def test_a_launch_without_a_device_is_an_error():
+    """Not a crash, and the process goes on."""
+    script = """
+import torch
+from fastllm.ops import SampleState, _cuda
+from fastllm.ops._op import OPS
+s = SampleState.create(1)
+arguments = (torch.zeros(1, 8), s.settings, s.history, s.suppress, None, True)
+for load in (False, True):
+    try:
+        if load:
+            _cuda.library()
+        OPS["sample"].cuda(*arguments)
+    except RuntimeError as error:
+        print(error)
+print(OPS["sample"].cpu(*arguments)[3].tolist())
+"""
+    lines = python(script, CUDA_VISIBLE_DEVICES="").stdout.splitlines()
+    assert lines[0] == "the CUDA library is not loaded; see `fastllm info`" and lines[-1] == "[8]"
+    if (Path(_C.__file__).parent / "_cuda.so").exists() and not torch.cuda.is_available():
+        assert lines[1].startswith("sample: the CUDA kernel could not be launched: ")
+
+
+def test_a_record_is_counted():
+    with pytest.raises(TypeError, match=r"_C\.cuda_sample takes 18 arguments \(p+l+pp\), got 1"):
+        _C.cuda_sample(0)
+
+
+# --------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu():
+    bits_on(FASTLLM_CUDA_HOST="")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_compute_sanitizer(tool):
+    """Of every kernel some tests: `compute-sanitizer --tool TOOL python -m pytest tests/_cuda_bits.py` runs all of them."""
+    program = shutil.which("compute-sanitizer") or pytest.skip(
+        "compute-sanitizer is not on the path: it comes with CUDA's toolkit"
+    )
+    chosen = "hard_rows or penalties or distribution or by_rows or two_halves"
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", BITS, "-k", chosen]
+    done = run(*command, check=False, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+def test_the_library_opens_and_info_says_so():
+    used, why = info.cuda_library()
+    assert used, why
