@@ -21,8 +21,9 @@ from fastllm.ops.quant_linear import CUDA_ROWS
 pytestmark = pytest.mark.skipif(_C.isa() == "generic", reason="the generic tier rounds an fma twice")
 HOST = os.environ.get("FASTLLM_CUDA_HOST")
 DEVICE = "cpu" if HOST else "cuda"
-# Threads take turns in another order with each seed; a kernel without races has the same bits.
-SEEDS = (1, 2) if HOST else (0,)
+SEEDS = (
+    (1, 2) if HOST else (0,)
+)  # threads take turns in another order with each; a kernel without races has the same bits
 # What the library on a processor takes its device for: (first number of the capability, shared memory of a block)
 DEVICES = (
     {"clusters": (9, 227 << 10), "single blocks": (8, 163 << 10), "global memory": (9, 48 << 10)}
@@ -49,9 +50,9 @@ def on_device(value):
     return value.to(DEVICE) if torch.is_tensor(value) else value
 
 
-def check(op: str, *arguments, cpu=None) -> None:
+def check(op: str, *arguments) -> None:
     """The bits of the CPU's kernel, whichever threads go first."""
-    wanted = _oracle.as_tuple(OPS[op].cpu(*(cpu or arguments)))
+    wanted = _oracle.as_tuple(OPS[op].cpu(*arguments))
     given = [on_device(a) for a in arguments]
     for seed in SEEDS:
         if HOST:

@@ -281,15 +281,15 @@ _C.load_cuda(_C.__file__)  # no library of ours
 # ----------------------------------------------------------------------------------------------------------------- CUDA
 
 
+@pytest.mark.parametrize("wanted", ["90a", pytest.param("80;89;90+PTX;100", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda p: p.stem)
-def test_cuda_kernels_compile_without_spills(source, tmp_path):
+def test_cuda_kernels_compile_without_spills(source, wanted, tmp_path):
+    """`pytest -s` prints what each kernel takes."""
     setup = setup_module()
     nvcc = setup.find_nvcc() or pytest.skip("nvcc is not installed")
-    wanted = "90a" if source.stem.endswith("_sm90a") else "80;89;90+PTX;90a;100"
     flags = setup.gencode(nvcc, wanted).split()
     assert "sm_90" in str(flags) and "compute_90" in str(flags)
-    options = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v"]
-    done = run(nvcc, *options, *flags, "-c", source, "-o", tmp_path / "kernel.o")
+    done = run(nvcc, *setup.NVCC_FLAGS.split(), "-Xptxas", "-v", *flags, "-c", source, "-o", tmp_path / "kernel.o")
     if "__global__" in source.read_text():
         uses = _registers.of_ptxas(done.stderr)
         _registers.check(uses)

@@ -1,6 +1,7 @@
 """The CUDA C++ kernels without a GPU: compiled for this processor by tests/cuda_host they run against the CPU's kernels, bit for
 bit. With one (`pytest -m gpu`): the same tests on it, and the kernels under compute-sanitizer."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -13,8 +14,10 @@ import torch
 from _build import ROOT, need, python, run
 
 from fastllm import _C, info
+from fastllm.bench.cases.sample import SUITE
+from fastllm.bench.measure import other_kernel
 from fastllm.ops import _cuda
-from fastllm.ops._op import OPS
+from fastllm.ops._op import OPS, Kernel
 
 HERE = Path(__file__).parent
 BITS = HERE / "_cuda_bits.py"
@@ -131,6 +134,21 @@ def test_what_runs_on_a_gpu(library, wish, lines):
     assert done.stdout.splitlines() == [lines[0], "Triton|the GPU kernel of this op", lines[1]], done.stderr
 
 
+def test_a_benchmark_times_both(monkeypatch):
+    """The other kernel's launcher runs under its own name, and only then."""
+    op, calls = OPS["sample"], []
+    monkeypatch.setattr(op, "cuda", lambda *arguments: calls.append(len(arguments)))
+    monkeypatch.setattr(_cuda, "library", lambda: (True, "there"))
+    monkeypatch.setitem(op._kernels, "cuda", chosen := Kernel(op.triton, "Triton", "chosen"))
+    suite = dataclasses.replace(SUITE, run=lambda n: op.kernel("cuda").infer(*range(n)))
+    rivals = dict(other_kernel(suite, "cuda"))
+    rivals["CUDA C++"](n=6)
+    assert list(rivals) == ["CUDA C++"] and calls == [6] and op.kernel("cuda") is chosen
+    monkeypatch.setattr(_cuda, "library", lambda: (False, "no NVIDIA driver"))
+    assert dict(other_kernel(suite, "cuda")) == {"CUDA C++": "not here: no NVIDIA driver"}
+    assert not dict(other_kernel(suite, "cpu"))
+
+
 def test_a_launch_without_a_device_is_an_error():
     """Not a crash, and the process goes on."""
     script = """
@@ -168,7 +186,7 @@ def test_kernels_on_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool):
     """Of every kernel some tests: `compute-sanitizer --tool TOOL python -m pytest tests/_cuda_bits.py` runs all of them."""
     program = shutil.which("compute-sanitizer") or pytest.skip(

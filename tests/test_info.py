@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastllm import _C, info
+from fastllm.ops import _cuda
 from fastllm.ops._op import OPS
 
 
@@ -44,17 +45,17 @@ def test_cache_sizes():
 @pytest.mark.parametrize(
     ("count", "driver", "reason"),
     [
-        (None, [], "not built: this copy of fastllm was compiled without nvcc"),
-        (2, [], "CUDA 13.0, 2 GPU(s)"),
-        (0, [], "no GPU"),
-        (-35, [], "no NVIDIA driver"),
+        (None, None, "not built: this copy of fastllm was compiled without nvcc"),
+        (2, None, "CUDA 13.0, 2 GPU(s)"),
+        (0, None, "no GPU"),
+        (-35, None, "no NVIDIA driver"),
         (
             -35,
-            ["NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue"],
+            "470.57.02",
             "driver 470.57.02 is too old for CUDA 13",
         ),
-        (-100, [], "no CUDA-capable device is detected"),
-        (RuntimeError("undefined symbol"), [], "broken: undefined symbol"),
+        (-100, None, "no CUDA-capable device is detected"),
+        (RuntimeError("undefined symbol"), None, "broken: undefined symbol"),
     ],
 )
 def test_why_the_cuda_library_is_not_used(monkeypatch, tmp_path, count, driver, reason):
@@ -70,11 +71,17 @@ def test_why_the_cuda_library_is_not_used(monkeypatch, tmp_path, count, driver, 
         def cuda_error(self, code):
             return "no CUDA-capable device is detected"
 
-    (tmp_path / "info.py").touch()
     if count is not None:
         (tmp_path / "_cuda.so").touch()
-    monkeypatch.setattr(info, "__file__", str(tmp_path / "info.py"))
-    monkeypatch.setattr(info, "_C", Core())
-    monkeypatch.setattr(info, "_lines", lambda path: driver)
-    used, why = info.cuda_library.__wrapped__()
+    monkeypatch.setattr(_cuda, "__file__", str(tmp_path / "ops/_cuda.py"))
+    monkeypatch.setattr(_cuda, "_C", Core())
+    monkeypatch.setattr(_cuda, "driver", lambda: driver)
+    used, why = _cuda.library.__wrapped__()
     assert why.startswith(reason) and used == (count == 2)
+
+
+def test_the_drivers_version(tmp_path):
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue\nGCC version: 12\n"
+    )
+    assert _cuda.driver(str(tmp_path / "version")) == "470.57.02" and _cuda.driver(str(tmp_path / "none")) is None

@@ -11,6 +11,9 @@ namespace {
 
 constexpr unsigned kWhole = 0xffffffff;    // all lanes of a warp
 
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
+
 // A block's shared memory, whose size the launch names, as a record.
 template <class T> __device__ __forceinline__ T& shared_memory() {
 #ifdef __CUDACC__

@@ -61,7 +61,7 @@ __device__ __forceinline__ double log_weight(uint64_t sum) { return natural_log(
 
 __device__ __forceinline__ float log_probability(float x, float max, uint64_t sum, double temperature = 1) {
   const double log = log_weight(sum);
-  if (max > kLargest) return x < max ? -(__int_as_float(0x7f800000)) : float(-log);
+  if (max > kLargest) return x < max ? -infinity() : float(-log);
   return float((double(x) - double(max)) / temperature - log);
 }
 __device__ __forceinline__ float entropy(uint64_t sum, uint64_t moment) {

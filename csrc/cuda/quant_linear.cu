@@ -1,10 +1,11 @@
-// quant_linear on a GPU for up to eight rows, where a product is a pass over the weights: the bits of csrc/cpu/quant_linear.cpp, whose
-// head states the arithmetic and the layout, and silu too.
+// quant_linear on a GPU for up to eight rows, where a product is a pass over the weights: the bits of the CPU's, whose
+// arithmetic and layout are stated in csrc/cpu/quant_gemm.h.
 //
-// One kernel rounds the rows to s8. In the other a block has a panel of 16 rows of the weight (for swiglu gate and up, one after the
-// other), and each half of a warp 32 of k: a lane loads 16 bytes, four k or eight of four rows, and multiplies them by dp4a. Three
-// shuffles give every lane the exact integer sum of one row. Sums and the products of the scales go through shared memory to the
-// threads that run the chains, one for each output, over all 32s of k ascending; two buffers, so that the next sums are made meanwhile.
+// One kernel rounds the rows to s8. In the other a block has a panel of 16 rows of the weight (for swiglu gate and up, one
+// after the other), and each half of a warp 32 of k: a lane loads 16 bytes, four k or eight of four rows, and multiplies
+// them by dp4a. Three shuffles give every lane the exact integer sum of one row. Sums and the products of the scales go
+// through shared memory to the threads that run the chains, one for each output, over all 32s of k ascending; two buffers,
+// so that the next sums are made meanwhile.
 #include <cuda_fp16.h>
 
 #include "../records/quant_linear.h"
@@ -30,17 +31,20 @@ struct Format {
 
 // ------------------------------------------------------------------------------------------------------------ activations
 
-template <int kBits, bool kMin> __global__ void __launch_bounds__(kThreads) quantise_kernel(const LinearArgs a, Activations to, int groups) {
-  const int64_t at = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32, row = at / groups, k = at % groups * kGroup + threadIdx.x % 32;
+// A warp for each 32 of k of a row.
+template <int kBits, bool kMin>
+__global__ void __launch_bounds__(kThreads) quantise_kernel(const LinearArgs a, Activations to, int groups) {
+  const int64_t at = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32, row = at / groups;
+  const int64_t k = at % groups * kGroup + threadIdx.x % 32;
   if (row >= a.rows) return;
-  const float v = k < a.depth ? static_cast<const float*>(a.x)[row * a.x_stride + k] : 0, infinity = __int_as_float(0x7f800000);
-  const bool finite = __all_sync(kWhole, fabsf(v) < infinity);
+  const float v = k < a.depth ? static_cast<const float*>(a.x)[row * a.x_stride + k] : 0;
+  const bool finite = __all_sync(kWhole, fabsf(v) < infinity());
   const float top = warp_max(fabsf(v));
   const bool plain = finite && top >= 1e-35f;
   const int q = plain ? __float2int_rn(v * (127.0f / top)) : 0, sum = warp_sum(q);
   to.bytes[at * kGroup + threadIdx.x % 32] = int8_t(q);
   if (threadIdx.x % 32) return;
-  const float scale = plain ? top / 127.0f : finite ? 0 : __int_as_float(0x7fc00000);
+  const float scale = plain ? top / 127.0f : finite ? 0 : not_a_number();
   to.scales[at] = scale;
   // Quants are multiplied as s8: u4, and u8 less 128.
   if (kMin) to.moments[at] = scale * float(sum);
@@ -117,11 +121,14 @@ __device__ __forceinline__ void finish(const LinearArgs& a, float v, int64_t row
   static_cast<float*>(a.y)[row * a.y_stride + n] = v;
 }
 
-// A block for each panel, or for gate and up together. kRows: of x, the last of them perhaps repeated. A team takes kEach 32s of k at a
-// time: as many 16-byte loads are on their way in a lane.
+// How many 32s of k a team takes at a time, with as many loads on their way (of 8 bits, twice as many); of a block, `slots`.
+constexpr int each_of(int rows) { return rows <= 2 ? 4 : rows == 4 ? 2 : 1; }
+constexpr int slots_of(int rows) { return each_of(rows) * kTeams; }
+
+// A block for each panel, or for gate and up together. kRows: of x, the last of them perhaps repeated.
 template <int kBits, bool kMin, int kRows>
 __global__ void __launch_bounds__(kThreads) linear_kernel(const LinearArgs a, Activations x, Format f) {
-  constexpr int kEach = kRows <= 2 ? 4 : kRows == 4 ? 2 : 1, kSlots = kEach * kTeams;
+  constexpr int kEach = each_of(kRows), kSlots = slots_of(kRows);
   auto& s = shared_memory<Sums<kMin, kRows, kSlots>>();
   const int team = threadIdx.x / 16, lane = threadIdx.x % 16, row = lane % 4 * 4 + lane / 4;    // the row whose sum this lane gets
   const int width = a.halves == kSwiglu ? 2 : 1, panel = int(blockIdx.x) * width, total = width * f.groups, parts = 1 << f.shift;
@@ -187,10 +194,11 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const LinearArgs a, Ac
   }
 }
 
-template <int kBits, bool kMin, int kRows> int launch_rows(const LinearArgs& a, const Activations& x, const Format& f, void* stream) {
-  constexpr int kSlots = (kRows <= 2 ? 4 : kRows == 4 ? 2 : 1) * kTeams;
-  const int64_t half = a.halves == kGateUp ? a.cols / 2 : a.cols, panels = (half + kPanel - 1) / kPanel * (a.halves == kGateUp ? 2 : 1);
-  return launch(linear_kernel<kBits, kMin, kRows>, panels, kThreads, int64_t(sizeof(Sums<kMin, kRows, kSlots>)), 1, stream, a, x, f);
+template <int kBits, bool kMin, int kRows>
+int launch_rows(const LinearArgs& a, const Activations& x, const Format& f, void* stream) {
+  const int64_t halves = a.halves == kGateUp ? 2 : 1, panels = (a.cols / halves + kPanel - 1) / kPanel * halves;
+  const int64_t shared = sizeof(Sums<kMin, kRows, slots_of(kRows)>);
+  return launch(linear_kernel<kBits, kMin, kRows>, panels, kThreads, shared, 1, stream, a, x, f);
 }
 
 template <int kBits, bool kMin> int product(const LinearArgs& a, const Activations& x, const Format& f, void* stream) {

@@ -54,19 +54,21 @@ class Case:
 class Suite:
     """op: its name. run(**inputs): the public op. reference(**inputs): plain PyTorch at the inputs' own dtype (float64
     makes it the oracle). peers: other implementations to time, name -> callable(**inputs).
-    gradients: names of the inputs that receive one. rows: names of the inputs whose first dimension is a batch of
-    independent rows; the contract test cuts them. dtypes: what the CPU kernel takes. peak: what its flops run on and
-    are compared with, "fma" (fp32) or "dot" (8-bit products). error: how many times plain PyTorch's error is allowed;
-    more than 2 where the contract's order of additions costs accuracy; gradient_error: likewise of the gradients.
-    cancelled: what a gradient may be off where terms of size one cancel (2^9 times it in 16 bits), as dout . v and
-    rowsum(dout * out) do for a query that sees one key. copy: of the inputs, for calls that take turns with them; a
-    deepcopy, unless their memory is of a special kind."""
+    gpu: cases of a GPU's size, timed there beside `benchmark`. gradients: names of the inputs that receive one. rows:
+    names of the inputs whose first dimension is a batch of independent rows; the contract test cuts them. dtypes:
+    what the CPU kernel takes. peak: what its flops run on and are compared with, "fma" (fp32) or "dot" (8-bit
+    products). error: how many times plain PyTorch's error is allowed; more than 2 where the contract's order of
+    additions costs accuracy; gradient_error: likewise of the gradients. cancelled: what a gradient may be off where
+    terms of size one cancel (2^9 times it in 16 bits), as dout . v and rowsum(dout * out) do for a query that sees
+    one key. copy: of the inputs, for calls that take turns with them; a deepcopy, unless their memory is of a special
+    kind."""
 
     op: str
     run: Callable[..., Any]
     reference: Callable[..., Any]
     correct: tuple[Case, ...]
     benchmark: tuple[Case, ...]
+    gpu: tuple[Case, ...] = ()
     gradients: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import _C
+from ..ops import _cuda
 from ..ops._op import OPS
 from .case import Case, Make, Suite, as_tuple
 from .ceiling import Ceiling, ceilings
@@ -79,12 +80,32 @@ class Job:
 def functions(suite: Suite, compiled: bool, device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
     """(name, function), or (name, why there is none), of ours and all its rivals."""
     yield OURS, suite.run
+    yield from other_kernel(suite, device)
     yield "torch", suite.reference
     if compiled:
         torch.compiler.reset()
         yield "compile", torch.compile(suite.reference, dynamic=False)
     yield from suite.peers.items()
     yield from peers_of(suite.op, device)
+
+
+def other_kernel(suite: Suite, device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
+    """Of an op with two kernels for a GPU, ours by the one that is not chosen: what decides between them."""
+    op = OPS.get(suite.op)
+    if device != "cuda" or op is None or op.cuda is None:
+        return
+    cuda = op.kernel(device).name != op.cuda_name
+    used, why = _cuda.library()
+    if cuda and not used:
+        yield "CUDA C++", f"not here: {why}"
+        return
+    other = op.gpu_kernel(cuda, "beside the chosen one")
+
+    def run(**inputs):
+        with op.using(device, other):
+            return suite.run(**inputs)
+
+    yield "CUDA C++" if cuda else op.triton_name, run
 
 
 def measure(job: Job, settings: Settings, compiled: bool) -> Row:

@@ -51,9 +51,10 @@ def select(
     """Every job that the filters leave, in the order op, case, dtype, direction."""
     pick_device(device)
     chosen, types = pick_ops(ops), pick_dtypes(dtypes)
-    cases = [(suite, case) for suite in chosen for case in suite.benchmark if shape.lower() in case.label.lower()]
+    known = [(suite, case) for suite in chosen for case in suite.benchmark + (suite.gpu if device == "cuda" else ())]
+    cases = [(suite, case) for suite, case in known if shape.lower() in case.label.lower()]
     if not cases:
-        labels = [case.label for suite in chosen for case in suite.benchmark]
+        labels = [case.label for _, case in known]
         raise ValueError(
             f"no case of {', '.join(s.op for s in chosen)} has {shape!r} in its label; {nearest(shape, labels)}"
         )

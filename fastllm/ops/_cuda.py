@@ -49,14 +49,11 @@ def library() -> tuple[bool, str]:
     return False, _C.cuda_error(-count) if count else "no GPU"
 
 
-def driver() -> str | None:
+def driver(path: str = "/proc/driver/nvidia/version") -> str | None:
     """The version of the NVIDIA driver."""
-    try:
-        lines = Path("/proc/driver/nvidia/version").read_text().splitlines()
-    except OSError:
-        return None
-    lines = [line for line in lines if "NVRM" in line]
-    return next((word for word in lines[0].split() if word[0].isdigit() and "." in word), None) if lines else None
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    words = next((line for line in lines if "NVRM" in line), "").split()
+    return next((word for word in words if word[0].isdigit() and "." in word), None)
 
 
 def launch(kernel: str, fields: tuple, scratch: Tensor | None, device: torch.device) -> None:

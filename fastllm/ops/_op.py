@@ -10,11 +10,12 @@ the rest. A call takes the cheapest way that is right:
   every call, compiled ones too, some 15 us.
 """
 
+import contextlib
 import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,10 +161,27 @@ class Op:
         if self.name in _cuda.wanted():
             used, why = _cuda.library()
             if used:
-                return Kernel(_triton.on_device(self.cuda), self.cuda_name, f"{_cuda.VARIABLE} names it")
+                return self.gpu_kernel(True, f"{_cuda.VARIABLE} names it")
             reason = f"{_cuda.VARIABLE} names it, but the CUDA library is not used: {why}"
             warnings.warn(f"fastllm.{self.name}: {reason}; Triton runs it", stacklevel=6)
-        return Kernel(_triton.on_device(self.triton), self.triton_name, reason)
+        return self.gpu_kernel(False, reason)
+
+    def gpu_kernel(self, cuda: bool, reason: str) -> Kernel:
+        """The one in CUDA C++, or Triton's."""
+        from . import _triton
+
+        launcher, name = (self.cuda, self.cuda_name) if cuda else (self.triton, self.triton_name)
+        return Kernel(_triton.on_device(launcher), name, reason)
+
+    @contextlib.contextmanager
+    def using(self, device: str, kernel: Kernel) -> Iterator[None]:
+        """Another kernel on a device for a while: what a benchmark compares."""
+        chosen = self.kernel(device)
+        self._kernels[device] = kernel
+        try:
+            yield
+        finally:
+            self._kernels[device] = chosen
 
     def _flat(self, args: tuple) -> list:
         return [args[i] for i in self._tensors] + [t for i in self._lists for t in args[i]]

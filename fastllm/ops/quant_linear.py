@@ -345,7 +345,7 @@ def gpu(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves
 
 def cuda(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves) -> Tensor:
     """csrc/cuda/quant_linear.cu for few rows; more are Triton's."""
-    if x.numel() > CUDA_ROWS * depth:
+    if x.numel() > CUDA_ROWS * depth or weight.data_ptr() % 16:  # it loads 16 bytes at once
         return gpu(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves)
     y, group = _output(x, rows, halves), group_of(weight, bits, has_min)
     if not y.numel():

@@ -206,9 +206,10 @@ inline char* shared() { return machine.self->block->shared; }
 
 }  // namespace cuda_host
 
-extern "C" inline __attribute__((visibility("default"), used)) void cuda_host_seed(uint64_t seed) { cuda_host::machine.random.seed(seed); }
+#define CUDA_HOST_API extern "C" inline __attribute__((visibility("default"), used))
+CUDA_HOST_API void cuda_host_seed(uint64_t seed) { cuda_host::machine.random.seed(seed); }
 // The device that the library sees: its compute capability's first number, and how much shared memory a block may have.
-extern "C" inline __attribute__((visibility("default"), used)) void cuda_host_device(int capability, int shared) {
+CUDA_HOST_API void cuda_host_device(int capability, int shared) {
   cuda_host::machine.capability = capability, cuda_host::machine.shared_limit = shared;
 }
 

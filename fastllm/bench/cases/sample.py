@@ -79,5 +79,10 @@ SUITE = Suite(
         *(case(b, v, **USUAL) for v in (32000, 50257, 128256) for b in (1, 16)),
         case(16, 50257, "16x50257 penalties", history=16, **PENALTIES, **USUAL),
     ),
+    gpu=tuple(
+        case(b, v, **USUAL)
+        for v, rows in ((32000, (64, 256)), (128256, (8, 64, 256)), (151936, (1, 64, 256)))
+        for b in rows
+    ),
     peers={"torch top-k first": topk_first, "transformers": transformers_pipeline},
 )
