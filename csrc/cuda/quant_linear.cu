@@ -125,9 +125,10 @@ __device__ __forceinline__ void finish(const LinearArgs& a, float v, int64_t row
 constexpr int each_of(int rows) { return rows <= 2 ? 4 : rows == 4 ? 2 : 1; }
 constexpr int slots_of(int rows) { return each_of(rows) * kTeams; }
 
-// A block for each panel, or for gate and up together. kRows: of x, the last of them perhaps repeated.
+// A block for each panel, or for gate and up together. kRows: of x, the last of them perhaps repeated. With the 64 registers of
+// four blocks the compiler starts all loads of one row before the first is used; left alone it takes 32, and moves them down.
 template <int kBits, bool kMin, int kRows>
-__global__ void __launch_bounds__(kThreads) linear_kernel(const LinearArgs a, Activations x, Format f) {
+__global__ void __launch_bounds__(kThreads, 4) linear_kernel(const LinearArgs a, Activations x, Format f) {
   constexpr int kEach = each_of(kRows), kSlots = slots_of(kRows);
   auto& s = shared_memory<Sums<kMin, kRows, kSlots>>();
   const int team = threadIdx.x / 16, lane = threadIdx.x % 16, row = lane % 4 * 4 + lane / 4;    // the row whose sum this lane gets

@@ -12,6 +12,7 @@ constexpr int kList = kThreads;
 constexpr int kWanted = 64;     // logits to look for where no top_k says how many
 constexpr int kMostWanted = kGroups / 2;
 constexpr int kStep = 128, kTile = kStep * kWarps;    // logits that a warp and a block read at once
+constexpr int kAhead = 4;                             // 16-byte loads of a thread on their way
 constexpr int kShare = 16384;                         // logits of a block, so that three fit in a multiprocessor's memory
 constexpr int64_t kUncut = -(int64_t(0x7f7fffff) << 24) - 0x800000;    // below the order of every finite logit
 

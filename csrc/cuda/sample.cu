@@ -196,13 +196,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   // 1. the row is read, and its largest logit found
   float top = -infinity();
   bool nan = false;
-#pragma unroll 4
-  for (int i = p.begin + lane() * 4; i < p.end; i += kStep) {
-    const float4 v = raw.load(i);
+  auto take = [&](const float4& v, int i) {
     if (kResident) *reinterpret_cast<float4*>(own + i) = v;
     nan = nan || v.x != v.x || v.y != v.y || v.z != v.z || v.w != v.w;
     top = fmaxf(fmaxf(fmaxf(top, v.x), fmaxf(v.y, v.z)), v.w);
-  }
+  };
+  int i = p.begin + lane() * 4;
+  if (raw.aligned && p.end % 4 == 0)
+    for (; i + (kAhead - 1) * kStep < p.end; i += kAhead * kStep) {
+      float4 v[kAhead];
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n) v[n] = __ldcs(reinterpret_cast<const float4*>(from + i + n * kStep));
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n) take(v[n], i + n * kStep);
+    }
+  for (; i < p.end; i += kStep) take(raw.load(i), i);
   const float raw_most = maxima(s, p, top, nan), raw_top = fminf(raw_most, kLargest);
   float most = raw_most;
   Logits x = kResident ? Logits{own, begin + chunk, true} : raw;    // what lies beyond the vocabulary is -inf
