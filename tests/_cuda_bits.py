@@ -3,6 +3,7 @@ makes of them, which FASTLLM_CUDA_HOST names. tests/test_cuda.py runs this file,
 
 import ctypes
 import os
+import sys
 
 import _oracle
 import pytest
@@ -24,9 +25,9 @@ DEVICE = "cpu" if HOST else "cuda"
 SEEDS = (
     (1, 2) if HOST else (0,)
 )  # threads take turns in another order with each; a kernel without races has the same bits
-# What the library on a processor takes its device for: (first number of the capability, shared memory of a block)
+# What the library on a processor takes its device for: (first number of the capability, shared memory of a block), and seeds
 DEVICES = (
-    {"clusters": (9, 227 << 10), "single blocks": (8, 163 << 10), "global memory": (9, 48 << 10)}
+    {"clusters": (9, 227 << 10, SEEDS), "single blocks": (8, 163 << 10, (1,)), "global memory": (9, 48 << 10, (2,))}
     if HOST
     else {"": None}
 )
@@ -39,9 +40,10 @@ else:
 
 
 @pytest.fixture(params=DEVICES.values(), ids=DEVICES)
-def device(request):
+def device(request, monkeypatch):
     if HOST:
-        host.cuda_host_device(*request.param)
+        host.cuda_host_device(*request.param[:2])
+        monkeypatch.setattr(sys.modules[__name__], "SEEDS", request.param[2])
 
 
 def on_device(value):
@@ -50,15 +52,15 @@ def on_device(value):
     return value.to(DEVICE) if torch.is_tensor(value) else value
 
 
-def check(op: str, *arguments) -> None:
-    """The bits of the CPU's kernel, whichever threads go first."""
-    wanted = _oracle.as_tuple(OPS[op].cpu(*arguments))
+def check(op: str, *arguments, against: str = "cpu") -> None:
+    """The bits of the CPU's kernel (or Triton's), whichever threads go first."""
     given = [on_device(a) for a in arguments]
+    wanted = _oracle.as_tuple(OPS[op].cpu(*arguments) if against == "cpu" else OPS[op].triton(*given))
     for seed in SEEDS:
         if HOST:
             host.cuda_host_seed(ctypes.c_uint64(seed))
         for ours, theirs in zip(_oracle.as_tuple(OPS[op].cuda(*given)), wanted, strict=True):
-            assert torch.equal(ours.cpu().nan_to_num(-7.0), theirs.nan_to_num(-7.0)), (ours, theirs)
+            assert torch.equal(ours.cpu().nan_to_num(-7.0), theirs.cpu().nan_to_num(-7.0)), (ours, theirs)
 
 
 def check_sample(logits, state, entropy: bool = True) -> None:
@@ -125,7 +127,8 @@ def test_rows_without_a_distribution(fields, device):
 
 def check_quant(x, weight, bias=None, norm=None, residual=None, halves: int = 0) -> None:
     w = (weight.data, weight.rows, weight.depth, weight.bits, weight.has_min)
-    check("quant_linear", x, *w, bias, norm, 1e-6, residual, halves)
+    own = not HOST and (norm is not None or halves == 1)  # a GPU's norm and silu have bits of their own: Triton's
+    check("quant_linear", x, *w, bias, norm, 1e-6, residual, halves, against="triton" if own else "cpu")
 
 
 @_oracle.cases(QUANT)
@@ -133,8 +136,6 @@ def test_quant_linear(case):
     inputs = _oracle.draw(QUANT, case, torch.float32)
     if "x" not in inputs or inputs["x"].numel() > CUDA_ROWS * inputs["weight"].depth:
         pytest.skip("more rows than it takes: Triton's")
-    if "norm" in inputs and not HOST:
-        pytest.skip("the norm before it is Triton's, with bits of its own")
     swiglu = int(inputs.pop("swiglu", False))
     check_quant(halves=swiglu, **inputs)
 

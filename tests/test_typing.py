@@ -74,6 +74,7 @@ def test_the_program_names_everything_public():
 def test_the_stub_of_the_core_names_all_but_its_kernels():
     tree = ast.parse((ROOT / "fastllm/_C.pyi").read_text())
     stated = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))} - {"__getattr__"}
-    assert stated == {name for name in dir(_C) if not name.startswith("__")} - set(_C.kernels())
+    kernels = {*_C.kernels(), *(f"cuda_{name}" for name in _C.cuda_kernels())}
+    assert stated == {name for name in dir(_C) if not name.startswith("__")} - kernels
     plan = next(node for node in tree.body if isinstance(node, ast.ClassDef))
     assert {n.name for n in plan.body if isinstance(n, ast.FunctionDef)} <= set(dir(_C.Plan))

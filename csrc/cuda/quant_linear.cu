@@ -1,11 +1,10 @@
 // quant_linear on a GPU for up to eight rows, where a product is a pass over the weights: the bits of the CPU's, whose
 // arithmetic and layout are stated in csrc/cpu/quant_gemm.h.
 //
-// One kernel rounds the rows to s8. In the other a block has a panel of 16 rows of the weight (for swiglu gate and up, one
-// after the other), and each half of a warp 32 of k: a lane loads 16 bytes, four k or eight of four rows, and multiplies
-// them by dp4a. Three shuffles give every lane the exact integer sum of one row. Sums and the products of the scales go
-// through shared memory to the threads that run the chains, one for each output, over all 32s of k ascending; two buffers,
-// so that the next sums are made meanwhile.
+// One kernel rounds the rows to s8. In the other a block has a panel of 16 rows of the weight, and each half of a warp 32 of
+// k: a lane loads 16 bytes, four k or eight of four rows, and multiplies them by dp4a. Three shuffles give every lane the
+// exact integer sum of one row. Sums and the products of the scales go through shared memory to the threads that run the
+// chains, one for each output, over all 32s of k ascending; two buffers, so that the next sums are made meanwhile.
 #include <cuda_fp16.h>
 
 #include "../records/quant_linear.h"
@@ -53,33 +52,6 @@ __global__ void __launch_bounds__(kThreads) quantise_kernel(const LinearArgs a, 
 
 // ---------------------------------------------------------------------------------------------------------------- product
 
-// 2^n of csrc/cpu/simd.h: two factors, so that subnormals come out right.
-__device__ __forceinline__ float power_of_two(float x, float n) {
-  const int i = int(n), half = i >> 1;
-  return x * __int_as_float((half + 127) << 23) * __int_as_float((i - half + 127) << 23);
-}
-
-// e^x for x <= 0 or NaN: exp() of csrc/cpu/simd.h.
-__device__ __forceinline__ float exp_not_positive(float x) {
-  if (x != x) return x;
-  x = fmaxf(x, -104.0f);
-  const float n = rintf(x * 1.44269504088896341f);
-  float f = fmaf(n, -0.693359375f, x);
-  f = fmaf(n, 2.12194440e-4f, f);
-  float p = fmaf(1.9875691500e-4f, f, 1.3981999507e-3f);
-  p = fmaf(p, f, 8.3334519073e-3f);
-  p = fmaf(p, f, 4.1665795894e-2f);
-  p = fmaf(p, f, 1.6666665459e-1f);
-  p = fmaf(p, f, 5.0000001201e-1f);
-  return power_of_two(fmaf(p, f * f, f) + 1.0f, n);
-}
-
-__device__ __forceinline__ float silu(float x) {
-  x = x < -3.402823466e38f ? -3.402823466e38f : x;    // -inf * 0 would be NaN; a NaN passes
-  const float t = exp_not_positive(-fabsf(x)), near_one = 1 / (t + 1);
-  return x * (x >= 0 ? near_one : t * near_one);
-}
-
 template <int kBits> struct Quants {
   uint4 word[kBits / 4];    // of 4 bits: k and k + 4 in nibbles; of 8 bits: one after the other
   // Lane `lane` of a team: four rows of the 8 k from lane / 4 * 8 on.
@@ -125,14 +97,14 @@ __device__ __forceinline__ void finish(const LinearArgs& a, float v, int64_t row
 constexpr int each_of(int rows) { return rows <= 2 ? 4 : rows == 4 ? 2 : 1; }
 constexpr int slots_of(int rows) { return each_of(rows) * kTeams; }
 
-// A block for each panel, or for gate and up together. kRows: of x, the last of them perhaps repeated. With the 64 registers of
+// A block for each panel. kRows: of x, the last of them perhaps repeated. With the 64 registers of
 // four blocks the compiler starts all loads of one row before the first is used; left alone it takes 32, and moves them down.
 template <int kBits, bool kMin, int kRows>
 __global__ void __launch_bounds__(kThreads, 4) linear_kernel(const LinearArgs a, Activations x, Format f) {
   constexpr int kEach = each_of(kRows), kSlots = slots_of(kRows);
   auto& s = shared_memory<Sums<kMin, kRows, kSlots>>();
   const int team = threadIdx.x / 16, lane = threadIdx.x % 16, row = lane % 4 * 4 + lane / 4;    // the row whose sum this lane gets
-  const int width = a.halves == kSwiglu ? 2 : 1, panel = int(blockIdx.x) * width, total = width * f.groups, parts = 1 << f.shift;
+  const int panel = int(blockIdx.x), parts = 1 << f.shift;
   const int64_t panel_bytes = int64_t((f.groups + parts - 1) >> f.shift) * f.bytes;
   const uint8_t* weight = static_cast<const uint8_t*>(a.weight) + panel * panel_bytes;
 
@@ -140,29 +112,25 @@ __global__ void __launch_bounds__(kThreads, 4) linear_kernel(const LinearArgs a,
   const int of_row = threadIdx.x / kPanel, of_column = threadIdx.x % kPanel;
   const bool chains = of_row < kRows;
   const float* moments = x.moments + (of_row < a.rows ? of_row : a.rows - 1) * f.groups;
-  float acc = 0, gate = 0;
+  float acc = 0;
   auto chain = [&](int begin, int buffer) {
-    const int count = total - begin < kSlots ? total - begin : kSlots;
-    int g = begin < f.groups ? begin : begin - f.groups;
-    for (int slot = 0; slot < count; ++slot, ++g) {
-      if (g == f.groups) gate = acc, acc = 0, g = 0;    // gate's sums end, up's begin
+    const int count = f.groups - begin < kSlots ? f.groups - begin : kSlots;
+    for (int slot = 0; slot < count; ++slot) {
       const float2 t = s.term[buffer][slot][of_row][of_column];
       acc = fmaf(t.x, t.y, acc);
-      if (kMin) acc = fmaf(s.minimum[buffer][slot][of_column], __ldg(moments + g), acc);
+      if (kMin) acc = fmaf(s.minimum[buffer][slot][of_column], __ldg(moments + begin + slot), acc);
     }
   };
 
   int buffer = 0;
-  for (int begin = 0; begin < total; begin += kSlots, buffer ^= 1) {
+  for (int begin = 0; begin < f.groups; begin += kSlots, buffer ^= 1) {
     Quants<kBits> q[kEach];
     float scale[kEach], minimum[kEach];
     int group[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      int slot = begin + i * kTeams + team;
-      slot = slot < total ? slot : total - 1;    // beyond: summed and not used
-      const int g = group[i] = slot < f.groups ? slot : slot - f.groups;
-      const uint8_t* block = weight + (slot < f.groups ? 0 : panel_bytes) + int64_t(g >> f.shift) * f.bytes;
+      const int slot = begin + i * kTeams + team, g = group[i] = slot < f.groups ? slot : f.groups - 1;    // beyond: not used
+      const uint8_t* block = weight + int64_t(g >> f.shift) * f.bytes;
       q[i].load(block + (g & (parts - 1)) * (64 * kBits), lane);
       const __half* halves = reinterpret_cast<const __half*>(block + (64 * kBits << f.shift));
       scale[i] = __half2float(halves[row]);
@@ -186,18 +154,13 @@ __global__ void __launch_bounds__(kThreads, 4) linear_kernel(const LinearArgs a,
     if (chains) chain(begin, buffer);
   }
   if (!chains || of_row >= a.rows) return;
-  if (a.halves == kSwiglu) {
-    const int64_t n = int64_t(panel / 2) * kPanel + of_column;
-    if (n < a.cols) finish(a, silu(gate) * acc, of_row, n);
-  } else {
-    const int64_t half = a.halves ? a.cols / 2 : a.cols, n = int64_t(a.halves ? panel / 2 : panel) * kPanel + of_column;
-    if (n < half) finish(a, acc, of_row, n + (a.halves ? panel % 2 * half : 0));
-  }
+  const int64_t half = a.halves ? a.cols / 2 : a.cols, n = int64_t(a.halves ? panel / 2 : panel) * kPanel + of_column;
+  if (n < half) finish(a, acc, of_row, n + (a.halves ? panel % 2 * half : 0));
 }
 
 template <int kBits, bool kMin, int kRows>
 int launch_rows(const LinearArgs& a, const Activations& x, const Format& f, void* stream) {
-  const int64_t halves = a.halves == kGateUp ? 2 : 1, panels = (a.cols / halves + kPanel - 1) / kPanel * halves;
+  const int64_t halves = a.halves ? 2 : 1, panels = (a.cols / halves + kPanel - 1) / kPanel * halves;
   const int64_t shared = sizeof(Sums<kMin, kRows, slots_of(kRows)>);
   return launch(linear_kernel<kBits, kMin, kRows>, panels, kThreads, shared, 1, stream, a, x, f);
 }
@@ -214,7 +177,7 @@ template <int kBits, bool kMin> int product(const LinearArgs& a, const Activatio
 
 // scratch: 44 bytes for each row and 32 of k. x was normalised before.
 int quant_linear(const LinearArgs& a, char* scratch, void* stream) {
-  if (a.rows > kMostRows || a.form < kInt4) return int(cudaErrorInvalidValue);
+  if (a.rows > kMostRows || a.form < kInt4 || a.halves == kSwiglu) return int(cudaErrorInvalidValue);
   const bool wide = a.form >= kInt8, minimum = a.form == kInt4Min || a.form == kInt8Min;
   const int groups = int((a.depth + kGroup - 1) / kGroup), shift = a.group == 32 ? 0 : a.group == 64 ? 1 : 2;
   const int64_t count = a.rows * groups;

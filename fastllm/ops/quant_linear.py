@@ -347,6 +347,9 @@ def cuda(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halve
     """csrc/cuda/quant_linear.cu for few rows; more are Triton's."""
     if x.numel() > CUDA_ROWS * depth or weight.data_ptr() % 16:  # it loads 16 bytes at once
         return gpu(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves)
+    if halves == SWIGLU:  # silu by the op: more rows have its bits too, in Triton's fused kernel
+        form = (weight, rows, depth, bits, has_min)
+        return compose(lambda v, wide: cuda(v, *form, bias, None, eps, None, GATE_UP), x, norm, eps, residual, True)
     y, group = _output(x, rows, halves), group_of(weight, bits, has_min)
     if not y.numel():
         return y
