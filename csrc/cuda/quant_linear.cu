@@ -94,13 +94,13 @@ __device__ __forceinline__ void finish(const LinearArgs& a, float v, int64_t row
 }
 
 // How many 32s of k a team takes at a time, with as many loads on their way (of 8 bits, twice as many); of a block, `slots`.
-constexpr int each_of(int rows) { return rows <= 2 ? 4 : rows == 4 ? 2 : 1; }
+constexpr int each_of(int rows) { return rows == 1 ? 4 : rows <= 4 ? 2 : 1; }
 constexpr int slots_of(int rows) { return each_of(rows) * kTeams; }
 
-// A block for each panel. kRows: of x, the last of them perhaps repeated. With the 64 registers of
-// four blocks the compiler starts all loads of one row before the first is used; left alone it takes 32, and moves them down.
+// A block for each panel. kRows: of x, the last of them perhaps repeated. With the registers of three or four blocks (80, 64) the
+// compiler starts the loads before the first is used; left alone it takes 32 and moves them down.
 template <int kBits, bool kMin, int kRows>
-__global__ void __launch_bounds__(kThreads, 4) linear_kernel(const LinearArgs a, Activations x, Format f) {
+__global__ void __launch_bounds__(kThreads, kRows == 1 ? 4 : 3) linear_kernel(const LinearArgs a, Activations x, Format f) {
   constexpr int kEach = each_of(kRows), kSlots = slots_of(kRows);
   auto& s = shared_memory<Sums<kMin, kRows, kSlots>>();
   const int team = threadIdx.x / 16, lane = threadIdx.x % 16, row = lane % 4 * 4 + lane / 4;    // the row whose sum this lane gets
