@@ -385,7 +385,7 @@ def verdict(rows: list[Row]) -> str:
     for r in rows:
         if r.name in NEURAL:
             worst, margin = max(r.bits), statistics.mean(r.bits) - bar.bits[0]
-            word = "beats" if worst < bar.bits[0] else "is not below in every seed"
+            word = "below" if worst < bar.bits[0] else "not in every seed below"
             passed = [next((t for t, bits in c if bits < bar.validation[0]), None) for c in r.curves]
             after = [t for t in passed if t is not None]
             when = f"; on validation after {max(after):,} tokens" if len(after) == len(passed) else ""
@@ -401,7 +401,7 @@ def parse(arguments=None):
     parser.add_argument("--steps", type=int, default=1500, help="of every neural rung")
     parser.add_argument("--seconds", type=float, help="of training for every neural rung, in place of --steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=512, help="of a batch")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a batch")
     parser.add_argument("--longest", type=int, default=128, help="tokens of a sequence, even")
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--dim", type=int, default=128, help="of a token's vector, a multiple of 32")
@@ -454,9 +454,8 @@ def main(arguments=None) -> int:
             found[name] = count_ngrams(name, text)
         else:
             found[name] = embed(text, options) if name == WORD2VEC else climb(name, text, sizes, options)
-        rows = [found[name] for name in RUNGS if name in found]
-        write(result | {"rows": [vars(row) for row in rows]}, rows, options.out)  # what is there, if it is cut off
-    rows = [found[name] for name in RUNGS if name in found]
+        write(result, found, options.out)  # what is there, if it is cut off
+    rows = write(result, found, options.out)
     print(table(rows))
     print(verdict(rows))
     print("\n".join(vectors_report(row) for row in rows if row.name == WORD2VEC))
@@ -478,14 +477,16 @@ def kept(path: Path, settings: dict) -> dict[str, Row]:
     return {row["name"]: Row(**row) for row in earlier["rows"]}
 
 
-def write(result: dict, rows: list[Row], out: Path) -> None:
-    """ladder.json and the pictures, whole or not at all."""
+def write(result: dict, found: dict[str, Row], out: Path) -> list[Row]:
+    """ladder.json and the pictures, whole or not at all; the rows in the order of history."""
+    rows = [found[name] for name in RUNGS if name in found]
     with Replacing(out) as files:
-        files.write("ladder.json", json.dumps(result, indent=1) + "\n")
+        files.write("ladder.json", json.dumps(result | {"rows": [vars(row) for row in rows]}, indent=1) + "\n")
         if any(row.bits for row in rows):
             draw_ladder(rows, files.part("ladder.png"))
         if any(row.gradients for row in rows):
             draw_gradients(rows, files.part("gradient.png"))
+    return rows
 
 
 if __name__ == "__main__":

@@ -54,8 +54,9 @@ def draw_ladder(rows: list, path: Path) -> None:
         if row.name == BAR and curves:
             right.axhline(row.validation[0], color=INK, linestyle=":", linewidth=1.2, label=row.title)
     if curves:
-        ends = [bits for row in curves for c in row.curves for _, bits in c[1:] or c]
-        right.set_ylim(min(ends) - 0.05, sorted(ends)[-1] + 0.1)
+        seen = [bits for row in curves for c in row.curves for _, bits in c[1:] or c]
+        seen += [row.validation[0] for row in drawn if row.name == BAR]
+        right.set_ylim(min(seen) - 0.05, max(seen) + 0.1)
         right.legend(frameon=False, labelcolor=INK, fontsize=8)
     right.set_xlabel("tokens seen, millions", color=INK)
     right.set_title("Bits per byte on validation", loc="left", weight="bold", color=INK)

@@ -13,7 +13,7 @@ from fastllm import _C, conversation, hub, models, ops
 from fastllm.data import batch, corrupt, curate, formats, instruct, lint, pairs, questions, sources, tokenizer
 from fastllm.decode import beam, embed
 from fastllm.evaluate import choice, perplexity, records, scorer, tasks, text
-from fastllm.models import resize
+from fastllm.models import baselines, resize
 
 PROGRAM = ROOT / "tests/typing/program.py"
 
@@ -42,7 +42,7 @@ EVALUATE = [choice, perplexity, records, scorer, tasks, text]
 
 @pytest.mark.parametrize(
     "module",
-    [fastllm, conversation, beam, embed, hub, models, ops, resize, *DATA, *EVALUATE],
+    [fastllm, baselines, conversation, beam, embed, hub, models, ops, resize, *DATA, *EVALUATE],
     ids=lambda m: m.__name__,
 )
 def test_public_signatures_are_complete(module):
