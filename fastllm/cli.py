@@ -3,7 +3,6 @@
 fastllm info | bench | pull | generate | chat | eval | pretrain | sft
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -366,12 +365,12 @@ def sft(context: typer.Context) -> None:
 
 
 def _stage(name: str, kind: type, stage: Callable, arguments: list[str]) -> None:
-    from .train.arguments import parse
+    from .train.command import keep_freed_memory, parse
     from .train.parallel import start
     from .train.progress import Terminal, duration
 
     options, resume = parse(name, kind, arguments)
-    _keep_freed_memory()
+    keep_freed_memory()
     processes = start()
     peak = processes.first(lambda: _peak(options)) * processes.count
     report = stage(options, resume=resume, watch=[Terminal(options.steps, peak)])
@@ -394,18 +393,6 @@ def _peak(options: Any) -> float:
 
     device, dtype = options.where
     return ceilings(device.type, dtype)[1].best() * 1e9
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep what a step frees for the next one, in place of a page fault for each page of it. For the whole process,
-    so it is the command's to choose and never the package's."""
-    import ctypes
-
-    trim, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim, (1 << 31) - 1)
-        mallopt(mmap_max, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -491,6 +478,8 @@ def main() -> None:
         if os.environ.get("FASTLLM_TRACEBACK"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            message = f"{error.filename}: {error.strerror}"  # without the number
         print(f"fastllm: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (ValueError, TypeError)) else 1)
 

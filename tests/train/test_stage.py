@@ -20,7 +20,7 @@ from fastllm.models.decoder import Decoder
 from fastllm.models.initial import initialise
 from fastllm.models.presets import build, preset
 from fastllm.train import PretrainOptions, SftOptions, forecast, pretrain, sft, stage
-from fastllm.train.arguments import parse
+from fastllm.train.command import parse
 from fastllm.train.loop import LOG, TrainingError
 from fastllm.train.objective import next_token_loss
 from fastllm.train.plans import plan_of

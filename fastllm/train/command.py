@@ -1,5 +1,7 @@
-"""Options of a stage from flags and YAML, derived from its dataclass by jsonargparse."""
+"""What the command line adds to a stage: its options from flags and YAML, by jsonargparse, and the process's memory."""
 
+import contextlib
+import ctypes
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,3 +61,13 @@ def _short(message: str) -> str:
     message = re.sub(r"\s+", " ", message).strip()
     message = re.sub(r'^Parser key "([^"]+)": ', lambda key: f"--{key[1].replace('_', '-')}: ", message)
     return message.replace("<class '", "").replace("'>", "")
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what a step frees for the next one, in place of a page fault for each page of it. For the whole process, so
+    it is the command's to choose and never the package's."""
+    trim, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim, (1 << 31) - 1)
+        mallopt(mmap_max, 0)
