@@ -6,6 +6,7 @@ fastllm info | bench | pull | generate | chat | eval | pretrain | sft
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -477,9 +478,7 @@ def main() -> None:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if os.environ.get("FASTLLM_TRACEBACK"):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, OSError) and error.filename is not None and error.strerror:
-            message = f"{error.filename}: {error.strerror}"  # without the number
+        message = re.sub(r"^\[Errno -?\d+\] ", "", " ".join(str(error).split())) or type(error).__name__
         print(f"fastllm: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (ValueError, TypeError)) else 1)
 
