@@ -13,7 +13,7 @@ def run(k, v, slot, position, table, q=None, pages=0, cache=None):
     if cache is None:
         cache = KVPages.empty(pages, k.shape[1], k.shape[2], k.dtype, k.device)
     rotated = ops.kv_append(k, v, cache, slot, position, table, q)
-    outputs = cache if cache.scales is not None else cache[:2]
+    outputs = cache if cache.scales is not None else (cache.k, cache.v)  # no slice: Dynamo of torch 2.6 fails there
     return tuple(outputs) if q is None else (rotated, *outputs)
 
 
