@@ -36,10 +36,17 @@ TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "f
 TYPES |= {f"int{n}": f"i{n}" for n in (8, 16, 32, 64)}
 
 
-@pytest.mark.parametrize("file", ["_triton_interpreter.py", "_triton_bits.py"])
-def test_interpreter(file):
+@pytest.mark.parametrize(
+    ("file", "which"),
+    [
+        ("_triton_interpreter.py", "not slow"),
+        ("_triton_bits.py", "not slow"),
+        pytest.param("_triton_interpreter.py", "slow", marks=pytest.mark.slow),
+    ],
+)
+def test_interpreter(file, which):
     """See there."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / file)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / file), "-m", which]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
