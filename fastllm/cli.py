@@ -379,7 +379,7 @@ def _stage(name: str, kind: type, stage: Callable, arguments: list[str]) -> None
         return
     words = {"done": "done", "no better": "no better for a while", "no more data": "the data ended"}
     print(f"{words.get(report.reason, report.reason)} after {report.steps} steps, {duration(report.seconds)}")
-    for split in ("validation", "test"):
+    for split in ("validation", "test", "unigram"):
         if figures := getattr(report, split):
             print(f"{split:<11}" + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in figures.items()))
     print(f"model      {report.model}")
