@@ -15,6 +15,7 @@ Validation chooses the checkpoint; the test split is read once, at the end, by t
 """
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -147,8 +148,13 @@ class StageOptions(LoopOptions):
         if not isinstance(self.data, dict):
             return self._read(self.data, split, **how)
         sources = {name: self._read(paths, split, **how) for name, paths in self.data.items()}
-        sizes = {name: sum(1 for _ in self._read(paths, split)) for name, paths in self.data.items()}
-        return Mixture(sources, mixing_rates(sizes, self.mix_temperature), self.seed)
+        return Mixture(sources, self._rates, self.seed)
+
+    @functools.cached_property
+    def _rates(self) -> dict[str, float]:
+        """Of the sources, by their training documents: counted once."""
+        sizes = {name: sum(1 for _ in self._read(paths, "train")) for name, paths in self.data.items()}
+        return mixing_rates(sizes, self.mix_temperature)
 
     def _read(self, paths: Any, split: str | None, **how: Any) -> Documents:
         fractions = self.fractions
