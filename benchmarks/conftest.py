@@ -43,7 +43,7 @@ def timed(benchmark, case, dtype, direction, rival):
     def run(suite):
         job = Job(suite, case, dtype, direction)
         copies, cache = copies_of(job.arguments(), job.suite.copy)
-        call, turn = job.call(dict(functions(suite, False, job.device))[rival]), itertools.cycle(copies)
+        call, turn = dict(functions(job, False))[rival], itertools.cycle(copies)
         call(*next(turn))
         begin = time.perf_counter()
         call(*next(turn))

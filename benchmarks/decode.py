@@ -3,6 +3,7 @@
     python benchmarks/decode.py
     python benchmarks/decode.py --shapes smollm2-135m --rows stored,int4 --peers llama.cpp --repeats 9
     python benchmarks/decode.py --peers ours                    # ours alone, nothing to compare with
+    python benchmarks/decode.py --device cuda --help            # on a GPU: decode_gpu.py, with flags of its own
 
 Every contender waits in a worker process (`peers.py`), stopped by SIGSTOP while another one is measured. A round asks
 each once, for a prefill and for a decode; a sample during which other processes used more than a tenth of a core is
@@ -13,7 +14,7 @@ by R for a decode, by the peak of multiply-adds or of 8-bit dot products for a p
 every peer of the same form, by the factor that the goal names.
 
 The exit status is 1 when a contender is missing, a goal is missed or the machine was not quiet. Left out: sampling,
-batches, GPU.
+batches.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+import decode_gpu
 import numpy as np
 import psutil
 import texts
@@ -365,8 +367,19 @@ def parse(arguments=None):
     return options
 
 
+def device(arguments: list[str]) -> tuple[str, list[str]]:
+    """Which, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    known, rest = parser.parse_known_args(arguments)
+    return known.device, rest
+
+
 def main() -> int:
-    options = parse()
+    where, rest = device(sys.argv[1:])
+    if where == "cuda":
+        return decode_gpu.main(rest)
+    options = parse(rest)
     result = {"machine": machine(), "versions": versions(), "command": " ".join(["decode.py", *sys.argv[1:]])}
     result |= {"shapes": {}, "failures": [], "missed": []}
     meter = Meter(options.quiet, options.patience)

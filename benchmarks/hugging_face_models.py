@@ -42,7 +42,7 @@ class Contender:
         if train:
             self.model.train()
             self.optimizer = torch.optim.AdamW(self.model.parameters(), LR, fused=True)
-        _forget_peak()
+        _forget_peak("cpu")
 
     def generate(self, new):
         with self.torch.no_grad():

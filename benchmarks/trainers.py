@@ -26,7 +26,8 @@ SEED, LR = 0, 1e-4
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and its batch. kind: "gpt2" or "llama"; lora: rank of the adapters on every linear of a frozen base."""
+    """A model and its batch. kind: "gpt2" or "llama"; lora: rank of the adapters on every linear of a frozen base; tied: a
+    llama whose head is its embedding."""
 
     kind: str
     layers: int
@@ -39,18 +40,19 @@ class Shape:
     length: int
     dtype: str
     lora: int = 0
+    tied: bool = False
 
 
 SHAPES = {
     "gpt2-124m": Shape("gpt2", 12, 768, 12, 12, 3072, 50257, 4, 256, "float32"),
-    "llama-1.2b": Shape("llama", 16, 2048, 32, 8, 8192, 128256, 4, 2048, "bfloat16"),
+    "llama-1.2b": Shape("llama", 16, 2048, 32, 8, 8192, 128256, 4, 2048, "bfloat16", tied=True),
     "gpt2-tiny": Shape("gpt2", 2, 64, 4, 4, 256, 1000, 2, 32, "float32"),  # for the benchmark's own test
     "llama-tiny": Shape("llama", 2, 64, 4, 2, 192, 1000, 2, 32, "float32"),
 }
 
 
-def theirs(shape: Shape):
-    """The model as transformers has it, weights drawn for SEED."""
+def theirs(shape: Shape, device: str = "cpu"):
+    """The model as transformers has it, weights drawn for SEED, on the device."""
     import torch
     import transformers
 
@@ -63,9 +65,11 @@ def theirs(shape: Shape):
         config = transformers.LlamaConfig(
             vocab_size=shape.vocab, hidden_size=shape.dim, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, max_position_embeddings=shape.length,
+            tie_word_embeddings=shape.tied,
         )  # fmt: skip
     torch.manual_seed(SEED)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape.dtype))
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape.dtype))
     return model.train()
 
 
@@ -90,8 +94,7 @@ class Trainer:
         self.base = _resident() if device == "cpu" else 0
         self.build()
         self.ids = tokens(self.shape, device)
-        if device == "cpu":
-            _forget_peak()
+        _forget_peak(device)
 
     def step(self, count: int) -> dict:
         losses, start = [], self._now()
@@ -118,7 +121,7 @@ class Transformers(Trainer):
         super().__init__(**spec)
 
     def build(self):
-        self.model = theirs(self.shape).to(self.device)
+        self.model = theirs(self.shape, self.device)
         self.optimizer = self.torch.optim.AdamW(self.model.parameters(), LR, fused=True)
         self.forward = self.torch.compile(self.model) if self.compiled else self.model
 
@@ -139,7 +142,7 @@ class Ours(Trainer):
 
         torch, self.done, self.spec = self.torch, 0, AdamWSpec(lr=LR, weight_decay=0.01)
         build, self.forward = {"gpt2": (_gpt2, _gpt2_hidden), "llama": (_llama, _llama_hidden)}[self.shape.kind]
-        self.weights = build(theirs(self.shape).to(self.device), self.shape)
+        self.weights = build(theirs(self.shape, self.device), self.shape)
         for p in _flat(self.weights):
             state = AdamWState(torch.zeros_like(p), torch.zeros_like(p))
             p.register_post_accumulate_grad_hook(functools.partial(self.update_one, state))
@@ -231,7 +234,8 @@ def _llama(model, shape):
         )
     theta = model.config.rope_parameters["rope_theta"]
     table = ops.rope_table(shape.length, shape.dim // shape.heads, theta, device=model.device)
-    weights = {"embedding": _leaf(model.model.embed_tokens.weight), "head": _leaf(model.lm_head.weight)}
+    embedding = _leaf(model.model.embed_tokens.weight)
+    weights = {"embedding": embedding, "head": embedding if shape.tied else _leaf(model.lm_head.weight)}
     return weights | {"layers": layers, "norm": _leaf(model.model.norm.weight), "rope": table}
 
 
@@ -282,11 +286,16 @@ def _peak() -> int:
     return _status("VmHWM:")
 
 
-def _forget_peak() -> None:
+def _forget_peak(device: str) -> None:
     """From here on the peak counts, without the model that the weights were copied from."""
     import gc
 
     gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+        return torch.cuda.reset_peak_memory_stats()
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")

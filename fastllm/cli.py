@@ -102,7 +102,7 @@ def bench(
         backward,
         not quick if compiled is None else compiled,
         malloc,
-        runs.QUICK if quick else runs.Settings(),
+        runs.QUICK if quick else None,
         _progress,
     )
     _progress("")

@@ -21,7 +21,7 @@ from .data.chat import NO_TEMPLATE, ChatTemplate
 from .data.tokenizer import Tokenizer
 from .decode.engine import Engine
 from .decode.forks import settle
-from .decode.limits import KV_DTYPES, Limits
+from .decode.limits import CHUNKS, Limits, decoding_device
 from .decode.scheduler import Sequence as Decoding
 from .decode.scheduler import Step, Timing
 from .models.decoder import Decoder
@@ -29,7 +29,7 @@ from .models.families import FAMILIES
 from .models.folder import architecture_of, read_json
 from .models.layers import pack_weights, packed
 from .models.text import read_text
-from .models.weights import load_packed
+from .models.weights import load_packed, to_device
 from .ops import Panels, QWeight
 from .peft import lora
 from .sampling_params import SamplingParams
@@ -91,14 +91,16 @@ class LLM:
 
     name: an alias ("smollm2-135m"), a .gguf file, an HF folder with safetensors, or a Hub id. Of an encoder ("minilm-l6")
     there is `embed` alone: it has no next token.
-    device: "auto" or "cpu". dtype: "auto" keeps what a file stores; "float32" dequantises it.
-    quantize: None, "int8" or "int4" (groups of 32). max_model_len: tokens of prompt and completion together, at most
-    the model's own. max_num_seqs: completions that run together; more wait in line. kv_bytes: size of the KV cache that
-    they share, and in which known beginnings of prompts are kept; None: enough for all, but not above 1 GiB, unless one
-    sequence of max_model_len needs it. It takes memory as it fills. kv_dtype: "auto" keeps keys and values in float32,
-    "int8" in some quarter of that, a scale for each token and head beside them: nearly the same text, not the same bits.
-    num_threads: None takes torch's number. speculate: how many tokens a step may guess from what stands in the text already
-    (prompt lookup): the same output, sooner where the text repeats; 0: none, 7 or 15 are good numbers.
+    device: "cpu", "cuda", or "auto": the GPU where there is one. dtype: "auto" keeps what a file stores, but that weights
+    which are not quantised become bfloat16 on a GPU; "float32" dequantises it. quantize: None, "int8" or "int4" (groups
+    of 32). max_model_len: tokens of prompt and completion together, at most the model's own. max_num_seqs: completions
+    that run together; more wait in line. kv_bytes: size of the KV cache that they share, and in which known beginnings
+    of prompts are kept; None: enough for all, but not above 1 GiB (of a GPU four fifths of what is free), unless one
+    sequence of max_model_len needs it. On a CPU it takes memory as it fills. kv_dtype: "auto" keeps keys and values as
+    the model computes them, float32 on a CPU, "int8" in some quarter of that, a scale for each token and head beside
+    them: nearly the same text, not the same bits. num_threads: None takes torch's number. speculate: how many tokens a
+    step may guess from what stands in the text already (prompt lookup): the same output, sooner where the text repeats;
+    0: none, 7 or 15 are good numbers.
 
     ValueError for a file or an argument that cannot be used, HubError when a model cannot be fetched, MemoryError when
     it does not fit. Calls from several threads run together, each with the bits that it would have alone. A stream may
@@ -124,8 +126,7 @@ class LLM:
         revision: str | None = None,
         speculate: int = 0,
     ):
-        if device not in ("auto", "cpu"):
-            raise ValueError(f"LLM: device={device!r}; allowed: 'auto', 'cpu' (decoding on a GPU is not built yet)")
+        where = decoding_device(device)
         if dtype not in ("auto", "float32"):
             raise ValueError(f"LLM: dtype={dtype!r}; allowed: 'auto', 'float32'")
         limits = Limits(
@@ -141,6 +142,8 @@ class LLM:
             return
         self.tokenizer, self._template = read_text(self.path)
         self.model = load_packed(self.path, quantize, as_float=dtype == "float32")
+        if where.type == "cuda":
+            self.model = to_device(self.model, where, torch.float32 if dtype == "float32" else torch.bfloat16)
         self._serve(limits)
 
     @classmethod
@@ -149,20 +152,28 @@ class LLM:
         model: Decoder,
         tokenizer: Tokenizer,
         template: ChatTemplate | None = None,
+        *,
+        device: str = "cpu",
         **limits: Any,
     ) -> "LLM":
         """Of a model in memory as it is now: its weights are copied and packed, so training may go on beside it.
 
-        limits: quantize, max_model_len and what follows it, as above. TypeError for a model that is no Decoder, or is packed.
+        device: where it is to decode, as above; on a GPU in bfloat16. limits: quantize, max_model_len and what follows it, as
+        above. TypeError for a model that is no Decoder, or is packed.
         """
         if not isinstance(model, Decoder) or packed(model):
             raise TypeError(f"LLM.of: {type(model).__name__}; allowed: a Decoder whose weights are not packed")
-        checked = Limits(**limits)
+        checked, where = Limits(**limits), decoding_device(device)
         settle()
         self = cls.__new__(cls)
         self.path, self.encoder, self.tokenizer = Path("(a model in memory)"), None, tokenizer
         self._template = template or ValueError(f"this model {NO_TEMPLATE}")
-        self.model = pack_weights(copy.deepcopy(model).cpu().float(), checked.quantize)
+        if where.type == "cpu" or checked.quantize:
+            self.model = pack_weights(copy.deepcopy(model).cpu().float(), checked.quantize)
+        else:
+            self.model = copy.deepcopy(model)
+        if where.type == "cuda":
+            self.model = to_device(self.model, where, torch.bfloat16)
         self._serve(checked)
         return self
 
@@ -170,11 +181,13 @@ class LLM:
         config = self.model.config
         if len(self.tokenizer) > config.vocab:
             raise ValueError(f"{self.path}: the tokenizer has {len(self.tokenizer)} ids, the model {config.vocab}")
-        pages = limits.pages(config)
+        stream = self.model.norm.weight
+        kv_dtype = limits.cache_dtype(stream.dtype)
+        pages = limits.pages(config, kv_dtype, stream.device)
         self.max_model_len = limits.max_model_len or config.max_position
         self.engine = Engine(
             self.model, self.max_model_len, self.tokenizer.eos_ids, limits.max_num_seqs, pages, limits.num_threads or 0,
-            kv_dtype=KV_DTYPES[limits.kv_dtype], speculate=limits.speculate,
+            chunk=CHUNKS[stream.device.type], kv_dtype=kv_dtype, speculate=limits.speculate,
         )  # fmt: skip
 
     @property
@@ -186,7 +199,8 @@ class LLM:
             if isinstance(weight, (Panels, QWeight)) and module is not self.model.embedding and id(weight) not in seen:
                 seen.add(id(weight))
                 total += weight.nbytes
-        return total + sum(p.nbytes for p in self.model.parameters())
+        table = None if self.model.config.tied else self.model.embedding.weight
+        return total + sum(p.nbytes for p in self.model.parameters() if p is not table)
 
     # ---------------------------------------------------------------------------------------------------- generation
 

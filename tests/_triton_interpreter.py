@@ -101,7 +101,8 @@ def triton_on_cpu():
             op._kernels["cpu"] = interpreted(op)
     kv_cache.COLUMNS.clear()  # CPU tensors stand in for a GPU's: their pages lie as there
     # The interpreter pays for an operation, hardly for its size: large blocks, still several to a case.
-    for table in (triton_tile.EXACT, triton_tile.DENSE, triton_tile.BACKWARD, triton_tile.BIAS, triton_tile.DECODE):
+    for name in ("EXACT", "DENSE", "KEYS", "QUERIES", "BIAS", "DECODE"):
+        table = getattr(triton_tile, name)
         table.update({dtype: {1024: triton_tile.Sizes(64, 128, 4)} for dtype in table})
 
 

@@ -15,7 +15,7 @@ from _build import ROOT, need, python, run
 
 from fastllm import _C, info
 from fastllm.bench.cases.sample import SUITE
-from fastllm.bench.measure import other_kernel
+from fastllm.bench.measure import other_kernels, within
 from fastllm.ops import _cuda
 from fastllm.ops._op import OPS, Kernel
 
@@ -141,12 +141,12 @@ def test_a_benchmark_times_both(monkeypatch):
     monkeypatch.setattr(_cuda, "library", lambda: (True, "there"))
     monkeypatch.setitem(op._kernels, "cuda", chosen := Kernel(op.triton, "Triton", "chosen"))
     suite = dataclasses.replace(SUITE, run=lambda n: op.kernel("cuda").infer(*range(n)))
-    rivals = dict(other_kernel(suite, "cuda"))
-    rivals["CUDA C++"](n=6)
+    rivals = dict(other_kernels(suite, "cuda"))
+    within(rivals["CUDA C++"], lambda n: suite.run(n=n))(6)
     assert list(rivals) == ["CUDA C++"] and calls == [6] and op.kernel("cuda") is chosen
     monkeypatch.setattr(_cuda, "library", lambda: (False, "no NVIDIA driver"))
-    assert dict(other_kernel(suite, "cuda")) == {"CUDA C++": "not here: no NVIDIA driver"}
-    assert not dict(other_kernel(suite, "cpu"))
+    assert dict(other_kernels(suite, "cuda")) == {"CUDA C++": "not here: no NVIDIA driver"}
+    assert not dict(other_kernels(suite, "cpu"))
 
 
 def test_a_launch_without_a_device_is_an_error():

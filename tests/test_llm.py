@@ -347,7 +347,7 @@ def test_bad_calls(llm, call, error, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"device": "cuda"}, "device='cuda'; allowed: 'auto', 'cpu'"),
+        ({"device": "gpu"}, "device='gpu'; allowed: 'auto', 'cpu', 'cuda'"),
         ({"dtype": "float16"}, "dtype='float16'; allowed: 'auto', 'float32'"),
         ({"quantize": "int2"}, "quantize='int2'; allowed: None, 'int8', 'int4'"),
         ({"quantize": "int8", "dtype": "float32"}, "exclude each other"),

@@ -2,6 +2,7 @@
 where it must hold and what it costs. One record drives the tests, the contract and the benchmark."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 Inputs = dict[str, Any]
+LARGE = 1 << 22  # elements: a tensor above it is drawn on its own device, in time for a benchmark
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class Make:
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
         if self.device == "meta":
             return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+        if self.device != "cpu" and math.prod(shape) > LARGE:
+            seed = int(torch.randint(1 << 62, (), generator=self.generator))
+            there = torch.Generator(self.device).manual_seed(seed)
+            return torch.randn(shape, generator=there, dtype=dtype or self.dtype, device=self.device).mul_(scale)
         values = torch.randn(shape, generator=self.generator) * scale
         return values.to(dtype or self.dtype).to(self.device)
 
@@ -39,7 +45,8 @@ class Make:
 class Case:
     """label: what tables print. inputs(make) -> keyword arguments of the op. bytes and flops: the fewest that the
     forward must move and compute, for elements of `itemsize` bytes; backward_bytes and backward_flops likewise.
-    apart: whether a row of it alone is a call of the same meaning; not where the row's place counts, as for dropout."""
+    apart: whether a row of it alone is a call of the same meaning; not where the row's place counts, as for dropout.
+    plain: whether a benchmark times plain PyTorch and its compiled form; not where they need more memory than there is."""
 
     label: str
     inputs: Callable[[Make], Inputs]
@@ -48,20 +55,21 @@ class Case:
     backward_bytes: Callable[[int], int] = lambda itemsize: 0
     backward_flops: int = 0
     apart: bool = True
+    plain: bool = True
 
 
 @dataclass(frozen=True)
 class Suite:
     """op: its name. run(**inputs): the public op. reference(**inputs): plain PyTorch at the inputs' own dtype (float64
     makes it the oracle). peers: other implementations to time, name -> callable(**inputs).
-    gpu: cases of a GPU's size, timed there beside `benchmark`. gradients: names of the inputs that receive one. rows:
-    names of the inputs whose first dimension is a batch of independent rows; the contract test cuts them. dtypes:
-    what the CPU kernel takes. peak: what its flops run on and are compared with, "fma" (fp32) or "dot" (8-bit
-    products). error: how many times plain PyTorch's error is allowed; more than 2 where the contract's order of
-    additions costs accuracy; gradient_error: likewise of the gradients. cancelled: what a gradient may be off where
-    terms of size one cancel (2^9 times it in 16 bits), as dout . v and rowsum(dout * out) do for a query that sees
-    one key. copy: of the inputs, for calls that take turns with them; a deepcopy, unless their memory is of a special
-    kind."""
+    gpu: cases of a GPU's size, timed there in the place of `benchmark`, where there are some. gradients: names of the
+    inputs that receive one. rows: names of the inputs whose first dimension is a batch of independent rows; the
+    contract test cuts them. dtypes: what the CPU kernel takes. peak: what its flops run on and are compared with,
+    "fma" (fp32) or "dot" (8-bit products). error: how many times plain PyTorch's error is allowed; more than 2 where
+    the contract's order of additions costs accuracy; gradient_error: likewise of the gradients. cancelled: what a
+    gradient may be off where terms of size one cancel (2^9 times it in 16 bits), as dout . v and rowsum(dout * out)
+    do for a query that sees one key. copy: of the inputs, for calls that take turns with them; a deepcopy, unless
+    their memory is of a special kind."""
 
     op: str
     run: Callable[..., Any]

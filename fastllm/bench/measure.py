@@ -12,6 +12,7 @@ import torch
 from .. import _C
 from ..ops import _cuda
 from ..ops._op import OPS
+from ..ops.attention import cudnn
 from .case import Case, Make, Suite, as_tuple
 from .ceiling import Ceiling, ceilings
 from .harness import Settings, copies_of, cpu_sampler, cuda_sampler, interleave, peak_memory
@@ -49,7 +50,7 @@ class Job:
         for name in names:
             inputs[name].requires_grad_()
         with torch.no_grad():
-            outputs = as_tuple(self.suite.reference(**inputs))
+            outputs = as_tuple(self.suite.run(**inputs))
         return inputs, names, [torch.randn_like(o) for o in outputs if o.is_floating_point()]
 
     def call(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,22 +78,38 @@ class Job:
         return total, flops
 
 
-def functions(suite: Suite, compiled: bool, device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    """(name, function), or (name, why there is none), of ours and all its rivals."""
-    yield OURS, suite.run
-    yield from other_kernel(suite, device)
-    yield "torch", suite.reference
-    if compiled:
+def functions(job: Job, compiled: bool) -> Iterator[tuple[str, Callable[..., Any] | str]]:
+    """(name, a function of the job's arguments), or (name, why there is none), of ours and all its rivals."""
+    suite, device = job.suite, job.device
+    yield OURS, job.call(suite.run)
+    for name, context in other_kernels(suite, device):
+        yield name, context if isinstance(context, str) else within(context, job.call(suite.run))
+    if job.case.plain:
+        yield "torch", job.call(suite.reference)
+    if job.case.plain and compiled:
         torch.compiler.reset()
-        yield "compile", torch.compile(suite.reference, dynamic=False)
-    yield from suite.peers.items()
-    yield from peers_of(suite.op, device)
+        yield "compile", job.call(torch.compile(suite.reference, dynamic=False))
+    for name, function in (*suite.peers.items(), *peers_of(suite.op, device)):
+        yield name, function if isinstance(function, str) else job.call(function)
 
 
-def other_kernel(suite: Suite, device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    """Of an op with two kernels for a GPU, ours by the one that is not chosen: what decides between them."""
+def within(context: Callable[[], Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments):
+        with context():
+            return call(*arguments)
+
+    return run
+
+
+def other_kernels(suite: Suite, device: str) -> Iterator[tuple[str, Callable[[], Any] | str]]:
+    """(name, a context in which it runs), or (name, why it cannot), of an op's kernels for a GPU that are not chosen: what
+    decides between them."""
     op = OPS.get(suite.op)
-    if device != "cuda" or op is None or op.cuda is None:
+    if device != "cuda" or op is None:
+        return
+    if suite.op == "attention":
+        yield "Triton", cudnn.switched_off
+    if op.cuda is None:
         return
     cuda = op.kernel(device).name != op.cuda_name
     used, why = _cuda.library()
@@ -100,12 +117,7 @@ def other_kernel(suite: Suite, device: str) -> Iterator[tuple[str, Callable[...,
         yield "CUDA C++", f"not here: {why}"
         return
     other = op.gpu_kernel(cuda, "beside the chosen one")
-
-    def run(**inputs):
-        with op.using(device, other):
-            return suite.run(**inputs)
-
-    yield "CUDA C++" if cuda else op.triton_name, run
+    yield "CUDA C++" if cuda else op.triton_name, lambda: op.using(device, other)
 
 
 def measure(job: Job, settings: Settings, compiled: bool) -> Row:
@@ -114,11 +126,10 @@ def measure(job: Job, settings: Settings, compiled: bool) -> Row:
     copies, cache = copies_of(arguments, job.suite.copy)
     sampler = cpu_sampler if job.device == "cpu" else cuda_sampler
     rivals, memory, notes = {}, {}, []
-    for name, function in functions(job.suite, compiled, job.device):
-        if isinstance(function, str):
-            notes.append(f"{name} is {function}")
+    for name, call in functions(job, compiled):
+        if isinstance(call, str):
+            notes.append(f"{name} is {call}")
             continue
-        call = job.call(function)
         try:
             for _ in range(2):
                 call(*arguments)
@@ -137,7 +148,7 @@ def measure(job: Job, settings: Settings, compiled: bool) -> Row:
     yardstick = {"memory": bandwidth, "compute": arithmetic}.get(bound)
     if yardstick:
         rivals["ceiling"] = sampler(yardstick.run, [()])
-    measured = interleave(rivals, settings, other_load())
+    measured = interleave(rivals, settings, other_load() if job.device == "cpu" else None)
 
     stats = dict(measured.stats)
     top = yardstick and yardstick.rate(stats.pop("ceiling").fast)

@@ -184,6 +184,44 @@ def flash_attention(_, q, k, v, spec=CAUSAL, cu_q=None, cu_k=None, bias=None, si
     )  # fmt: skip
 
 
+def torch_attention(backend: str) -> Peer:
+    """One of the kernels behind scaled_dot_product_attention."""
+
+    def call(_, q, k, v, spec=CAUSAL, cu_q=None, cu_k=None, bias=None, sinks=None):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        only(
+            cu_q is None and bias is None and sinks is None and spec.alibi is None, "packed rows here, a bias or sinks"
+        )
+        only(spec.window is None and spec.softcap is None and spec.dropout is None, "a window, a cap or our dropout")
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=spec.causal, scale=spec.scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        return out.transpose(1, 2)
+
+    return Peer("torch", "torch", call)
+
+
+def dense_cache(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, sinks=None, scales=None):
+    """The cache of equally long sequences as torch's attention takes it: [B, Hk, keys, D]."""
+    only(
+        sinks is None and spec.alibi is None and scales is None and spec.window is None,
+        "sinks, slopes or a window here",
+    )
+    only(spec.softcap is None and not spec.exact, "a cap or our order of additions")
+    only(len(q) == len(context_len) and len({*context_len.tolist()}) == 1, "several queries, or unequal lengths")
+    keys = int(context_len[0])
+    used = block_table[:, : -(-keys // PAGE)].long()
+    return tuple(t[used].transpose(1, 2).flatten(2, 3)[:, :, :keys].contiguous() for t in (k_pages.mT, v_pages))
+
+
+def torch_decode(ready, q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, **_):
+    out = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], *ready, scale=spec.scale, enable_gqa=True)
+    return out[:, :, 0]
+
+
 def planned_decode(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, sinks=None, scales=None):
     """FlashInfer's wrapper, planned for these lengths, and the pages in its layout [P, 2, 16, Hk, D]."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
@@ -254,8 +292,13 @@ PEERS: dict[str, dict[str, Peer]] = {
         "liger": liger(liger_linear_cross_entropy),
         "cce": Peer("cut_cross_entropy", "cut-cross-entropy", cut_cross_entropy),
     },
-    "attention": {"flash-attn": Peer("flash_attn", "flash-attn", flash_attention)},
+    "attention": {
+        "cuDNN": torch_attention("CUDNN_ATTENTION"),
+        "FA2 (torch)": torch_attention("FLASH_ATTENTION"),
+        "flash-attn": Peer("flash_attn", "flash-attn", flash_attention),
+    },
     "paged_attention": {
+        "torch sdpa": Peer("torch", "torch", torch_decode, dense_cache),
         "flashinfer": Peer("flashinfer", "flashinfer-python", flashinfer_decode, planned_decode),
     },
     "sample": {"flashinfer": Peer("flashinfer", "flashinfer-python", flashinfer_sample)},

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..info import machine, versions
-from .harness import QUICK, Settings
+from .harness import GPU, QUICK, Settings
 from .measure import Job, measure, peaks
 from .select import select
 
@@ -51,7 +51,7 @@ def run(
     progress: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Measures what the filters leave and returns the result as it is written to JSON."""
-    settings = settings or Settings()
+    settings = settings or (GPU if device == "cuda" else Settings())
     filters = {"ops": list(ops), "device": device, "dtypes": list(dtypes), "shape": shape, "backward": backward}
     total = len(select(**filters))
     result: Result = {

@@ -51,7 +51,7 @@ def select(
     """Every job that the filters leave, in the order op, case, dtype, direction."""
     pick_device(device)
     chosen, types = pick_ops(ops), pick_dtypes(dtypes)
-    known = [(suite, case) for suite in chosen for case in suite.benchmark + (suite.gpu if device == "cuda" else ())]
+    known = [(suite, case) for suite in chosen for case in ((device == "cuda" and suite.gpu) or suite.benchmark)]
     cases = [(suite, case) for suite, case in known if shape.lower() in case.label.lower()]
     if not cases:
         labels = [case.label for _, case in known]

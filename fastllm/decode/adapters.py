@@ -10,7 +10,7 @@ made larger is a new one, with new pointers: the plans of steps with adapters ar
 are used, on huge pages; an adapter takes 4 bytes for each of its numbers. When the last adapter goes, the pools go.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -44,6 +44,8 @@ class AdapterTable:
 
     def __init__(self, model: Decoder):
         self.model, self.named, self.pools = model, dict[str, Adapter](), Pools()
+        stream = model.norm.weight  # of the dtype and on the device that the model computes in
+        self.dtype, self.device = stream.dtype, stream.device
         self._held: dict[int, Adapter] = {}  # by slot, with those that are retired
 
     def find(self, name: str) -> Adapter:
@@ -92,8 +94,9 @@ class AdapterTable:
         wanted = {place: self._size(place, parts.get(place, ()), slots) for place in self.pools.keys() | parts.keys()}
         wanted = {place: size for place, size in wanted.items() if size != _size_of(self.pools.get(place))}
         if wanted:
-            arena = Arena(sum(self._nbytes(place, *size) for place, size in wanted.items()))
-            made = {place: self._pool(place, size, len(parts.get(place, ())), arena) for place, size in wanted.items()}
+            cpu = self.device.type == "cpu"
+            take = Arena(sum(self._nbytes(place, *size) for place, size in wanted.items())).take if cpu else None
+            made = {place: self._pool(place, size, len(parts.get(place, ())), take) for place, size in wanted.items()}
             self.pools = {**self.pools, **made}
 
     def _size(self, place: Place, given: Parts, slots: int) -> Size:
@@ -110,13 +113,14 @@ class AdapterTable:
         rank = -(-rank * parts // 16) * 16
         return 4 * slots * (parts * rank * depth + (rows + 32) * rank) + 2 * 4096
 
-    def _pool(self, place: Place, size: Size, count: int, arena: Arena) -> AdapterPool:
+    def _pool(self, place: Place, size: Size, count: int, take: Callable[[int], Tensor] | None) -> AdapterPool:
         if place in self.pools:
-            return self.pools[place].grown(*size, take=arena.take)
+            return self.pools[place].grown(*size, take=take)
         rows, depth = self._weight(place).shape
         sizes = self.model.config.stacks[place[1]] if count > 1 else (rows,)
         swiglu = self.model.layers[place[0]].get_submodule(place[1]).swiglu
-        pool = AdapterPool(sizes, depth, *size, swiglu=swiglu, take=arena.take)
+        where = {"dtype": self.dtype, "device": self.device}
+        pool = AdapterPool(sizes, depth, *size, swiglu=swiglu, take=take, **where)
         for slot in self._held:  # they leave this projection as it is
             pool.add_parts([None] * count, slot=slot)
         return pool
@@ -134,9 +138,13 @@ def _gain(weight: Tensor | Panels | QWeight, parts: Parts, pool: AdapterPool) ->
     if not any(part is not None and part[0].magnitude is not None for part in parts):
         return None
     if isinstance(weight, QWeight):
-        dense = weight.dequantize()
+        dense = weight.dequantize().cpu()
     else:
-        dense = unpack(weight.data, weight.rows, weight.swiglu) if isinstance(weight, Panels) else weight.detach()
+        dense = (
+            unpack(weight.data, weight.rows, weight.swiglu)
+            if isinstance(weight, Panels)
+            else weight.detach().float().cpu()
+        )
     gains = []
     for part, rows in zip(parts, dense.split(pool.sizes), strict=True):
         if part is None or part[0].magnitude is None:

@@ -18,6 +18,7 @@ from .. import ops
 from ..models.arena import Arena, available
 from ..models.blocks import Adapters, PagedBatch
 from ..models.decoder import DecoderConfig
+from ..ops.kv_cache import COLUMNS
 
 PAGE = ops.PAGE
 _Link = tuple[int, tuple[int, ...]]  # (number of the page before, or of the root; the tokens)
@@ -35,24 +36,24 @@ def page_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> int
 
 
 class KVCache:
-    """`pages` pages of `dtype`, float32 or int8; `layers` are their tensors, one record a layer.
+    """`pages` pages of `dtype`, the model's own or int8; `layers` are their tensors, one record a layer.
 
-    The memory is mapped at once and touched as it fills: the process grows to the most that was ever in use, and a page
-    that was used before is preferred to one that never was. remember=False: no text is known, so none is shared.
-    MemoryError when the system refuses the mapping.
+    A CPU's memory is mapped at once and touched as it fills: the process grows to the most that was ever in use, and a page
+    that was used before is preferred to one that never was. A GPU's is taken at once. remember=False: no text is known, so
+    none is shared. MemoryError when there is not so much.
     """
 
-    def __init__(self, config: DecoderConfig, pages: int, remember: bool = True, dtype: torch.dtype = torch.float32):
-        size = pages * page_bytes(config, dtype)
-        try:
-            memory = Arena(size)
-        except MemoryError as error:
-            fits = available(size) // page_bytes(config, dtype) * PAGE
-            raise MemoryError(
-                f"a KV cache of {pages * PAGE} tokens: {error}, for {fits} tokens; lower kv_bytes or max_model_len"
-            ) from error
+    def __init__(
+        self,
+        config: DecoderConfig,
+        pages: int,
+        remember: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.device = torch.device(device)
         # A page holds all layers, so that the first tokens of a sequence lie together on few huge pages of memory.
-        block = memory.take(size).view(pages, config.layers, -1)
+        block = _memory(config, pages, dtype, self.device).view(pages, config.layers, -1)
         self.layers = [_pages(block[:, i], config, dtype) for i in range(config.layers)]
         self.pages, self.remember, self._block = pages, remember, block
         self._free = list(range(pages))[::-1]  # a stack
@@ -156,15 +157,36 @@ class KVCache:
             del self._page_of[self._link_of.pop(page)[0]]
 
 
+def _memory(c: DecoderConfig, pages: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, uint8: no bit pattern of old memory is ever read."""
+    size = pages * page_bytes(c, dtype)
+    try:
+        if device.type == "cpu":
+            return Arena(size).take(size)
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        free = available(size) if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+        reason = (
+            str(error) if device.type == "cpu" else f"{size} bytes of {device}'s memory are asked for, {free} are free"
+        )
+        raise MemoryError(
+            f"a KV cache of {pages * PAGE} tokens: {reason}, for {free // page_bytes(c, dtype) * PAGE} tokens; lower kv_bytes "
+            "or max_model_len"
+        ) from error
+
+
 def _pages(block: Tensor, c: DecoderConfig, dtype: torch.dtype) -> ops.KVPages:
     """One layer's part of all pages, uint8 [pages, bytes]: keys, values, and the scales of int8."""
     size = c.kv_heads * c.head_dim * PAGE * dtype.itemsize
+    columns = block.device.type in COLUMNS
+    keys = (c.head_dim, PAGE) if columns else (PAGE, c.head_dim)
 
     def part(begin: int, end: int | None, dtype: torch.dtype, *shape: int) -> Tensor:
         return block[:, begin:end].view(dtype).unflatten(-1, (c.kv_heads, *shape))
 
+    k = part(0, size, dtype, *keys)
     return ops.KVPages(
-        part(0, size, dtype, c.head_dim, PAGE),
+        k if columns else k.mT,
         part(size, 2 * size, dtype, PAGE, c.head_dim),
         part(2 * size, None, torch.float32, 2, PAGE) if dtype == torch.int8 else None,
     )
@@ -172,13 +194,15 @@ def _pages(block: Tensor, c: DecoderConfig, dtype: torch.dtype) -> ops.KVPages:
 
 def chunk(cache: KVCache, pages: Sequence[int], start: int, stop: int, adapters: Adapters | None = None) -> PagedBatch:
     """The batch that reads tokens [start, stop) of one sequence."""
-    table, position = torch.tensor([pages], dtype=torch.int32), torch.arange(start, stop)
+    device = cache.device
+    table = torch.tensor([pages], dtype=torch.int32, device=device)
+    position = torch.arange(start, stop, device=device)
     return PagedBatch(
         position=position,
         slot=table[0, position // PAGE].long() * PAGE + position % PAGE,
         block_table=table,
-        context_len=torch.tensor([stop], dtype=torch.int32),
-        cu_q=torch.tensor([0, stop - start], dtype=torch.int32),
+        context_len=torch.tensor([stop], dtype=torch.int32, device=device),
+        cu_q=torch.tensor([0, stop - start], dtype=torch.int32, device=device),
         pages=cache.layers,
         adapters=adapters,
     )

@@ -33,7 +33,7 @@ from ..sampling_params import SamplingParams
 from .adapters import Adapter, AdapterTable
 from .cache import PAGE, KVCache, chunk, pages_for
 from .forks import Home
-from .graph import Captured, capture
+from .graph import Captured, CapturedGraph, capture
 from .rows import Rows
 from .scheduler import Scheduler, Sequence
 from .score import Scores
@@ -50,8 +50,8 @@ LOST_S = 0.5  # after which one who waits looks for himself, should the thread t
 class Engine:
     """model: packed. capacity: tokens of the longest sequence. max_num_seqs: how many run together. pages: of the cache;
     None takes enough for all of them. threads: 0 takes torch's number. chunk: prompt tokens that are read at once, at
-    most. prefix_cache: texts that begin alike share the beginning. kv_dtype: of the cache, float32 or int8. speculate: guesses
-    of a sequence that a step may try, in rows that are free (speculate.py)."""
+    most. prefix_cache: texts that begin alike share the beginning. kv_dtype: of the cache, the model's own or int8.
+    speculate: guesses of a sequence that a step may try, in rows that are free (speculate.py)."""
 
     model: Decoder
     capacity: int
@@ -63,8 +63,10 @@ class Engine:
     prefix_cache: bool = True
     kv_dtype: torch.dtype = torch.float32
     speculate: int = 0
-    _plans: dict[int, Captured] = field(default_factory=dict, init=False)  # by number of rows
-    _adapted_plans: dict[int, Captured] = field(default_factory=dict, init=False)  # where any row has an adapter
+    _plans: dict[int, Captured | CapturedGraph] = field(default_factory=dict, init=False)  # by number of rows
+    _adapted_plans: dict[int, Captured | CapturedGraph] = field(
+        default_factory=dict, init=False
+    )  # where any row has an adapter
     _rate: float = field(default=LEAST / PIECE_S, init=False)  # prompt tokens a second, as the last piece had them
     _unsure: bool = field(default=False, init=False)  # rows may be a token ahead of the sequences
     _busy: bool = field(default=False, init=False)  # a thread runs a step, or changes adapters
@@ -72,7 +74,8 @@ class Engine:
 
     def __post_init__(self) -> None:
         pages = self.max_num_seqs * pages_for(self.capacity) if self.pages is None else self.pages
-        self.cache = KVCache(self.model.config, pages, self.prefix_cache, self.kv_dtype)
+        self.device = next(self.model.parameters()).device
+        self.cache = KVCache(self.model.config, pages, self.prefix_cache, self.kv_dtype, self.device)
         rows = max(self.max_num_seqs, self.speculate + 1)
         self.rows = Rows(self.cache, rows, self.capacity, self.eos_ids)
         self.scheduler = Scheduler(self.cache, self.max_num_seqs)
@@ -308,11 +311,11 @@ class Engine:
         batch = self.rows.batch(rows, self.adapters.pools if adapted else None)
         return self.rows.draw(self.model.logits(self.model.step(self.rows.ids[rows], batch)), rows)
 
-    def _capture(self, size: int, plans: dict[int, Captured]) -> tuple[Tensor, Tensor, Tensor]:
-        plans[size] = capture(lambda: self._forward(size, plans is self._adapted_plans))
+    def _capture(self, size: int, plans: dict[int, Captured | CapturedGraph]) -> tuple[Tensor, Tensor, Tensor]:
+        plans[size] = capture(lambda: self._forward(size, plans is self._adapted_plans), self.device)
         return plans[size].outputs
 
-    def _replay(self, plan: Captured) -> tuple[Tensor, Tensor, Tensor]:
+    def _replay(self, plan: Captured | CapturedGraph) -> tuple[Tensor, Tensor, Tensor]:
         if plan.replay(self.threads) and not plan.outputs[1].isnan().any():
             raise IndexError("a decode step found a row, a page or a position out of range")
         return plan.outputs
@@ -341,13 +344,15 @@ class Engine:
         start, stop = s.read, min(s.read + most, s.to_read)
         if stop > start:
             began = time.perf_counter()
-            slots = s.adapter and torch.full((stop - start,), s.adapter.slot)
+            slots = s.adapter and torch.full((stop - start,), s.adapter.slot, device=self.device)
             adapters = None if slots is None else Adapters(slots, self.adapters.pools)
             batch = chunk(self.cache, s.pages, start, stop, adapters)
-            hidden = self.model.step(torch.tensor(s.prompt[start:stop]), batch)
+            hidden = self.model.step(torch.tensor(s.prompt[start:stop], device=self.device), batch)
             if s.hidden and stop > s.skip:
                 s.taking = True
                 s.hidden(hidden[max(s.skip - start, 0) :])
+            if self.device.type == "cuda":  # what it takes decides how long the next piece may be
+                torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - began
             s.timing.prompt_tokens += stop - start
             s.timing.prefill_s += seconds
@@ -452,7 +457,7 @@ class _Mean:
     def add(self, hidden: Tensor) -> None:
         self._pieces.append(hidden)
         if sum(map(len, self._pieces)) == len(self.ids):  # at once: a sum of sums would depend on the pieces
-            mean = self.model.norm(torch.cat(self._pieces)).mean(0)
+            mean = self.model.norm(torch.cat(self._pieces)).float().mean(0)
             self.found, self._pieces = torch.nn.functional.normalize(mean, dim=0), []
 
 

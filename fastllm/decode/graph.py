@@ -1,9 +1,12 @@
-"""Capture and replay of a decode step: one `capture(step)` for every device.
+"""Capture and replay of a decode step: one `capture(step, device)` for every device.
 
 On a CPU a capture is our own plan: while `step` runs once, each kernel's entry stores its function and its arguments;
 replay walks the list in one parallel region without entering Python. A capture is right only if the kernels are all
 that the step does, so any compute op that is not ours is refused, also inside our launchers (a hidden copy would not be
 replayed).
+
+On a GPU it is a CUDA graph, of every kernel whoever wrote it. The step runs once before, which compiles and loads its
+kernels, and then is recorded without running.
 """
 
 from collections.abc import Callable
@@ -73,11 +76,25 @@ class Captured:
         return self._plan.kernels()
 
 
-def capture(step: Callable[[], Any]) -> Captured:
-    """Runs `step` once and records its kernels. What changes from step to step must lie in tensors that stay.
+class CapturedGraph:
+    """The same on a GPU; `replay` returns before the device is done, and finds no fault."""
 
-    RuntimeError when the step computes anything with other than fastllm's ops.
+    def __init__(self, graph: "torch.cuda.CUDAGraph", outputs: Any):
+        self._graph, self.outputs = graph, outputs
+
+    def replay(self, threads: int = 0) -> int:
+        self._graph.replay()
+        return 0
+
+
+def capture(step: Callable[[], Any], device: torch.device | str = "cpu") -> Captured | CapturedGraph:
+    """Runs `step` once and records its kernels. What changes from step to step must lie in tensors that stay; the outputs
+    are tensors.
+
+    On a CPU RuntimeError when the step computes anything with other than fastllm's ops; on a GPU when it waits for the device.
     """
+    if torch.device(device).type == "cuda":
+        return _capture_graph(step)
     plan, recorder = _C.Plan(), _Recorder()
     with torch.no_grad(), recorder:
         plan.begin()
@@ -86,3 +103,14 @@ def capture(step: Callable[[], Any]) -> Captured:
         finally:
             plan.end()
     return Captured(plan, recorder.kept, outputs)
+
+
+def _capture_graph(step: Callable[[], Any]) -> CapturedGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        results = step()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on with theirs
+            outputs = step()
+        for output, result in zip(outputs, results, strict=True):
+            output.copy_(result)
+    return CapturedGraph(graph, outputs)

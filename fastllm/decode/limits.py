@@ -5,11 +5,27 @@ from dataclasses import dataclass
 import torch
 
 from ..models.decoder import DecoderConfig
+from ..ops import _triton
 from .cache import PAGE, page_bytes, pages_for
 
-KV_DTYPES = {"auto": torch.float32, "int8": torch.int8}
-KV_BYTES = 1 << 30  # of the cache, where nobody says: 23,000 tokens of the 135M model
+KV_DTYPES = ("auto", "int8")
+KV_BYTES = 1 << 30  # of the cache on a CPU, where nobody says: 23,000 tokens of the 135M model
+KV_SHARE = 0.8  # of what is free on a GPU, likewise
 MOST_GUESSES = 63
+CHUNKS = {"cpu": 512, "cuda": 2048}  # tokens of a prompt that are read at once
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def decoding_device(name: str) -> torch.device:
+    """Where a model is to decode; "auto": on the GPU where there is one that our kernels run on. ValueError for another
+    name, or for a GPU that is not there."""
+    if name not in DEVICES:
+        raise ValueError(f"LLM: device={name!r}; allowed: {', '.join(map(repr, DEVICES))}")
+    if name == "cpu" or (name == "auto" and not _triton.available()):
+        return torch.device("cpu")
+    if not _triton.available():
+        raise ValueError(f"LLM: device='cuda', but {_triton.unavailable_reason()}; `fastllm info` tells more")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +52,13 @@ class Limits:
         if not _is_int(self.speculate) or not 0 <= self.speculate <= MOST_GUESSES:
             raise ValueError(f"LLM: speculate={self.speculate!r}; allowed: an integer in [0, {MOST_GUESSES}]")
 
-    def pages(self, config: DecoderConfig) -> int:
-        """Pages of the KV cache of a model. ValueError: limits that the model, or the cache, cannot keep."""
+    def cache_dtype(self, model: torch.dtype) -> torch.dtype:
+        """Of keys and values; `model`: of the activations."""
+        return torch.int8 if self.kv_dtype == "int8" else model
+
+    def pages(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> int:
+        """Pages of `dtype` of the KV cache of a model on `device`, whose weights are there. ValueError: limits that the model,
+        or the cache, cannot keep."""
         if self.max_model_len and self.max_model_len > config.max_position:
             raise ValueError(
                 f"LLM: max_model_len={self.max_model_len}, but the model has {config.max_position} positions"
@@ -47,9 +68,10 @@ class Limits:
                 f"LLM: kv_dtype='int8' takes heads of a multiple of 16, the model's have {config.head_dim}"
             )
         tokens = self.max_model_len or config.max_position
-        size, longest = page_bytes(config, KV_DTYPES[self.kv_dtype]), pages_for(tokens)
+        size, longest = page_bytes(config, dtype), pages_for(tokens)
         if self.kv_bytes is None:
-            return max(longest, min(self.max_num_seqs * longest, KV_BYTES // size))
+            share = int(KV_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else KV_BYTES
+            return max(longest, min(self.max_num_seqs * longest, share // size))
         if self.kv_bytes < longest * size:
             raise ValueError(
                 f"LLM: {tokens} tokens need {longest * size} bytes of KV cache, kv_bytes={self.kv_bytes} allows "

@@ -1,8 +1,8 @@
 """The tensors of decode steps, one row for each running sequence."""
 
 from collections.abc import Iterable
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,23 +22,26 @@ class Rows:
 
     def __init__(self, cache: KVCache, count: int, capacity: int, eos_ids: Iterable[int]):
         self.cache, self._eos = cache, sorted(eos_ids)
-        self.ids, self.position, self.slot = (torch.zeros(count, dtype=torch.int64) for _ in range(3))
-        self.context_len = torch.zeros(count, dtype=torch.int32)
-        self.block_table = torch.full((count, pages_for(capacity)), -1, dtype=torch.int32)
-        self.who = torch.full((count,), -1, dtype=torch.int32)  # row of the sampler's state: the same, or nobody
-        self.adapter = torch.full((count,), -1, dtype=torch.int64)
-        self.state = ops.SampleState.create(count, history=capacity + 1, suppress=max(1, len(self._eos)))
-        self.starts = torch.arange(count + 1, dtype=torch.int32)  # rows that share a pass over their keys
+        self.device = cache.device
+        on = {"device": self.device}
+        self.ids, self.position, self.slot = (torch.zeros(count, dtype=torch.int64, **on) for _ in range(3))
+        self.context_len = torch.zeros(count, dtype=torch.int32, **on)
+        self.block_table = torch.full((count, pages_for(capacity)), -1, dtype=torch.int32, **on)
+        self.who = torch.full((count,), -1, dtype=torch.int32, **on)  # row of the sampler's state: the same, or nobody
+        self.adapter = torch.full((count,), -1, dtype=torch.int64, **on)
+        self.state = ops.SampleState.create(count, history=capacity + 1, suppress=max(1, len(self._eos)), **on)
+        self.starts = torch.arange(count + 1, dtype=torch.int32, **on)  # rows that share a pass over their keys
         self.slot.fill_(-1)
-        # The same memory, for drafts: numpy writes a few numbers in a tenth of the time that torch takes.
+        # The same memory, for drafts: on a CPU numpy writes a few numbers in a tenth of the time that torch takes.
+        view = Tensor.numpy if self.device.type == "cpu" else Tensor.detach
         moved = self.ids, self.position, self.slot, self.context_len, self.state.settings
         self._ids, self._position, self._slot, self._context_len, self._settings = self._moved = [
-            t.numpy() for t in moved
+            view(t) for t in moved
         ]
-        self._counters = self.state.position.numpy(), self.state.history_len.numpy()
+        self._counters = view(self.state.position), view(self.state.history_len)
         others = self.block_table, self.state.history, self.state.suppress, self.who, self.adapter, self.starts
-        self._table, self._history, self._suppress, self._who, self._adapter, self._starts = (t.numpy() for t in others)
-        self._count = np.arange(count + 1)
+        self._table, self._history, self._suppress, self._who, self._adapter, self._starts = (view(t) for t in others)
+        self._count = view(torch.arange(count + 1, **on))
 
     def seat(self, s: Sequence) -> None:
         """The row of `s` is about to read its last token and to draw the one after it."""
@@ -58,6 +61,10 @@ class Rows:
         self._slot[rows] = self._who[rows] = self._adapter[rows] = -1
         self._starts[rows] = self._count[rows]
 
+    def _row(self, values: list[int]) -> Any:
+        """Numbers, for a slice of the views."""
+        return values if self.device.type == "cpu" else torch.tensor(values, device=self.device)
+
     def draft(self, s: Sequence, first: int, tokens: list[int]) -> None:
         """Rows from `first` on read these tokens, each as if it were what the row before it draws.
 
@@ -66,7 +73,7 @@ class Rows:
         row, stop, p = s.row, first + len(tokens), s.params
         rows, ahead = slice(first, stop), self._count[1 : 1 + len(tokens)]
         position = self._position[row] + ahead
-        self._ids[rows], self._position[rows], self._context_len[rows] = tokens, position, position + 1
+        self._ids[rows], self._position[rows], self._context_len[rows] = self._row(tokens), position, position + 1
         self._table[rows, : len(s.pages)] = self._table[row, : len(s.pages)]
         self._slot[rows] = self._table[row, position // PAGE] * PAGE + position % PAGE
         self._who[rows], self._adapter[rows] = self._count[rows], self._adapter[row]
@@ -79,14 +86,15 @@ class Rows:
         if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:  # else nobody looks at histories
             length = int(position[0])
             self._history[rows, :length] = self._history[row, :length]
-            self._history[rows, length : length + len(tokens)] = tokens
+            self._history[rows, length : length + len(tokens)] = self._row(tokens)
 
     def go_on(self, s: Sequence, row: int, count: int) -> None:
         """`row` read the last draft that was right, if any: the sequence, which has taken `count` tokens, goes on there."""
         for values in self._moved:
             values[s.row] = values[row]
-        length = self._context_len[s.row] = self._position[row] + 1
-        self._history[s.row, length - count : length] = s.tokens[-count:]
+        length = int(self._position[row]) + 1
+        self._context_len[s.row] = length
+        self._history[s.row, length - count : length] = self._row(s.tokens[-count:])
 
     def batch(self, rows: slice, pools: Pools | None = None) -> PagedBatch:
         """pools: of the adapters, where any row has one."""
@@ -103,6 +111,7 @@ class Rows:
     def draw(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """(token, logprob, logits) of the rows; each token is put where the next step reads it."""
         state = self.state.with_rows(self.who[rows])
+        logits = logits.float()
         token, logprob, *_ = ops.sample(logits, state, entropy=False)
         ops.advance(
             token, state, self.position[rows], self.context_len[rows], self.block_table[rows], self.slot[rows],

@@ -28,7 +28,9 @@ class Scores:
     def __init__(self, model: Decoder, ids: Sequence[int], start: int):
         self.model, self.ids, self.skip = model, list(ids), start - 1
         self.lasts: dict[int, int] = {}  # token: its place in what is found for the end
-        self._targets, self._found, self._done = torch.tensor(self.ids[start:], dtype=torch.int64), list[Tensor](), 0
+        device = next(model.parameters()).device
+        self._targets = torch.tensor(self.ids[start:], dtype=torch.int64, device=device)
+        self._found, self._done = list[Tensor](), 0
         self._ends = torch.empty(0)
 
     def add(self, hidden: Tensor) -> None:
@@ -37,10 +39,10 @@ class Scores:
         self._found.append(target_logprobs(self.model.logits, hidden[: len(inner)], inner))
         self._done += len(inner)
         if len(inner) < len(hidden):
-            logits = self.model.logits(hidden[-1:]).expand(len(self.lasts), -1)
-            self._ends = ops.target_logprobs(logits, torch.tensor(list(self.lasts)))
+            logits = self.model.logits(hidden[-1:]).float().expand(len(self.lasts), -1)
+            self._ends = ops.target_logprobs(logits, torch.tensor(list(self.lasts), device=logits.device))
 
     def of(self, last: int) -> Tensor:
         """Of the text that ends with this token: float32 [its tokens from start on]."""
         place = self.lasts[last]
-        return torch.cat([*self._found, self._ends[place : place + 1]])
+        return torch.cat([*self._found, self._ends[place : place + 1]]).cpu()

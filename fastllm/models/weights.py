@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..ops import Panels, QWeight
+from ..ops.linear import unpack
 from ..ops.quant_linear import GROUP, STORED
 from .arena import Arena
 from .blocks import Embedding, Projection, make_gains
@@ -69,6 +71,29 @@ def load_packed(path: str | Path, quantize: str | None = None, as_float: bool = 
         model.head.pack(model.embedding.weight)
     model.arena = arena
     model.eval().requires_grad_(False)
+    make_gains(model)
+    return model
+
+
+def to_device(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """Moves a model to a GPU, packed or not: panels, which are a CPU's, become row-major again, quantised weights go as they
+    are. The rest takes `dtype`, or float32 where any weight is quantised: that is what their kernels take."""
+    moved: dict[int, nn.Parameter | QWeight] = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, (Panels, QWeight)):
+            continue
+        if id(weight) not in moved:
+            if isinstance(weight, QWeight):
+                moved[id(weight)] = replace(weight, data=weight.data.to(device))
+            else:
+                dense = unpack(weight.data, weight.rows, weight.swiglu)
+                moved[id(weight)] = nn.Parameter(dense, requires_grad=False)
+        module.weight = moved[id(weight)]
+    if any(isinstance(weight, QWeight) for weight in moved.values()):
+        dtype = torch.float32
+    model.arena = None
+    model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     make_gains(model)
     return model
 

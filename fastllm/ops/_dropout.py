@@ -74,11 +74,11 @@ def keep_tile(row, column, seed, call, threshold, N: tl.constexpr):
     row = row[:, None].to(tl.int64)
     zero = (group * 0).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(
-        tl.to_tensor(seed).to(tl.int64),
+        tl.cast(seed, tl.int64),
         group + (row * 0).to(tl.uint32),
         (row & 0xFFFFFFFF).to(tl.uint32) + zero,
         ((row >> 32) & 0xFFFFFFFF).to(tl.uint32) + zero,
-        zero + (row * 0).to(tl.uint32) + tl.to_tensor(call).to(tl.uint32),
+        zero + (row * 0).to(tl.uint32) + tl.cast(call, tl.uint32),
     )
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [M, N / 4, 2, 2]: word 2a + b
-    return tl.reshape(words, (row.shape[0], N)) >= tl.to_tensor(threshold).to(tl.uint32)
+    return tl.reshape(words, (row.shape[0], N)) >= tl.cast(threshold, tl.uint32)

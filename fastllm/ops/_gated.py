@@ -110,7 +110,7 @@ def backward_kernel(
     tl.store(dgate + row * cols + col, (d * slope).to(dgate.dtype.element_ty), mask=inside)
 
 
-BLOCK = 1024  # columns a program: 8 a thread of 4 warps, one or two 16-byte loads from each input
+BLOCK, WARPS = 1024, 4  # columns a program: 8 a thread, one or two 16-byte loads from each input
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
@@ -159,7 +159,7 @@ def gpu(act: int, gate: Tensor, up: Tensor | None) -> Tensor:
         u = g if up is None else as_rows(up)
         rows, cols = g.shape
         forward_kernel[(rows, triton.cdiv(cols, BLOCK))](
-            y, g, u, cols, g.stride(0), u.stride(0), ACT=act, GATED=up is not None, BLOCK=BLOCK
+            y, g, u, cols, g.stride(0), u.stride(0), ACT=act, GATED=up is not None, BLOCK=BLOCK, num_warps=WARPS
         )
     return y
 
@@ -172,7 +172,7 @@ def gpu_backward(act: int, dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple
         rows, cols = g.shape
         backward_kernel[(rows, triton.cdiv(cols, BLOCK))](
             dgate, dgate if dup is None else dup, d, g, u, cols, d.stride(0), g.stride(0), u.stride(0),
-            ACT=act, GATED=up is not None, BLOCK=BLOCK,
+            ACT=act, GATED=up is not None, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return dgate, dup
 

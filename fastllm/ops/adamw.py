@@ -154,6 +154,8 @@ def kernel(
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
+LANES, WARPS = 1024, 4  # elements that a program holds at a time
+
 
 def _columns(param, grad, exp_avg, exp_avg_sq, master):
     return param, [g.contiguous() for g in grad], exp_avg, exp_avg_sq, master or [None] * len(param)
@@ -200,7 +202,7 @@ def gpu(
         step_size, root, keep, eps, 1 - beta1, 1 - beta2, beta2,
         PARAM=element_type(param[0].dtype), GRAD=element_type(grad[0].dtype), MOMENT=element_type(exp_avg[0].dtype),
         MASTER=bool(master), HAS_SCALE=grad_scale is not None, HAS_SKIP=skip is not None, HAS_STEP=step_at is not None,
-        ALIGNED=aligned, CHUNK=BLOCK, BLOCK=1024,
+        ALIGNED=aligned, CHUNK=BLOCK, BLOCK=LANES, num_warps=WARPS,
     )  # fmt: skip
     _changed(param, exp_avg, exp_avg_sq, master)
 

@@ -186,7 +186,7 @@ def backward_kernel(
         tl.store(dlogits + row * d_stride + col, d.to(dlogits.dtype.element_ty), mask=inside)
 
 
-READ_BLOCK, WRITE_BLOCK = 4096, 4096  # logits that a program holds: 16 a thread of 8 warps
+READ, WRITE = (4096, 8), (4096, 8)  # logits that a program holds, warps
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
@@ -241,7 +241,7 @@ def gpu(logits, target, ignore_index, label_smoothing, softcap, z_loss) -> tuple
         x = as_rows(logits)
         forward_kernel[(x.shape[0],)](
             loss, stats, x, target.contiguous(), x.shape[1], x.stride(0), ignore_index, label_smoothing, softcap, z_loss,
-            CAPPED=softcap != 0, SMOOTHED=label_smoothing != 0, BLOCK=READ_BLOCK, num_warps=8,
+            CAPPED=softcap != 0, SMOOTHED=label_smoothing != 0, BLOCK=READ[0], num_warps=READ[1],
         )  # fmt: skip
     return outputs
 
@@ -252,9 +252,9 @@ def gpu_backward(
     d = _dlogits(logits) if out is None else out
     if d.numel():
         x = as_rows(logits)
-        backward_kernel[(x.shape[0], triton.cdiv(x.shape[1], WRITE_BLOCK))](
+        backward_kernel[(x.shape[0], triton.cdiv(x.shape[1], WRITE[0]))](
             d, dloss, x, target.contiguous(), stats, x.shape[1], d.stride(0), dloss.stride(0), x.stride(0), ignore_index,
-            label_smoothing, softcap, z_loss, CAPPED=softcap != 0, BLOCK=WRITE_BLOCK, num_warps=8,
+            label_smoothing, softcap, z_loss, CAPPED=softcap != 0, BLOCK=WRITE[0], num_warps=WRITE[1],
         )  # fmt: skip
     return d
 

@@ -272,6 +272,11 @@ def gpu(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
     return y.to(torch.float32 if wide else x.dtype)
 
 
+# Rows and columns of a tile, warps, steps on their way. No tile of tensor cores below 64 rows: smaller ones run on other
+# instructions, which add in an order of their own.
+MANY_ROWS, FEW_ROWS = (128, 128, 8, 4), (64, 32, 4, 4)
+
+
 def gpu_exact(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
     y = _output(x, weight.shape[0] // (1 + swiglu), wide)
     if not y.numel():
@@ -280,14 +285,13 @@ def gpu_exact(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
         x = rms_norm(x, norm, eps)
     rows, other = as_rows(x), None if residual is None else as_rows(residual)
     weight = unit_stride(weight)
-    # No tile of tensor cores below 64 rows: smaller ones run on other instructions, which add in an order of their own.
-    bm, bn, warps = (128, 128, 8) if rows.shape[0] > 64 and not swiglu else (64, 32, 4)
+    bm, bn, warps, stages = MANY_ROWS if rows.shape[0] > 64 and not swiglu else FEW_ROWS
     if x.dtype == torch.float32:
         bm, bn, warps = 32, 32, 4
     exact_kernel[(triton.cdiv(rows.shape[0], bm) * triton.cdiv(y.shape[-1], bn),)](
         y, rows, weight, bias, other, rows.shape[0], y.shape[-1], rows.shape[1],
         rows.stride(0), weight.stride(0), 0 if other is None else other.stride(0),
-        SWIGLU=swiglu, BM=bm, BN=bn, BK=_DEPTH, num_warps=warps, num_stages=4, enable_fp_fusion=False,
+        SWIGLU=swiglu, BM=bm, BN=bn, BK=_DEPTH, num_warps=warps, num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip
     return y
 

@@ -137,7 +137,7 @@ def _cpu(q: Tensor, k: Tensor, position: Tensor, table: Tensor, interleaved: boo
     return q_out, k_out
 
 
-HEADS = 8  # a program
+HEADS, WARPS = 8, 2  # a program
 
 
 def _gpu(q: Tensor, k: Tensor, position: Tensor, table: Tensor, interleaved: bool, inverse: bool):
@@ -151,7 +151,7 @@ def _gpu(q: Tensor, k: Tensor, position: Tensor, table: Tensor, interleaved: boo
             *_batched(q), *_batched(k), position.stride(0) if position.dim() == 2 else 0, position.stride(-1),
             -1.0 if inverse else 1.0,
             INTERLEAVED=interleaved, HALF=triton.next_power_of_2(rotary // 2),
-            REST=triton.next_power_of_2(dim - rotary) if dim > rotary else 0, HEADS=HEADS, num_warps=2,
+            REST=triton.next_power_of_2(dim - rotary) if dim > rotary else 0, HEADS=HEADS, num_warps=WARPS,
         )  # fmt: skip
     return q_out, k_out
 

@@ -111,4 +111,9 @@ SUITE = Suite(
         case(4096, 2048, master=True, tensors=True, in_place=True),
         case(8192, 16384, master=True, in_place=True),
     ),
+    gpu=(  # 403 M parameters
+        case(16384, 24576, in_place=True),
+        case(16384, 24576, moments=torch.bfloat16, in_place=True),
+        case(16384, 24576, master=True, in_place=True),
+    ),
 )

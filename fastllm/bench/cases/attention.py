@@ -25,6 +25,14 @@ def visible(spec: AttentionSpec, queries: int, keys: int, device) -> torch.Tenso
     return seen & (distance.abs() < spec.window) if spec.window else seen
 
 
+def seen_pairs(spec: AttentionSpec, queries: int, keys: int) -> int:
+    """How many products of a query and a key a head needs: the sum of `visible`."""
+    row = torch.arange(keys - queries, keys)
+    window = spec.window or keys + queries
+    end = row + 1 if spec.causal else row + window
+    return int((end.clamp(max=keys) - (row - window + 1).clamp(min=0)).clamp(min=0).sum())
+
+
 def plain(q, k, v, spec=CAUSAL, cu_q=None, cu_k=None, bias=None, sinks=None):
     if cu_q is not None:
         return plain_varlen(q, k, v, spec, cu_q.tolist(), cu_k.tolist(), bias, sinks)
@@ -105,9 +113,9 @@ def learned(make, heads: int, bias: tuple[int, ...], sinks: bool) -> dict:
     }
 
 
-def case(batch, queries, keys, heads, kv_heads, dim, bias=(), sinks=False, **fields) -> Case:
+def case(batch, queries, keys, heads, kv_heads, dim, bias=(), sinks=False, plain=True, **fields) -> Case:
     spec = spec_of(heads, **fields)
-    pairs = int(visible(spec, queries, keys, "cpu").sum()) if queries * keys < 1 << 22 else queries * (keys + 1) // 2
+    pairs = seen_pairs(spec, queries, keys)
     words = (f" bias {'x'.join(map(str, bias))}" if bias else "") + (" sinks" if sinks else "")
     return Case(
         f"B{batch} Sq{queries} Sk{keys} H{heads}/{kv_heads} D{dim}{extra(spec)}{words}",
@@ -123,6 +131,7 @@ def case(batch, queries, keys, heads, kv_heads, dim, bias=(), sinks=False, **fie
         backward_bytes=lambda size: batch * dim * (4 * queries * heads + 4 * keys * kv_heads) * size,
         backward_flops=10 * batch * heads * dim * pairs,
         apart=not spec.dropout and bias[:1] in ((), (1,)),
+        plain=plain,
     )
 
 
@@ -212,6 +221,20 @@ SUITE = Suite(
         case(1, 512, 512, 32, 4, 64),
         case(4, 512, 512, 12, 12, 64, causal=False),
         case(1, 512, 512, 8, 8, 64, bias=(1, 8, 512, 512), sinks=True, softcap=8.0, window=256, dropout=0.1),
+    ),
+    gpu=(
+        *(
+            case(batch, length, length, heads, heads, dim, plain=False, causal=causal)
+            for batch, heads, length, dim, causal in (
+                (4, 32, 4096, 64, True),
+                (1, 32, 16384, 64, True),
+                (16, 16, 1024, 128, True),
+                (4, 16, 4096, 128, True),
+                (1, 16, 16384, 128, True),
+                (1, 16, 16384, 128, False),
+            )
+        ),
+        case(4, 4096, 4096, 32, 8, 128, plain=False, window=1024, softcap=30.0),
     ),
     peers={"torch sdpa": sdpa},
 )

@@ -96,4 +96,5 @@ SUITE = Suite(
         ),
     ),
     benchmark=(case(2048, 50257), case(256, 50257), case(2048, 50257, ignored=True, **EVERY), case(8192, 128256)),
+    gpu=(case(8192, 128256), case(8192, 128256, ignored=True, **EVERY)),
 )

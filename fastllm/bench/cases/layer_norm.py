@@ -60,4 +60,5 @@ SUITE = Suite(
         case(1030, 1040),  # 4 MB: stores past the cache
     ),
     benchmark=(case(2048, 2048), case(2048, 2048, residual=True), case(1, 768), case(8192, 4096)),
+    gpu=(case(8192, 4096), case(8192, 4096, residual=True)),
 )

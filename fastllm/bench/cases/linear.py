@@ -135,4 +135,5 @@ SUITE = Suite(
             )
         ),
     ),
+    gpu=tuple(case(rows, 4096, cols=4096, exact=True) for rows in (1, 16, 8192)),
 )  # fmt: skip

@@ -134,6 +134,10 @@ SUITE = Suite(
         case(2048, 2048, cols=2048, rank=16, form="panels"),
         case(2048, 2048, cols=2048, rank=16, magnitude=True),
     ),
+    gpu=(
+        *(case(rows, 4096, cols=cols, rank=16) for rows, cols in ((8192, 4096), (8192, 14336), (2048, 4096))),
+        case(8192, 4096, cols=4096, rank=64, p=0.1),
+    ),
     peers={"torch dropout": torch_dropout, "frozen linear": frozen},
 )  # fmt: skip
 

@@ -105,4 +105,5 @@ SUITE = Suite(
         case(16, 2048, cols=2048, ranks=(16,) * 16, packed=True),
         case(512, 2048, cols=2048, ranks=(16,) * 4, packed=True, sort=True),
     ),
+    gpu=(case(32, 4096, cols=4096, ranks=(16,) * 32),),
 )  # fmt: skip

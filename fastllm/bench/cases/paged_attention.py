@@ -65,11 +65,14 @@ def copied(inputs):
     return {**copy.deepcopy(others), "k_pages": cache.k, "v_pages": cache.v}
 
 
-def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, sinks=False, int8=False, **fields) -> Case:
+def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, sinks=False, int8=False, plain=True, **fields) -> Case:
     spec = spec_of(heads, **fields)
     pairs = sum(n * c - (n * (n - 1) // 2 if spec.causal else 0) for n, c in zip(queries, contexts, strict=True))
     words = extra(spec) + (" sinks" if sinks else "") + (" int8" if int8 else "")
+    words += " exact" if spec.exact else ""
     brief = ", ".join(f"{n}@{c}" for n, c in zip(queries, contexts, strict=True))
+    if len(queries) >= 16 and len({*queries}) == len({*contexts}) == 1:
+        brief = f"{len(queries)} x {queries[0]}@{contexts[0]}"
     return Case(
         f"{brief} H{heads}/{kv_heads} D{dim}{words}",
         lambda make: inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed, sinks, int8),
@@ -77,6 +80,7 @@ def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, sinks=False, int8
             2 * sum(queries) * heads * dim * size + 2 * sum(contexts) * kv_heads * (dim + 4 if int8 else dim * size)
         ),
         flops=4 * heads * dim * pairs,
+        plain=plain,
     )
 
 
@@ -116,5 +120,13 @@ SUITE = Suite(
         case([1] * 16, [512] * 16, 9, 3, 64),
         case([1] * 16, [512] * 16, 9, 3, 64, int8=True),
         case([512], [512], 9, 3, 64),
+    ),
+    gpu=(
+        *(
+            case([1] * batch, [keys] * batch, 32, 8, 128, plain=False)
+            for batch, keys in ((1, 4096), (1, 32768), (16, 4096), (64, 4096), (128, 1024))
+        ),
+        case([1] * 16, [4096] * 16, 32, 8, 128, plain=False, int8=True),
+        case([1] * 16, [4096] * 16, 32, 8, 128, plain=False, exact=True),
     ),
 )

@@ -182,4 +182,7 @@ SUITE = Suite(
             )
         ),
     ),
+    gpu=tuple(
+        case(rows, 4096, cols=14336, form=form, timed=True) for rows in (1, 8, 16, 512) for form in ("int4 g128", "int8 g128")
+    ),
 )  # fmt: skip

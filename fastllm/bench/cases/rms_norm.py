@@ -54,4 +54,5 @@ SUITE = Suite(
         strided("broadcast row", lambda t: t.expand(5, -1), 1, 33),
     ),
     benchmark=(case(2048, 2048), case(2048, 2048, residual=True), case(1, 576), case(8192, 4096)),
+    gpu=(case(8192, 4096), case(8192, 4096, residual=True)),
 )

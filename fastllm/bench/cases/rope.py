@@ -94,4 +94,5 @@ SUITE = Suite(
         case(2048, heads=32, kv_heads=4, dim=64, interleaved=True),
         case(4, 4096, heads=32, kv_heads=8, dim=128),
     ),
+    gpu=(case(4, 4096, heads=32, kv_heads=8, dim=128),),
 )

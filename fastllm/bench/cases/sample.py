@@ -81,7 +81,7 @@ SUITE = Suite(
     ),
     gpu=tuple(
         case(b, v, **USUAL)
-        for v, rows in ((32000, (64, 256)), (128256, (8, 64, 256)), (151936, (1, 64, 256)))
+        for v, rows in ((32000, (1, 64, 256)), (128256, (1, 8, 64, 256)), (151936, (1, 64, 256)))
         for b in rows
     ),
     peers={"torch top-k first": topk_first, "transformers": transformers_pipeline},

@@ -52,4 +52,5 @@ SUITE = Suite(
         case(1030, 1040),  # 4 MB: stores past the cache
     ),
     benchmark=(case(2048, 2048), case(64, 32000, temperature=0.8), case(1, 2048), case(8192, 8192)),
+    gpu=(case(8192, 8192), case(64, 128256, temperature=0.8)),
 )

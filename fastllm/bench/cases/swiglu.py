@@ -57,4 +57,5 @@ SUITE = Suite(
         case(1030, 1040),  # 4 MB: stores past the cache
     ),
     benchmark=(case(2048, 5632), fused(2048, 5632), case(1, 1536), case(8192, 14336)),
+    gpu=(case(8192, 14336), fused(8192, 14336)),
 )

@@ -44,5 +44,6 @@ SUITE = Suite(
         strided("broadcast row", lambda t: t[:1].expand(5, -1)),
     ),
     benchmark=(case(1, 49152), case(512, 49152), case(64, 128256)),
+    gpu=(case(64, 128256), case(8192, 128256)),
     peers={"torch fp32": plain},
 )

@@ -67,4 +67,5 @@ SUITE = Suite(
         case(2048, 4096, 128256),
         case(2048, 4096, 128256, kept=50, temperature=0.8),
     ),
+    gpu=(case(8192, 4096, 128256), case(2048, 4096, 128256, kept=50, temperature=0.8)),
 )

@@ -1,10 +1,13 @@
 """attention by cuDNN, through torch: faster than our kernels on the shapes that it takes (benchmarks/LOG.md), until they
 win. `refusal` is the one place that decides; the Triton kernels serve everything else.
 
-cuDNN's backward adds dq with atomics: under torch.use_deterministic_algorithms(True) ours runs.
+cuDNN's backward adds dq with atomics: under torch.use_deterministic_algorithms(True) ours runs, and so it does
+under torch.backends.cuda.enable_cudnn_sdp(False).
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -46,7 +49,20 @@ def refusal(
         return "causal with Sq != Sk: torch aligns the mask to the first key, we to the last"
     if torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms are asked for"
+    if not torch.backends.cuda.cudnn_sdp_enabled():
+        return "torch.backends.cuda.enable_cudnn_sdp(False)"
     return None if _available(q.device.index or 0) else "no cuDNN attention on this GPU"
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """Our own kernels for a while, as torch.backends.cuda.enable_cudnn_sdp(False) has them."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from ..rope import unit_stride
 from . import cudnn
 from .spec import Settings
 from .triton_forward import common, modes
-from .triton_tile import BACKWARD, BIAS, owner, padded, shaped, sight, sizes, span, stages
+from .triton_tile import BIAS, KEYS, QUERIES, Sizes, clear, owner, padded, shaped, sight, sizes, span
 
 
 @triton.jit
@@ -36,13 +36,20 @@ def delta_kernel(
 @triton.jit
 def gradients(
     s, dp, lse, delta, bias, slope, row, key, keys, kept, window, scale, softcap, rescale,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr,
 ):  # fmt: skip
     """From s = q . k and dp = dout . v, rows down and keys across or the other way: what weights are left by dropout, the
     gradient of the score, and that of q . k, both without `scale`."""
-    s, damp = shaped(s, scale, softcap, bias, slope, row - key, SOFTCAP, BIAS, ALIBI)
-    p = tl.exp2(tl.where(sight(row, key, keys, window, CAUSAL, WINDOW), s, -float("inf")) - lse)
+    damp = 1.0
+    if SHAPED:
+        s, damp = shaped(s, scale, softcap, bias, slope, row - key, SOFTCAP, BIAS, ALIBI)
+        s -= lse
+    else:
+        s = tl.fma(s, scale * 1.4426950408889634, -lse)
+    if MASKED:
+        s = tl.where(sight(row, key, keys, window, CAUSAL, WINDOW), s, -float("inf"))
+    p = tl.exp2(s)
     w = p
     if DROPOUT:
         factor = tl.where(kept, rescale, 0.0)
@@ -58,13 +65,51 @@ def base2(lse):
 
 
 @triton.jit
+def keys_sweep(
+    dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, bias, slope, drop_row, start, begin, end, queries, keys, dim,
+    q_row, dout_row, bias_row, bias_key, window, scale, softcap, seed, call, threshold, rescale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What rows [begin, end) add to dk and dv of the keys from `start`. q, dout, lse, delta point at the head's first row,
+    bias [keys of the block] at that row's entries."""
+    key, d = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)[None, :]
+    shift = keys - queries  # a row's position is its index plus this
+    for row_start in range(begin, end, BLOCK_M):
+        i = row_start + tl.arange(0, BLOCK_M)
+        valid = i < queries
+        at, inside = i[:, None].to(tl.int64), valid[:, None] & (d < dim)
+        q_tile = tl.load(q + at * q_row + d, mask=inside, other=0.0)
+        dy = tl.load(dout + at * dout_row + d, mask=inside, other=0.0)
+        m = base2(tl.load(lse + i, mask=valid, other=-float("inf")))
+        mean = tl.load(delta + i, mask=valid, other=0.0)
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # [keys, rows]
+        dp = tl.dot(v_tile, tl.trans(dy), input_precision="ieee")
+        kept, add = True, 0.0
+        if DROPOUT:
+            kept = tl.trans(keep_tile(drop_row + i, start, seed, call, threshold, BLOCK_N).to(tl.int8)) != 0
+        if BIAS:
+            seen = valid[None, :] & (key < keys)[:, None]
+            at_bias = bias[:, None] + i[None, :].to(tl.int64) * bias_row
+            add = tl.load(at_bias, mask=seen, other=0.0).to(tl.float32)
+        w, _, ds = gradients(
+            s, dp, m[None, :], mean[None, :], add, slope, (i + shift)[None, :], key[:, None], keys, kept,
+            window, scale, softcap, rescale, MASKED, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED,
+        )  # fmt: skip
+        dv_tile = tl.dot(w.to(dy.dtype), dy, dv_tile, input_precision="ieee")
+        dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
+    return dk_tile, dv_tile
+
+
+@triton.jit
 def keys_kernel(
     dk, dv, q, k, v, dout, lse, delta, cu_q, cu_k, bias, alibi,
     batch, queries, keys, heads, group, dim, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     bias_batch, bias_head, bias_row, bias_key, dout_batch, dout_row, dout_head,
     window, scale, softcap, seed, call, threshold, rescale,
     PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BATCH: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr, BATCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     kv_head, b = tl.program_id(1), tl.program_id(2)
@@ -95,40 +140,83 @@ def keys_kernel(
         if not CAUSAL:
             begin = tl.maximum(start - window + 1 - shift, 0)
     begin = begin // BLOCK_M * BLOCK_M
+    end = tl.maximum(end, begin)
+    # rows [from_row, to_row) see all keys of the block
+    from_row, to_row = begin, end
+    if CAUSAL:
+        from_row = tl.maximum(start + BLOCK_N - 1 - shift, 0)
+    if WINDOW:
+        to_row = tl.minimum(to_row, start + window - shift)
+        if not CAUSAL:
+            from_row = tl.maximum(start + BLOCK_N - window - shift, 0)
+    from_row = tl.where(start + BLOCK_N > keys, end, tl.cdiv(from_row, BLOCK_M) * BLOCK_M)
+    from_row = tl.minimum(tl.maximum(from_row, begin), end)
+    if WINDOW:
+        to_row = tl.minimum(tl.maximum(tl.maximum(to_row, 0) // BLOCK_M * BLOCK_M, from_row), end)
     dk_tile, dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    q += first.to(tl.int64) * q_row if PACKED else 0
+    dout += first.to(tl.int64) * dout_row if PACKED else 0
     for member in range(0, group):
         head = kv_head * group + member
         slope = tl.load(alibi + head) if ALIBI else 0.0
         at_row = (b_at * heads + head) * all_rows + first
-        for row_start in range(begin, end, BLOCK_M):
-            i = row_start + tl.arange(0, BLOCK_M)
-            valid = i < queries
-            row_at, row_inside = (first + i)[:, None].to(tl.int64), valid[:, None] & (d < dim)
-            q_tile = tl.load(q + b_at * q_batch + row_at * q_row + head * q_head + d, mask=row_inside, other=0.0)
-            dy = tl.load(
-                dout + b_at * dout_batch + row_at * dout_row + head * dout_head + d, mask=row_inside, other=0.0
-            )
-            m = base2(tl.load(lse + at_row + i, mask=valid, other=-float("inf")))
-            mean = tl.load(delta + at_row + i, mask=valid, other=0.0)
-            s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # [keys, rows]
-            dp = tl.dot(v_tile, tl.trans(dy), input_precision="ieee")
-            kept, add = True, 0.0
-            if DROPOUT:
-                drop_row = (b_at * heads + head) * queries + i + first * heads
-                kept = tl.trans(keep_tile(drop_row, start, seed, call, threshold, BLOCK_N).to(tl.int8)) != 0
-            if BIAS:
-                at = bias + b.to(tl.int64) * bias_batch + head * bias_head + i[None, :].to(tl.int64) * bias_row
-                seen = valid[None, :] & (key < keys)[:, None]
-                add = tl.load(at + key[:, None].to(tl.int64) * bias_key, mask=seen, other=0.0).to(tl.float32)
-            w, _, ds = gradients(
-                s, dp, m[None, :], mean[None, :], add, slope, (i + shift)[None, :], key[:, None], keys, kept,
-                window, scale, softcap, rescale, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT,
+        drop_row = (b_at * heads + head) * queries + first * heads
+        own_q, own_dout = q + b_at * q_batch + head * q_head, dout + b_at * dout_batch + head * dout_head
+        bias_at = None
+        if BIAS:
+            bias_at = bias + b.to(tl.int64) * bias_batch + head * bias_head + key.to(tl.int64) * bias_key
+        dk_tile, dv_tile = keys_sweep(
+            dk_tile, dv_tile, k_tile, v_tile, own_q, own_dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
+            start, begin, from_row, queries, keys, dim, q_row, dout_row, bias_row, bias_key,
+            window, scale, softcap, seed, call, threshold, rescale,
+            True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        dk_tile, dv_tile = keys_sweep(
+            dk_tile, dv_tile, k_tile, v_tile, own_q, own_dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
+            start, from_row, to_row, queries, keys, dim, q_row, dout_row, bias_row, bias_key,
+            window, scale, softcap, seed, call, threshold, rescale,
+            False, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        if WINDOW:
+            dk_tile, dv_tile = keys_sweep(
+                dk_tile, dv_tile, k_tile, v_tile, own_q, own_dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
+                start, to_row, end, queries, keys, dim, q_row, dout_row, bias_row, bias_key,
+                window, scale, softcap, seed, call, threshold, rescale,
+                True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            dv_tile = tl.dot(w.to(dy.dtype), dy, dv_tile, input_precision="ieee")
-            dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
     at = ((b_at * all_keys + token) * (heads // group) + kv_head) * dim + d
     tl.store(dk + at, (dk_tile * scale).to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + at, dv_tile.to(dv.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def queries_sweep(
+    dq_tile, q_tile, dy, m, mean, k, v, bias, row, slope, drop_row, begin, end, keys, dim,
+    k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold, rescale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What keys [begin, end) add to dq. k, v point at the sequence's first key, bias [rows] at the rows' first."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    for start in range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        at, inside = key[:, None].to(tl.int64), (key < keys)[:, None] & (d < dim)
+        k_tile = tl.load(k + at * k_row + d, mask=inside, other=0.0)
+        v_tile = tl.load(v + at * v_row + d, mask=inside, other=0.0)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        dp = tl.dot(dy, tl.trans(v_tile), input_precision="ieee")
+        kept, add = True, 0.0
+        if DROPOUT:
+            kept = keep_tile(drop_row, start, seed, call, threshold, BLOCK_N)
+        if BIAS:
+            at_bias = bias[:, None] + key[None, :].to(tl.int64) * bias_key
+            add = tl.load(at_bias, mask=(key < keys)[None, :], other=0.0).to(tl.float32)
+        _, _, ds = gradients(
+            s, dp, m[:, None], mean[:, None], add, slope, row[:, None], key[None, :], keys, kept,
+            window, scale, softcap, rescale, MASKED, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED,
+        )  # fmt: skip
+        dq_tile = tl.dot(ds.to(k_tile.dtype), k_tile, dq_tile, input_precision="ieee")
+    return dq_tile
 
 
 @triton.jit
@@ -138,7 +226,7 @@ def queries_kernel(
     bias_batch, bias_head, bias_row, bias_key, dout_batch, dout_row, dout_head,
     window, scale, softcap, seed, call, threshold, rescale,
     PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BATCH: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr, BATCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     at = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -171,27 +259,37 @@ def queries_kernel(
     begin, end = span(
         start + shift, tl.minimum(start + BLOCK_M, queries) - 1 + shift, keys, window, CAUSAL, WINDOW, BLOCK_N
     )  # fmt: skip
+    from_key, to_key = clear(
+        begin, end, start + shift, tl.minimum(start + BLOCK_M, queries) - 1 + shift, keys, window, CAUSAL, WINDOW, BLOCK_N
+    )  # fmt: skip
+    k += b_at * k_batch + first_key.to(tl.int64) * k_row + kv_head * k_head if PACKED else (
+        b_at * k_batch + kv_head * k_head
+    )  # fmt: skip
+    v += b_at * v_batch + first_key.to(tl.int64) * v_row + kv_head * v_head if PACKED else (
+        b_at * v_batch + kv_head * v_head
+    )  # fmt: skip
+    drop_row = (b_at * heads + head) * queries + i + first * heads
+    bias_at = None
+    if BIAS:
+        own_row = tl.where(valid, i, 0).to(tl.int64)
+        bias_at = bias + b.to(tl.int64) * bias_batch + head * bias_head + own_row * bias_row
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for key_start in range(begin, end, BLOCK_N):
-        key = key_start + tl.arange(0, BLOCK_N)
-        key_at, key_inside = (first_key + key)[:, None].to(tl.int64), (key < keys)[:, None] & (d < dim)
-        k_tile = tl.load(k + b_at * k_batch + key_at * k_row + kv_head * k_head + d, mask=key_inside, other=0.0)
-        v_tile = tl.load(v + b_at * v_batch + key_at * v_row + kv_head * v_head + d, mask=key_inside, other=0.0)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        dp = tl.dot(dy, tl.trans(v_tile), input_precision="ieee")
-        kept, add = True, 0.0
-        if DROPOUT:
-            drop_row = (b_at * heads + head) * queries + i + first * heads
-            kept = keep_tile(drop_row, key_start, seed, call, threshold, BLOCK_N)
-        if BIAS:
-            bias_at = bias + b.to(tl.int64) * bias_batch + head * bias_head + i[:, None].to(tl.int64) * bias_row
-            seen = valid[:, None] & (key < keys)[None, :]
-            add = tl.load(bias_at + key[None, :].to(tl.int64) * bias_key, mask=seen, other=0.0).to(tl.float32)
-        _, _, ds = gradients(
-            s, dp, m[:, None], mean[:, None], add, slope, (i + shift)[:, None], key[None, :], keys, kept,
-            window, scale, softcap, rescale, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT,
+    if WINDOW:
+        dq_tile = queries_sweep(
+            dq_tile, q_tile, dy, m, mean, k, v, bias_at, i + shift, slope, drop_row, begin, from_key, keys, dim,
+            k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold, rescale,
+            True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        dq_tile = tl.dot(ds.to(k_tile.dtype), k_tile, dq_tile, input_precision="ieee")
+    dq_tile = queries_sweep(
+        dq_tile, q_tile, dy, m, mean, k, v, bias_at, i + shift, slope, drop_row, from_key, to_key, keys, dim,
+        k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold, rescale,
+        False, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    dq_tile = queries_sweep(
+        dq_tile, q_tile, dy, m, mean, k, v, bias_at, i + shift, slope, drop_row, to_key, end, keys, dim,
+        k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold, rescale,
+        True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     to = ((b_at * all_rows + token) * heads + head) * dim + d
     tl.store(dq + to, (dq_tile * scale).to(dq.dtype.element_ty), mask=inside)
 
@@ -213,7 +311,7 @@ def bias_kernel(
     all_rows, d = queries, tl.arange(0, BLOCK_D)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for b in range(tl.where(batches == 1, 0, own), tl.where(batches == 1, batch, own + 1)):
-        b_at = tl.to_tensor(b).to(tl.int64)
+        b_at = tl.cast(b, tl.int64)
         first, first_key = 0, 0
         if PACKED:
             b_at = b_at * 0
@@ -248,7 +346,7 @@ def bias_kernel(
                         kept = keep_tile(drop_row, key_start, seed, call, threshold, BLOCK_N)
                     _, ds, _ = gradients(
                         s, dp, m[:, None], mean[:, None], add, 0.0, (i + shift)[:, None], key[None, :], keys, kept,
-                        window, scale, softcap, rescale, CAUSAL, WINDOW, SOFTCAP, True, False, DROPOUT,
+                        window, scale, softcap, rescale, True, CAUSAL, WINDOW, SOFTCAP, True, False, DROPOUT, True,
                     )  # fmt: skip
                     total += ds
     i, j = row_block + tl.arange(0, BLOCK_M), column_block + tl.arange(0, BLOCK_N)
@@ -285,7 +383,7 @@ def gpu_backward(
     q, k, v, dout = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(dout)
     packed, dim = cu_q is not None, q.shape[3]
     batch = cu_q.shape[0] - 1 if packed else q.shape[0]
-    size, block_d = sizes(BACKWARD, dim, q.dtype, heavy=bias is not None or p > 0), padded(dim)
+    block_d, heavy = padded(dim), bias is not None or p > 0
     delta = torch.empty_like(lse)
     rows, keys, heads, kv_heads = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     delta_kernel[(triton.cdiv(rows, 32), heads, q.shape[0])](
@@ -295,29 +393,27 @@ def gpu_backward(
     inputs = (q, k, v, dout, lse, delta, cu_q, cu_k, bias)
     shape = (*common(q, k, v, cu_q, bias, batch), *dout.stride()[:3])
     shaping = (window, scale, softcap, seed, call, threshold(p), 1 / (1 - p))
-    options = modes(packed, bias, alibi, causal, window, softcap, p, batch)
-    blocks = {
-        "BLOCK_M": size.rows,
-        "BLOCK_N": size.keys,
-        "BLOCK_D": block_d,
-        "num_warps": size.warps,
-        "num_stages": stages(q.dtype),
-    }
+    options = modes(packed, bias, alibi, causal, window, scale, softcap, p, batch)
+
+    def blocks(size: Sizes) -> dict[str, int]:
+        shape = {"BLOCK_M": size.rows, "BLOCK_N": size.keys, "BLOCK_D": block_d}
+        return {**shape, "num_warps": size.warps, "num_stages": size.stages}
 
     def count(length: int, block: int) -> int:
         return length // block + batch + 2 if packed else triton.cdiv(length, block)
 
+    size = sizes(KEYS, dim, q.dtype, heavy)
     keys_kernel[(count(keys, size.keys), kv_heads, q.shape[0])](
-        dk, dv, *inputs, alibi, *shape, *shaping, **options, **blocks
+        dk, dv, *inputs, alibi, *shape, *shaping, **options, **blocks(size)
     )  # fmt: skip
+    size = sizes(QUERIES, dim, q.dtype, heavy)
     queries_kernel[(count(rows, size.rows), heads, q.shape[0])](
-        dq, *inputs, alibi, *shape, *shaping, **options, **blocks
+        dq, *inputs, alibi, *shape, *shaping, **options, **blocks(size)
     )  # fmt: skip
     if dbias.numel():
-        for unused in ("BIAS", "ALIBI", "BATCH"):
+        for unused in ("BIAS", "ALIBI", "SHAPED", "BATCH"):
             options.pop(unused)
         size = sizes(BIAS, dim, q.dtype)
-        blocks |= {"BLOCK_M": size.rows, "BLOCK_N": size.keys, "num_warps": size.warps}
         grid = (
             triton.cdiv(bias.shape[2], size.rows) * triton.cdiv(bias.shape[3], size.keys),
             bias.shape[1],
@@ -325,7 +421,7 @@ def gpu_backward(
         )
         bias_kernel[grid](
             dbias, *inputs, *shape, *bias.shape, *shaping, **options,
-            ONE_ROW=bias.shape[2] == 1, ONE_COLUMN=bias.shape[3] == 1, **blocks,
+            ONE_ROW=bias.shape[2] == 1, ONE_COLUMN=bias.shape[3] == 1, **blocks(size),
         )  # fmt: skip
     dsinks = q.new_empty(0)
     if sinks is not None:

@@ -18,6 +18,7 @@ from .triton_tile import (
     DENSE,
     EXACT,
     TILE,
+    clear,
     finish,
     fold,
     nothing,
@@ -27,7 +28,6 @@ from .triton_tile import (
     sight,
     sizes,
     span,
-    stages,
     weigh,
     with_sink,
 )
@@ -121,30 +121,20 @@ def forward_kernel(
             acc, total, top = fold(acc, total, top, acc_b, total_b, top_b)
     else:
         begin, end = span(low, high, keys, window, CAUSAL, WINDOW, BLOCK_N)
-        full = keys  # [clear, full) is seen by all rows
-        clear = begin
-        if CAUSAL:
-            full = tl.minimum(low + 1, keys)
-        if WINDOW:
-            clear = tl.cdiv(tl.maximum(high - window + 1, 0), BLOCK_N) * BLOCK_N
-            if not CAUSAL:
-                full = tl.minimum(low + window, keys)
-        full = tl.maximum(full, 0) // BLOCK_N * BLOCK_N
-        clear = tl.minimum(tl.maximum(clear, begin), tl.maximum(end, begin))
-        full = tl.minimum(tl.maximum(full, clear), tl.maximum(end, begin))
+        start, stop = clear(begin, end, low, high, keys, window, CAUSAL, WINDOW, BLOCK_N)
         if WINDOW:
             acc, total, top = sweep(
-                acc, total, top, rows, k, v, bias_at, row, slope, drop_row, begin, clear,
+                acc, total, top, rows, k, v, bias_at, row, slope, drop_row, begin, start,
                 keys, dim, k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold,
                 True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         acc, total, top = sweep(
-            acc, total, top, rows, k, v, bias_at, row, slope, drop_row, clear, full,
+            acc, total, top, rows, k, v, bias_at, row, slope, drop_row, start, stop,
             keys, dim, k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold,
             False, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         acc, total, top = sweep(
-            acc, total, top, rows, k, v, bias_at, row, slope, drop_row, full, end,
+            acc, total, top, rows, k, v, bias_at, row, slope, drop_row, stop, end,
             keys, dim, k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold,
             True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
         )  # fmt: skip
@@ -184,6 +174,7 @@ def modes(
     alibi: Tensor | None,
     causal: bool,
     window: int,
+    scale: float,
     softcap: float,
     p: float,
     batch: int,
@@ -191,7 +182,9 @@ def modes(
     """The features that a kernel is compiled for."""
     return {
         "PACKED": packed, "CAUSAL": causal, "WINDOW": window > 0, "SOFTCAP": softcap > 0, "BIAS": bias is not None,
-        "ALIBI": alibi is not None, "DROPOUT": p > 0, "BATCH": triton.next_power_of_2(batch + 1) if packed else 1,
+        "ALIBI": alibi is not None, "DROPOUT": p > 0,
+        "SHAPED": softcap > 0 or bias is not None or alibi is not None or scale <= 0,
+        "BATCH": triton.next_power_of_2(batch + 1) if packed else 1,
     }  # fmt: skip
 
 
@@ -215,9 +208,8 @@ def gpu(
     forward_kernel[(blocks, q.shape[2], q.shape[0])](
         out, lse, q, k, v, cu_q, cu_k, bias, alibi, sinks, *common(q, k, v, cu_q, bias, batch),
         window, scale, softcap, seed, call, threshold(p), 1 / (1 - p),
-        **modes(cu_q is not None, bias, alibi, causal, window, softcap, p, batch),
+        **modes(cu_q is not None, bias, alibi, causal, window, scale, softcap, p, batch),
         SINKS=sinks is not None, EXACT=exact, TILE=TILE,
-        SHAPED=softcap > 0 or bias is not None or alibi is not None or scale <= 0,
-        BLOCK_M=size.rows, BLOCK_N=size.keys, BLOCK_D=padded(q.shape[3]), num_warps=size.warps, num_stages=stages(q.dtype),
+        BLOCK_M=size.rows, BLOCK_N=size.keys, BLOCK_D=padded(q.shape[3]), num_warps=size.warps, num_stages=size.stages,
     )  # fmt: skip
     return out, lse

@@ -258,7 +258,7 @@ def gpu(
         k_pages.stride(0), v_pages.stride(0), 0 if scales is None else scales.stride(0), parts, splits, window, scale,
         softcap, BYTES=scales is not None,
         SOFTCAP=softcap > 0, ALIBI=alibi is not None, SHAPED=softcap > 0 or alibi is not None or scale <= 0,
-        SPLIT=splits > 1, GROUP=members, BLOCK_M=size.rows, **modes, num_warps=size.warps, num_stages=3,
+        SPLIT=splits > 1, GROUP=members, BLOCK_M=size.rows, **modes, num_warps=size.warps, num_stages=max(size.stages, 3),
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(rows, heads)](

@@ -69,6 +69,22 @@ def span(first, last, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, 
 
 
 @triton.jit
+def clear(begin, end, first, last, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr):
+    """[from, to) of [begin, end): keys that the queries at first .. last all see, in whole blocks of STEP."""
+    start, stop = begin, keys
+    if CAUSAL:
+        stop = tl.minimum(first + 1, keys)
+    if WINDOW:
+        start = tl.cdiv(tl.maximum(last - window + 1, 0), STEP) * STEP
+        if not CAUSAL:
+            stop = tl.minimum(first + window, keys)
+    stop = tl.maximum(stop, 0) // STEP * STEP
+    end = tl.maximum(end, begin)
+    start = tl.minimum(tl.maximum(start, begin), end)
+    return start, tl.minimum(tl.maximum(stop, start), end)
+
+
+@triton.jit
 def nothing(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """The part of no key."""
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -126,46 +142,44 @@ def owner(cu_q, batch, rows, at, TOKENS: tl.constexpr, BATCH: tl.constexpr):
 
 
 class Sizes(NamedTuple):
-    """Rows and keys of a block, and warps."""
+    """Rows and keys of a block, warps, and blocks on their way at a time."""
 
     rows: int
     keys: int
     warps: int
+    stages: int = 2
 
 
 # By dtype (bfloat16 stands for both halves), then by the largest head dim: blocks that spill no register on sm_80 and sm_90.
-# fp32 products run without tensor cores and hold their operands in registers. In exact mode these sizes decide the bits.
+# fp32 products run without tensor cores and hold their operands in registers: there one block is on its way at a time.
+# In exact mode these sizes decide the bits. `python benchmarks/tune.py` compares others on a GPU.
 Table = dict[torch.dtype, dict[int, Sizes]]
 EXACT: Table = {
-    torch.float32: {128: Sizes(16, 32, 8), 1024: Sizes(16, 16, 8)},
+    torch.float32: {128: Sizes(16, 32, 8, 1), 1024: Sizes(16, 16, 8, 1)},
     torch.bfloat16: {64: Sizes(64, 64, 4), 128: Sizes(64, 64, 8), 256: Sizes(64, 32, 8), 1024: Sizes(32, 32, 8)},
 }
 DENSE: Table = {
     torch.float32: EXACT[torch.float32],
     torch.bfloat16: {128: Sizes(128, 64, 8), 256: Sizes(64, 32, 8), 1024: Sizes(32, 32, 8)},
 }
-BACKWARD: Table = {
-    torch.float32: {64: Sizes(32, 32, 8), 256: Sizes(16, 32, 8), 1024: Sizes(16, 16, 8)},
+QUERIES: Table = {  # dq
+    torch.float32: {64: Sizes(32, 32, 8, 1), 256: Sizes(16, 32, 8, 1), 1024: Sizes(16, 16, 8, 1)},
     torch.bfloat16: {128: Sizes(64, 64, 8), 1024: Sizes(32, 32, 8)},
 }
+KEYS: Table = QUERIES  # dk and dv
 BIAS: Table = {  # dbias: its loops over what the bias is broadcast to leave few registers
-    torch.float32: {256: Sizes(16, 16, 8)},
+    torch.float32: {256: Sizes(16, 16, 8, 1)},
     torch.bfloat16: {256: Sizes(32, 64, 8)},
 }
 DECODE: Table = {
-    torch.float32: {128: Sizes(16, 32, 8), 256: Sizes(16, 16, 8)},
-    torch.bfloat16: {64: Sizes(16, 128, 4), 128: Sizes(16, 64, 4), 256: Sizes(16, 32, 4)},
+    torch.float32: {128: Sizes(16, 32, 8, 3), 256: Sizes(16, 16, 8, 3)},
+    torch.bfloat16: {64: Sizes(16, 128, 4, 3), 128: Sizes(16, 64, 4, 3), 256: Sizes(16, 32, 4, 3)},
 }
 
 
 def padded(dim: int) -> int:
     """The block that holds a head: a power of two, at least what a matrix unit takes."""
     return max(16, triton.next_power_of_2(dim))
-
-
-def stages(dtype: torch.dtype) -> int:
-    """Blocks of keys on their way at a time; fp32 products need the registers themselves."""
-    return 1 if dtype == torch.float32 else 2
 
 
 def sizes(table: Table, dim: int, dtype: torch.dtype, heavy: bool = False) -> Sizes:

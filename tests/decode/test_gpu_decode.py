@@ -1,0 +1,91 @@
+"""Decoding on an NVIDIA GPU: captured steps, many requests, and the CPU's answers."""
+
+import _tiny
+import pytest
+import torch
+from _engine import KINDS, PROMPT, Made
+
+from fastllm import LLM, SamplingParams
+from fastllm.decode.engine import Engine
+from fastllm.models.weights import load_packed, to_device
+
+pytestmark = pytest.mark.gpu
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12)
+
+
+def engine(path, dtype=torch.float32, quantize=None, **fields) -> Engine:
+    model = to_device(load_packed(path, quantize), "cuda", dtype)
+    kv_dtype = model.norm.weight.dtype
+    return Engine(model, **{"capacity": 700, "eos_ids": frozenset(), "kv_dtype": kv_dtype, "max_num_seqs": 4} | fields)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return _tiny.gguf(tmp_path_factory.mktemp("gpu") / "tiny.gguf")
+
+
+def close(ours, theirs, tolerance):
+    """The tokens' log-probabilities up to where the drawn tokens part, if they do."""
+    for (token, logprob), (other, wanted) in zip(ours, theirs, strict=True):
+        if token != other:
+            return
+        assert logprob == pytest.approx(wanted, abs=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("quantize", "tolerance"), [(None, 1e-3), ("int8", 1e-3)])
+def test_the_cpu_s_answer(path, kind, quantize, tolerance):
+    ours, theirs = Made(PROMPT[:70], KINDS[kind]), Made(PROMPT[:70], KINDS[kind])
+    engine(path, quantize=quantize).run([ours])
+    Engine(load_packed(path, quantize), 700, frozenset(), max_num_seqs=1).run([theirs])
+    assert len(ours.made) == len(theirs.made) == 24
+    assert ours.made[0][1] == pytest.approx(theirs.made[0][1], abs=tolerance)
+    close(ours.made, theirs.made, tolerance)
+
+
+def test_replay_is_the_step(path):
+    """A captured step and the same step run by the launchers: the same tokens, by the same draws."""
+    sequences = [[Made(PROMPT[: 30 + i], KINDS["sampled"], seed=i) for i in range(3)] for _ in range(2)]
+    e = engine(path, torch.bfloat16)
+    e.run(sequences[0])  # captures, then replays
+    e.run(sequences[1])  # replays alone
+    assert [s.made for s in sequences[0]] == [s.made for s in sequences[1]]
+
+
+def test_rows_come_and_go(path):
+    sequences = [Made(PROMPT[: 5 + 37 * i], KINDS["penalised"], count=5 + 7 * i, seed=i) for i in range(9)]
+    engine(path, torch.bfloat16, max_num_seqs=3).run(sequences)
+    assert [len(s.made) for s in sequences] == [5 + 7 * i for i in range(9)]
+    assert all(logprob <= 0 for s in sequences for _, logprob in s.made)
+
+
+def test_a_nan_fails_its_request_alone(path):
+    e = engine(path)
+    with torch.no_grad():
+        e.model.embedding.weight[7].fill_(float("nan"))
+    bad, good = Made([7] * 5), Made([9] * 5)
+    with pytest.raises(ValueError, match="hold a NaN"):
+        e.run([bad, good])
+    assert len(good.made) == 24
+
+
+def test_speculation_gives_the_same_tokens(path):
+    loop = PROMPT[:12] * 6
+    plain, guessed = Made(loop, count=40), Made(loop, count=40)
+    engine(path).run([plain])
+    engine(path, speculate=7).run([guessed])
+    assert len(guessed.made) == 40
+    close(guessed.made, plain.made, 1e-3)
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_llm(path, kv_dtype):
+    llm = LLM(path, device="cuda", kv_dtype=kv_dtype, max_model_len=256)
+    assert llm.model.norm.weight.dtype == torch.bfloat16 and llm.engine.device.type == "cuda"
+    out = llm.generate(["the in", [5, 6, 7]], GREEDY)
+    assert all(len(o.token_ids) == 12 for o in out)
+    scored = llm.logprobs([[5, 6, 7, *out[1].token_ids]], starts=3)[0]
+    assert scored == pytest.approx(out[1].logprobs, abs=0.15)
+    assert llm.perplexity([[5, 6, 7]])[0] > 1
+    cpu = LLM(path, device="cpu", max_model_len=256)
+    assert cpu.logprobs([[5, 6, 7, 8]])[0] == pytest.approx(llm.logprobs([[5, 6, 7, 8]])[0], abs=0.15)
