@@ -57,9 +57,10 @@ def constants(module: str, name: str, values: list) -> dict[str, Patch]:
 def spaces() -> list[Space]:
     grid = itertools.product
     forward = [*grid((128,), (64, 128), (8,), (2, 3, 4)), *grid((64,), (64, 128), (4,), (2, 3)), (128, 32, 4, 3)]
-    keys = [*grid((32, 64), (64, 128), (4, 8), (1, 2, 3))]
-    queries = [*grid((64, 128), (32, 64), (4, 8), (1, 2, 3))]
-    decode = [*grid((16,), (32, 64, 128), (2, 4, 8), (3, 5))]
+    forward += [(128, 128, 8, 1), (64, 64, 4, 4)]
+    keys = [*grid((32, 64), (64, 128), (4, 8), (2, 3)), (128, 64, 8, 2), (128, 128, 8, 2)]
+    queries = [*grid((64, 128), (32, 64), (4, 8), (2, 3)), (128, 128, 8, 2)]
+    decode = [*grid((16,), (32, 64, 128), (2, 4), (3, 5))]
     found = []
     for dim, heads in ((64, 32), (128, 16)):
         case = f"B4 Sq4096 Sk4096 H{heads}/{heads} D{dim}"
@@ -75,9 +76,7 @@ def spaces() -> list[Space]:
     ]
     block_warps = [*grid((1024, 2048, 4096, 8192, 16384), (4, 8, 16))]
     vectors = [*grid((512, 1024, 2048, 4096), (2, 4, 8))]
-    exact = [
-        (*tile, stages) for tile in ((128, 128, 8), (128, 256, 8), (256, 128, 8), (128, 128, 4)) for stages in (3, 4)
-    ]
+    exact = [(*tile, stages) for tile in ((128, 128, 8), (128, 256, 8), (256, 128, 8)) for stages in (3, 4)]
     pairs = {f"{block} by {warps} warps": (block, warps) for block, warps in block_warps}
     found += [
         Space("cross_entropy", "cross_entropy", "8192x128256",
@@ -94,10 +93,10 @@ def spaces() -> list[Space]:
               {f"{n} heads by {w} warps": {("rope", "HEADS"): n, ("rope", "WARPS"): w}
                for n, w in grid((4, 8, 16, 32), (1, 2, 4, 8))}),
         Space("exact linear", "linear", "8192x4096 to 4096 exact",
-              {f"{t} depth {d}": {("linear", "MANY_ROWS"): t, ("linear", "_DEPTH"): d} for t in exact for d in (32, 64)}),
+              {f"{t} depth {d}": {("linear", "MANY_ROWS"): t, ("linear", "_DEPTH"): d} for t in exact for d in (64, 128)}),
         Space("exact linear, one row", "linear", "1x4096 to 4096 exact",
               {f"{t} depth {d}": {("linear", "FEW_ROWS"): t, ("linear", "_DEPTH"): d}
-               for t in ((64, 32, 4, 4), (64, 32, 4, 6), (64, 16, 4, 6), (64, 64, 4, 4)) for d in (32, 64, 128)}),
+               for t in ((64, 32, 4, 4), (64, 32, 4, 6), (64, 16, 4, 6), (64, 64, 4, 4)) for d in (64, 128)}),
     ]  # fmt: skip
     for op in ("rms_norm", "layer_norm"):
         warps = {f"{w} warps": {(op, "row_warps"): Constant(w)} for w in (2, 4, 8, 16)}

@@ -91,7 +91,10 @@ def launches(monkeypatch) -> tuple[dict[Launch, object], set[str]]:
         for i, (name, value) in enumerate(inspect.signature(kernel.fn).bind(*args, **named).arguments.items()):
             constant = "constexpr" in str(parameters[name].annotation)
             special = not kernel.params[list(parameters).index(name)].do_not_specialize
-            if torch.is_tensor(value):
+            if hasattr(value, "block_shape"):
+                block = ",".join(map(str, value.block_shape))
+                signature[name] = f"tensordesc<{TYPES[str(value.base.dtype).removeprefix('torch.')]}[{block}]>"
+            elif torch.is_tensor(value):
                 signature[name] = "*" + TYPES[str(value.dtype).removeprefix("torch.")]
                 aligned.append(i)
             elif constant or value is None or (special and type(value) is int and value == 1):  # folds ones in

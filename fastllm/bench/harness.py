@@ -132,18 +132,22 @@ def cpu_sampler(
     return sample
 
 
-HEAD_START, QUEUED = 200_000, 64  # clock cycles a call; calls
+QUEUED, LONGEST = 64, 0.01  # calls that are queued before the device goes on; seconds of one of them that count
+CYCLES = 2.0e9  # of a GPU's clock, a second
 
 
 def cuda_sampler(call: Callable[..., Any], copies: list[tuple]) -> Sampler:
-    """Times each call between two events, after overwriting the L2 cache. The device waits while the first calls are
-    queued, so that what Python takes to launch one is not counted, unless the call itself waits for the device."""
+    """Times each call between two events, after overwriting the L2 cache. The device waits while calls are queued, so that
+    what Python takes to launch one is not counted, unless the call itself waits for the device."""
     flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
     turn = itertools.cycle(copies)
+    head_start = LONGEST  # what a call takes the host, at least: in a full queue it waits
 
     def sample(calls: int) -> float:
+        nonlocal head_start
         spans = []
-        torch.cuda._sleep(HEAD_START * min(calls, QUEUED))
+        torch.cuda._sleep(int(1.5 * CYCLES * head_start * min(calls, QUEUED)))
+        begun = time.perf_counter()
         for arguments in itertools.islice(turn, calls):
             flush.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -151,6 +155,7 @@ def cuda_sampler(call: Callable[..., Any], copies: list[tuple]) -> Sampler:
             call(*arguments)
             end.record()
             spans.append((begin, end))
+        head_start = min((time.perf_counter() - begun) / calls, head_start)
         torch.cuda.synchronize()
         return sum(begin.elapsed_time(end) for begin, end in spans) / 1e3
 

@@ -195,12 +195,14 @@ class Op:
         if self._lists:
             values = self._flat(args)
             positions = range(len(values))
-        plain, grad, first, ask = True, False, None, _grad_enabled()
+        plain, grad, first, device, ask = True, False, None, None, _grad_enabled()
         for i in positions:
             t = values[i]
             if t is not None:
                 if first is None:
-                    first = t
+                    first, device = t, t.device
+                elif t.device != device:
+                    raise ValueError(self._apart(args))
                 if type(t) not in _PLAIN:
                     plain = False
                 if ask and t.requires_grad:
@@ -216,11 +218,20 @@ class Op:
         ):
             if grad:
                 return self._eager.apply(*args)
-            device = "cpu" if first.is_cpu else first.device.type
-            return (self._kernels.get(device) or self.kernel(device)).infer(*args)
+            kind = "cpu" if first.is_cpu else device.type
+            return (self._kernels.get(kind) or self.kernel(kind)).infer(*args)
         if self._traced is not None and (grad or (not _is_compiling() and _functorch_level() is not None)):
             return self._traced.apply(*args)
         return self.raw(*args)
+
+    def _apart(self, args: tuple) -> str:
+        """Which tensors are not where the first one is."""
+        names = [a.name for a in self.raw._schema.arguments]
+        named = [(names[i], t) for i in self._tensors for t in (args[i],) if t is not None]
+        named += [(f"{names[i]}[{n}]", t) for i in self._lists for n, t in enumerate(args[i])]
+        (first, one), *others = named
+        name, t = next((name, t) for name, t in others if t.device != one.device)
+        return f"{self.name}: {name} is on {t.device}, {first} on {one.device}; move one with .to(device)"
 
     def _functions(self) -> tuple[type, type]:
         # plain functions in the closures: Dynamo traces into Traced and cannot wrap an Op
@@ -283,6 +294,10 @@ def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tenso
     """Same dtype and device."""
     if tensor.dtype != other.dtype:
         raise TypeError(f"{op}: {name} is {tensor.dtype}, {other_name} is {other.dtype}; they must agree")
+    check_device(op, name, tensor, other_name, other)
+
+
+def check_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(
             f"{op}: {name} is on {tensor.device}, {other_name} on {other.device}; move one with .to(device)"

@@ -116,6 +116,27 @@ def programs(device: torch.device) -> int:
     return multiprocessors(device.index or 0) if device.type == "cuda" else 4
 
 
+@functools.cache
+def has_descriptors(device: torch.device) -> bool:
+    """Whether kernels may take matrices as descriptors, which the copy engine of Hopper and later reads."""
+    try:
+        from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: F401
+    except ImportError:
+        return False
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def matrix(x: torch.Tensor, rows: int, cols: int) -> Any:
+    """A descriptor of x [R, C], of which blocks of rows x cols are read, or None where pointers must do: an older GPU or
+    Triton, rows that do not begin at multiples of 16 bytes."""
+    fits = x.numel() > 0 and x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0
+    if not fits or x.data_ptr() % 16 or not has_descriptors(x.device):
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, cols])
+
+
 def row_warps(block: int, itemsize: int) -> int:
     """Warps for a program that holds a row of `block` elements: 32 bytes a thread, two 16-byte loads in flight."""
     return min(16, max(1, block * itemsize // 1024))

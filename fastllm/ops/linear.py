@@ -31,7 +31,7 @@ from torch import Tensor
 from .. import _C
 from ._gated import silu
 from ._op import DTYPES, Op, as_rows, check_dtype, check_like, pointer, wants_gradient
-from ._triton import tl, triton
+from ._triton import matrix, tl, triton
 from .rms_norm import rms_norm
 from .swiglu import swiglu as swiglu_op
 
@@ -152,39 +152,43 @@ def reference_panels_backward(dy, panels, rows, halves) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------- Triton
 
-_DEPTH = 32  # of K that one step multiplies: a part of the contract, the same for all tiles
+_DEPTH = 64  # of K that one step multiplies
 
 
 @triton.jit
-def _product(acc, x, weight, k, depth, held, inside, K: tl.constexpr):
-    """acc += x[:, k:k+K] weight[:, k:k+K]^T."""
-    column = k + tl.arange(0, K)
-    a = tl.load(x[:, None] + column[None, :], mask=held[:, None] & (column < depth)[None, :], other=0.0)
-    b = tl.load(weight[None, :] + column[:, None], mask=inside[None, :] & (column < depth)[:, None], other=0.0)
+def _product(acc, x, weight, k, depth, held, inside, x_rows, weight_rows, m, n, BULK: tl.constexpr, K: tl.constexpr):
+    """acc += x[:, k:k+K] weight[:, k:k+K]^T. BULK: from descriptors, rows from m and n on."""
+    if BULK:
+        a, b = x_rows.load([m, k]), tl.trans(weight_rows.load([n, k]))
+    else:
+        column = k + tl.arange(0, K)
+        a = tl.load(x[:, None] + column[None, :], mask=held[:, None] & (column < depth)[None, :], other=0.0)
+        b = tl.load(weight[None, :] + column[:, None], mask=inside[None, :] & (column < depth)[:, None], other=0.0)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["rows", "cols"])
 def exact_kernel(
-    y, x, weight, bias, residual, rows, cols, depth, x_stride, weight_stride, residual_stride,
-    SWIGLU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    y, x, weight, x_rows, weight_rows, bias, residual, rows, cols, depth, x_stride, weight_stride, residual_stride,
+    SWIGLU: tl.constexpr, BULK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     # Eight tiles down, then the next column: what they share stays in L2.
     tile, down, across = tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(cols, BN)
     first = tile // (8 * across) * 8
     height = tl.minimum(down - first, 8)
     inner = tile % (8 * across)
-    m = (first + inner % height).to(tl.int64) * BM + tl.arange(0, BM)
-    n = (inner // height).to(tl.int64) * BN + tl.arange(0, BN)
+    at_m, at_n = (first + inner % height) * BM, (inner // height) * BN
+    m, n = at_m.to(tl.int64) + tl.arange(0, BM), at_n.to(tl.int64) + tl.arange(0, BN)
     held, inside = m < rows, n < cols
     x += m * x_stride
     weight += n * weight_stride
     acc = tl.zeros([BM, BN], tl.float32)
     above = acc
     for k in range(0, depth, BK):
-        acc = _product(acc, x, weight, k, depth, held, inside, BK)
+        acc = _product(acc, x, weight, k, depth, held, inside, x_rows, weight_rows, at_m, at_n, BULK, BK)
         if SWIGLU:
-            above = _product(above, x, weight + cols.to(tl.int64) * weight_stride, k, depth, held, inside, BK)
+            up = weight + cols.to(tl.int64) * weight_stride
+            above = _product(above, x, up, k, depth, held, inside, x_rows, weight_rows, at_m, at_n + cols, BULK, BK)
     mask = held[:, None] & inside[None, :]
     if bias is not None:
         acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -286,12 +290,15 @@ def gpu_exact(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
     rows, other = as_rows(x), None if residual is None else as_rows(residual)
     weight = unit_stride(weight)
     bm, bn, warps, stages = MANY_ROWS if rows.shape[0] > 64 and not swiglu else FEW_ROWS
+    step, pair = _DEPTH, (None, None)
     if x.dtype == torch.float32:
-        bm, bn, warps = 32, 32, 4
+        bm, bn, warps, step = 32, 32, 4, 32
+    else:
+        pair = matrix(rows, bm, step), matrix(weight, bn, step)
     exact_kernel[(triton.cdiv(rows.shape[0], bm) * triton.cdiv(y.shape[-1], bn),)](
-        y, rows, weight, bias, other, rows.shape[0], y.shape[-1], rows.shape[1],
+        y, rows, weight, *pair, bias, other, rows.shape[0], y.shape[-1], rows.shape[1],
         rows.stride(0), weight.stride(0), 0 if other is None else other.stride(0),
-        SWIGLU=swiglu, BM=bm, BN=bn, BK=_DEPTH, num_warps=warps, num_stages=stages, enable_fp_fusion=False,
+        SWIGLU=swiglu, BULK=None not in pair, BM=bm, BN=bn, BK=step, num_warps=warps, num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip
     return y
 

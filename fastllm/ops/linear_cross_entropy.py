@@ -154,6 +154,8 @@ forward = Op(
     fake=lambda x, *rest: x.new_empty(x.shape[0], dtype=torch.float32),
     cpu=cpu,
     triton=gpu,
+    triton_name="cuBLAS, Triton",
+    triton_reason="the products with the weight by torch, what stands around them in Triton",
     save=_save,
     backward=_backward,
 )

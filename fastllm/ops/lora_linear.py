@@ -279,6 +279,8 @@ forward = Op(
     fake=lambda x, weight, form, a, b, scale, bias, gain, p, seed, call: _outputs(x, weight, form, a),
     cpu=cpu,
     triton=gpu,
+    triton_name="cuBLAS, Triton",
+    triton_reason="the products with the weight by torch, what stands around them in Triton",
     save=_save,
     backward=_backward,
 )

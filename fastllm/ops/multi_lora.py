@@ -367,6 +367,8 @@ forward = Op(
     ),
     cpu=cpu,
     triton=gpu,
+    triton_name="cuBLAS, Triton",
+    triton_reason="the products with the weight by torch, what stands around them in Triton",
 )
 
 

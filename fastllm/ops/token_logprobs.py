@@ -286,6 +286,8 @@ forward = Op(
     fake=lambda x, *rest: tuple(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2)),
     cpu=cpu,
     triton=gpu,
+    triton_name="cuBLAS, Triton",
+    triton_reason="the products with the weight by torch, what stands around them in Triton",
     save=_save,
     backward=_backward,
 )

@@ -37,6 +37,7 @@ def test_plain_dense_attention_goes_to_cudnn():
     ({"q": Cuda(2, 512, 16, 256)}, "head dim 256"),
     ({"q": Cuda(2, 512, 16, 60)}, "head dim 60"),
     ({"q": Cuda(2, 1, 16, 128)}, "a single query"),
+    ({"q": Cuda(0, 512, 16, 128), "k": Cuda(0, 512, 4, 128)}, "nothing to do"),
     ({"k": Cuda(2, 700, 4, 128)}, "Sq != Sk"),
     ({"cu_q": torch.tensor([0, 512])}, "packed"),
     ({"exact": True}, "exact"),
@@ -55,6 +56,12 @@ def test_deterministic_algorithms_go_to_triton():
         assert "deterministic" in refusal()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_torch_s_own_switch_counts():
+    with cudnn.switched_off():
+        assert refusal() == "torch.backends.cuda.enable_cudnn_sdp(False)"
+    assert refusal() is None
 
 
 def test_without_cudnn_everything_goes_to_triton(monkeypatch):

@@ -7,6 +7,8 @@ from ..case import Case, Suite
 
 
 def plain(ids, weight):
+    if not weight.shape[1]:  # on a GPU torch's backward reads where nothing is
+        return weight[:1].sum() * weight.new_zeros((*ids.shape, 0))
     return torch.nn.functional.embedding(ids, weight)
 
 

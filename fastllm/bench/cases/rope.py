@@ -49,11 +49,15 @@ def case(
     )
 
 
+def table_of(make, positions: int, dim: int) -> torch.Tensor:
+    return ops.rope_table(positions, dim, device=None if make.device == "meta" else make.device)
+
+
 def fused(make):
     """q and k as views of a fused [B, S, (H + 2 Hk) D] projection, positions in int32."""
     qkv = make.normal(2, 9, (6 + 2 * 2) * 40).view(2, 9, 10, 40)
     position = make.integers(0, 100, 2, 9, dtype=torch.int32)
-    return {"q": qkv[:, :, :6], "k": qkv[:, :, 6:8], "position": position, "table": ops.rope_table(100, 40)}
+    return {"q": qkv[:, :, :6], "k": qkv[:, :, 6:8], "position": position, "table": table_of(make, 100, 40)}
 
 
 SUITE = Suite(
@@ -82,8 +86,8 @@ SUITE = Suite(
             lambda make: {
                 "q": make.normal(2, 4, 6, 32).transpose(1, 2),
                 "k": make.normal(2, 2, 6, 32).transpose(1, 2),
-                "position": torch.arange(6).expand(2, -1),
-                "table": ops.rope_table(6, 32),
+                "position": torch.arange(6, device=make.device).expand(2, -1),
+                "table": table_of(make, 6, 32),
             },
         ),
     ),

@@ -15,7 +15,21 @@ from ..rope import unit_stride
 from . import cudnn
 from .spec import Settings
 from .triton_forward import common, modes
-from .triton_tile import BIAS, KEYS, QUERIES, Sizes, clear, owner, padded, shaped, sight, sizes, span
+from .triton_tile import (
+    BIAS,
+    KEYS,
+    LENGTHS,
+    QUERIES,
+    Sizes,
+    clear,
+    heads_of_rows,
+    owner,
+    padded,
+    shaped,
+    sight,
+    sizes,
+    span,
+)
 
 
 @triton.jit
@@ -68,20 +82,26 @@ def base2(lse):
 def keys_sweep(
     dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, bias, slope, drop_row, start, begin, end, queries, keys, dim,
     q_row, dout_row, bias_row, bias_key, window, scale, softcap, seed, call, threshold, rescale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    q_rows, dout_rows, at_row, at_col,
+    BULK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What rows [begin, end) add to dk and dv of the keys from `start`. q, dout, lse, delta point at the head's first row,
-    bias [keys of the block] at that row's entries."""
+    bias [keys of the block] at that row's entries. BULK: q and dout from descriptors, where that row is (at_row, at_col)."""
     key, d = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)[None, :]
     shift = keys - queries  # a row's position is its index plus this
     for row_start in range(begin, end, BLOCK_M):
         i = row_start + tl.arange(0, BLOCK_M)
         valid = i < queries
         at, inside = i[:, None].to(tl.int64), valid[:, None] & (d < dim)
-        q_tile = tl.load(q + at * q_row + d, mask=inside, other=0.0)
-        dy = tl.load(dout + at * dout_row + d, mask=inside, other=0.0)
+        if BULK:
+            q_tile = q_rows.load([at_row + row_start, at_col])
+            dy = dout_rows.load([at_row + row_start, at_col])
+        else:
+            q_tile = tl.load(q + at * q_row + d, mask=inside, other=0.0)
+            dy = tl.load(dout + at * dout_row + d, mask=inside, other=0.0)
         m = base2(tl.load(lse + i, mask=valid, other=-float("inf")))
         mean = tl.load(delta + i, mask=valid, other=0.0)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # [keys, rows]
@@ -102,15 +122,15 @@ def keys_sweep(
     return dk_tile, dv_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def keys_kernel(
-    dk, dv, q, k, v, dout, lse, delta, cu_q, cu_k, bias, alibi,
+    dk, dv, q_rows, dout_rows, q, k, v, dout, lse, delta, cu_q, cu_k, bias, alibi,
     batch, queries, keys, heads, group, dim, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     bias_batch, bias_head, bias_row, bias_key, dout_batch, dout_row, dout_head,
     window, scale, softcap, seed, call, threshold, rescale,
     PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr, BATCH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr, BULK: tl.constexpr, BATCH: tl.constexpr,
+    APART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     kv_head, b = tl.program_id(1), tl.program_id(2)
     b_at = b.to(tl.int64)
@@ -151,39 +171,44 @@ def keys_kernel(
             from_row = tl.maximum(start + BLOCK_N - window - shift, 0)
     from_row = tl.where(start + BLOCK_N > keys, end, tl.cdiv(from_row, BLOCK_M) * BLOCK_M)
     from_row = tl.minimum(tl.maximum(from_row, begin), end)
-    if WINDOW:
+    if WINDOW or BULK:  # whole blocks: of those in bulk no row may be another sequence's
         to_row = tl.minimum(tl.maximum(tl.maximum(to_row, 0) // BLOCK_M * BLOCK_M, from_row), end)
+    first_row = tl.program_id(2) * queries + first  # in the descriptors
     dk_tile, dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     q += first.to(tl.int64) * q_row if PACKED else 0
     dout += first.to(tl.int64) * dout_row if PACKED else 0
     for member in range(0, group):
         head = kv_head * group + member
         slope = tl.load(alibi + head) if ALIBI else 0.0
+        own_dk, own_dv = dk_tile, dv_tile
+        if APART:
+            own_dk, own_dv = tl.zeros_like(dk_tile), tl.zeros_like(dv_tile)
         at_row = (b_at * heads + head) * all_rows + first
         drop_row = (b_at * heads + head) * queries + first * heads
         own_q, own_dout = q + b_at * q_batch + head * q_head, dout + b_at * dout_batch + head * dout_head
         bias_at = None
         if BIAS:
             bias_at = bias + b.to(tl.int64) * bias_batch + head * bias_head + key.to(tl.int64) * bias_key
-        dk_tile, dv_tile = keys_sweep(
-            dk_tile, dv_tile, k_tile, v_tile, own_q, own_dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
+        own_dk, own_dv = keys_sweep(
+            own_dk, own_dv, k_tile, v_tile, own_q, own_dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
             start, begin, from_row, queries, keys, dim, q_row, dout_row, bias_row, bias_key,
-            window, scale, softcap, seed, call, threshold, rescale,
+            window, scale, softcap, seed, call, threshold, rescale, None, None, 0, 0, False,
             True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        dk_tile, dv_tile = keys_sweep(
-            dk_tile, dv_tile, k_tile, v_tile, own_q, own_dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
+        own_dk, own_dv = keys_sweep(
+            own_dk, own_dv, k_tile, v_tile, own_q, own_dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
             start, from_row, to_row, queries, keys, dim, q_row, dout_row, bias_row, bias_key,
-            window, scale, softcap, seed, call, threshold, rescale,
+            window, scale, softcap, seed, call, threshold, rescale, q_rows, dout_rows, first_row, head * dim, BULK,
             False, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        if WINDOW:
-            dk_tile, dv_tile = keys_sweep(
-                dk_tile, dv_tile, k_tile, v_tile, own_q, own_dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
+        if WINDOW or BULK:
+            own_dk, own_dv = keys_sweep(
+                own_dk, own_dv, k_tile, v_tile, own_q, own_dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
                 start, to_row, end, queries, keys, dim, q_row, dout_row, bias_row, bias_key,
-                window, scale, softcap, seed, call, threshold, rescale,
+                window, scale, softcap, seed, call, threshold, rescale, None, None, 0, 0, False,
                 True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
+        dk_tile, dv_tile = (dk_tile + own_dk, dv_tile + own_dv) if APART else (own_dk, own_dv)
     at = ((b_at * all_keys + token) * (heads // group) + kv_head) * dim + d
     tl.store(dk + at, (dk_tile * scale).to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + at, dv_tile.to(dv.dtype.element_ty), mask=inside)
@@ -193,16 +218,22 @@ def keys_kernel(
 def queries_sweep(
     dq_tile, q_tile, dy, m, mean, k, v, bias, row, slope, drop_row, begin, end, keys, dim,
     k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold, rescale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    k_rows, v_rows, at_row, at_col,
+    BULK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What keys [begin, end) add to dq. k, v point at the sequence's first key, bias [rows] at the rows' first."""
+    """What keys [begin, end) add to dq. k, v point at the sequence's first key, bias [rows] at the rows' first. BULK: k and v
+    from descriptors, where that key is (at_row, at_col)."""
     d = tl.arange(0, BLOCK_D)[None, :]
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         at, inside = key[:, None].to(tl.int64), (key < keys)[:, None] & (d < dim)
-        k_tile = tl.load(k + at * k_row + d, mask=inside, other=0.0)
-        v_tile = tl.load(v + at * v_row + d, mask=inside, other=0.0)
+        if BULK:
+            k_tile, v_tile = k_rows.load([at_row + start, at_col]), v_rows.load([at_row + start, at_col])
+        else:
+            k_tile = tl.load(k + at * k_row + d, mask=inside, other=0.0)
+            v_tile = tl.load(v + at * v_row + d, mask=inside, other=0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         dp = tl.dot(dy, tl.trans(v_tile), input_precision="ieee")
         kept, add = True, 0.0
@@ -219,14 +250,14 @@ def queries_sweep(
     return dq_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def queries_kernel(
-    dq, q, k, v, dout, lse, delta, cu_q, cu_k, bias, alibi,
+    dq, k_rows, v_rows, q, k, v, dout, lse, delta, cu_q, cu_k, bias, alibi,
     batch, queries, keys, heads, group, dim, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     bias_batch, bias_head, bias_row, bias_key, dout_batch, dout_row, dout_head,
     window, scale, softcap, seed, call, threshold, rescale,
     PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr, BATCH: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr, BULK: tl.constexpr, BATCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     at = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -273,28 +304,32 @@ def queries_kernel(
     if BIAS:
         own_row = tl.where(valid, i, 0).to(tl.int64)
         bias_at = bias + b.to(tl.int64) * bias_batch + head * bias_head + own_row * bias_row
+    first_row = tl.program_id(2) * keys + first_key  # in the descriptors
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if WINDOW:
         dq_tile = queries_sweep(
             dq_tile, q_tile, dy, m, mean, k, v, bias_at, i + shift, slope, drop_row, begin, from_key, keys, dim,
             k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold, rescale,
+            None, None, 0, 0, False,
             True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     dq_tile = queries_sweep(
         dq_tile, q_tile, dy, m, mean, k, v, bias_at, i + shift, slope, drop_row, from_key, to_key, keys, dim,
         k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold, rescale,
+        k_rows, v_rows, first_row, kv_head * dim, BULK,
         False, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq_tile = queries_sweep(
         dq_tile, q_tile, dy, m, mean, k, v, bias_at, i + shift, slope, drop_row, to_key, end, keys, dim,
         k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold, rescale,
+        None, None, 0, 0, False,
         True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     to = ((b_at * all_rows + token) * heads + head) * dim + d
     tl.store(dq + to, (dq_tile * scale).to(dq.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def bias_kernel(
     dbias, q, k, v, dout, lse, delta, cu_q, cu_k, bias,
     batch, queries, keys, heads, group, dim, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
@@ -403,12 +438,15 @@ def gpu_backward(
         return length // block + batch + 2 if packed else triton.cdiv(length, block)
 
     size = sizes(KEYS, dim, q.dtype, heavy)
+    pair = heads_of_rows(q, size.rows), heads_of_rows(dout, size.rows)
     keys_kernel[(count(keys, size.keys), kv_heads, q.shape[0])](
-        dk, dv, *inputs, alibi, *shape, *shaping, **options, **blocks(size)
+        dk, dv, *pair, *inputs, alibi, *shape, *shaping, **options, BULK=None not in pair,
+        APART=heads > kv_heads and q.dtype == torch.float32, **blocks(size),
     )  # fmt: skip
     size = sizes(QUERIES, dim, q.dtype, heavy)
+    pair = heads_of_rows(k, size.keys), heads_of_rows(v, size.keys)
     queries_kernel[(count(rows, size.rows), heads, q.shape[0])](
-        dq, *inputs, alibi, *shape, *shaping, **options, **blocks(size)
+        dq, *pair, *inputs, alibi, *shape, *shaping, **options, BULK=None not in pair, **blocks(size)
     )  # fmt: skip
     if dbias.numel():
         for unused in ("BIAS", "ALIBI", "SHAPED", "BATCH"):

@@ -17,10 +17,12 @@ from .spec import Settings
 from .triton_tile import (
     DENSE,
     EXACT,
+    LENGTHS,
     TILE,
     clear,
     finish,
     fold,
+    heads_of_rows,
     nothing,
     owner,
     padded,
@@ -36,17 +38,22 @@ from .triton_tile import (
 @triton.jit
 def sweep(
     acc, total, top, q, k, v, bias, row, slope, drop_row, begin, end, keys, dim, k_row, v_row, bias_key,
-    window, scale, softcap, seed, call, threshold,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    window, scale, softcap, seed, call, threshold, k_rows, v_rows, at_row, at_col,
+    BULK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The part after keys [begin, end). k, v point at the sequence's first key, bias [BLOCK_M] at the rows' first."""
+    """The part after keys [begin, end). k, v point at the sequence's first key, bias [BLOCK_M] at the rows' first. BULK:
+    from the descriptors k_rows and v_rows, where the sequence begins at (at_row, at_col)."""
     d = tl.arange(0, BLOCK_D)[None, :]
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         inside = (key < keys)[:, None] & (d < dim)
         at = key[:, None].to(tl.int64)
-        keys_t = tl.trans(tl.load(k + at * k_row + d, mask=inside, other=0.0))
+        if BULK:
+            keys_t = tl.trans(k_rows.load([at_row + start, at_col]))
+        else:
+            keys_t = tl.trans(tl.load(k + at * k_row + d, mask=inside, other=0.0))
         s = tl.dot(q, keys_t, input_precision="ieee")
         unit = scale * 1.4426950408889634
         if SHAPED:
@@ -61,19 +68,20 @@ def sweep(
         p, fade, total, top = weigh(total, top, s, unit)
         if DROPOUT:
             p = tl.where(keep_tile(drop_row, start, seed, call, threshold, BLOCK_N), p, 0.0)
-        values = tl.load(v + at * v_row + d, mask=inside, other=0.0)
+        values = v_rows.load([at_row + start, at_col]) if BULK else tl.load(v + at * v_row + d, mask=inside, other=0.0)
         acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
-    out, lse, q, k, v, cu_q, cu_k, bias, alibi, sinks,
+    out, lse, q, k, v, k_rows, v_rows, cu_q, cu_k, bias, alibi, sinks,
     batch, queries, keys, heads, group, dim, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     bias_batch, bias_head, bias_row, bias_key, window, scale, softcap, seed, call, threshold, rescale,
     PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    ALIBI: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr, EXACT: tl.constexpr,
-    TILE: tl.constexpr, BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIBI: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, SHAPED: tl.constexpr, BULK: tl.constexpr,
+    EXACT: tl.constexpr, TILE: tl.constexpr, BATCH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     at = tl.num_programs(0) - 1 - tl.program_id(0)  # later rows see more keys: they begin first
     head, b = tl.program_id(1), tl.program_id(2)
@@ -96,6 +104,7 @@ def forward_kernel(
     inside = valid[:, None] & (d < dim)
     rows = tl.load(q + b_at * q_batch + token[:, None] * q_row + head * q_head + d, mask=inside, other=0.0)
     kv_head = (head // group).to(tl.int64)
+    at_row, at_col = tl.program_id(2) * keys + first_key, (head // group) * dim  # of its keys, in the descriptors
     k += b_at * k_batch + first_key * k_row + kv_head * k_head
     v += b_at * v_batch + first_key * v_row + kv_head * v_head
     drop_row = (b_at * heads + head) * queries + i + first.to(tl.int64) * heads if PACKED else (
@@ -116,7 +125,7 @@ def forward_kernel(
             acc_b, total_b, top_b = sweep(
                 acc_b, total_b, top_b, rows, k, v, bias_at, row, slope, drop_row, tile, tl.minimum(tile + TILE, end),
                 keys, dim, k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold,
-                True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
+                None, None, 0, 0, False, True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             acc, total, top = fold(acc, total, top, acc_b, total_b, top_b)
     else:
@@ -126,17 +135,17 @@ def forward_kernel(
             acc, total, top = sweep(
                 acc, total, top, rows, k, v, bias_at, row, slope, drop_row, begin, start,
                 keys, dim, k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold,
-                True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
+                None, None, 0, 0, False, True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         acc, total, top = sweep(
             acc, total, top, rows, k, v, bias_at, row, slope, drop_row, start, stop,
             keys, dim, k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold,
-            False, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
+            k_rows, v_rows, at_row, at_col, BULK, False, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         acc, total, top = sweep(
             acc, total, top, rows, k, v, bias_at, row, slope, drop_row, stop, end,
             keys, dim, k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold,
-            True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
+            None, None, 0, 0, False, True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     if SINKS:
         acc, total, top = with_sink(acc, total, top, tl.load(sinks + head).to(tl.float32))
@@ -203,13 +212,14 @@ def gpu(
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     batch = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
     size = sizes(EXACT if exact else DENSE, q.shape[3], q.dtype, heavy=bias is not None or p > 0)
+    k_rows, v_rows = (None, None) if exact else (heads_of_rows(t, size.keys) for t in (k, v))
     rows = q.shape[1]
     blocks = triton.cdiv(rows, size.rows) if cu_q is None else rows // size.rows + batch + 2
     forward_kernel[(blocks, q.shape[2], q.shape[0])](
-        out, lse, q, k, v, cu_q, cu_k, bias, alibi, sinks, *common(q, k, v, cu_q, bias, batch),
+        out, lse, q, k, v, k_rows, v_rows, cu_q, cu_k, bias, alibi, sinks, *common(q, k, v, cu_q, bias, batch),
         window, scale, softcap, seed, call, threshold(p), 1 / (1 - p),
         **modes(cu_q is not None, bias, alibi, causal, window, scale, softcap, p, batch),
-        SINKS=sinks is not None, EXACT=exact, TILE=TILE,
+        SINKS=sinks is not None, BULK=k_rows is not None and v_rows is not None, EXACT=exact, TILE=TILE,
         BLOCK_M=size.rows, BLOCK_N=size.keys, BLOCK_D=padded(q.shape[3]), num_warps=size.warps, num_stages=size.stages,
     )  # fmt: skip
     return out, lse

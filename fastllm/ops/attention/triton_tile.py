@@ -6,13 +6,18 @@ keys gives a row: (acc, sum, top) = (sum of 2^(t - top) v, sum of 2^(t - top), g
 Every sum is an explicit FMA, so a part has the same bits in every kernel that is compiled with the same sizes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .._triton import tl, triton
+from .._triton import matrix, tl, triton
 
 TILE = 256  # keys of a tile of the arithmetic contract, at absolute positions
+LENGTHS = [
+    "batch",
+    "queries",
+    "keys",
+]  # arguments of which a 1 is not compiled in: ptxas 12.9 crashes on some such kernels
 
 
 @triton.jit
@@ -175,6 +180,21 @@ DECODE: Table = {
     torch.float32: {128: Sizes(16, 32, 8, 3), 256: Sizes(16, 16, 8, 3)},
     torch.bfloat16: {64: Sizes(16, 128, 4, 3), 128: Sizes(16, 64, 4, 3), 256: Sizes(16, 32, 4, 3)},
 }
+
+
+def heads_of_rows(x: torch.Tensor, rows: int) -> Any:
+    """A descriptor of x [B, S, H, D] as a matrix [B S, H D], of which blocks of rows x D are read; None where it is none,
+    where the GPU takes none, and for float32, whose kernels have no register left for it."""
+    batch, length, heads, dim = x.shape
+    whole = x.stride(2) == dim or heads == 1
+    if (
+        x.dtype == torch.float32
+        or not whole
+        or padded(dim) != dim
+        or (batch > 1 and x.stride(0) != length * x.stride(1))
+    ):
+        return None
+    return matrix(x.as_strided((batch * length, heads * dim), (x.stride(1), 1)), rows, dim)
 
 
 def padded(dim: int) -> int:
