@@ -24,6 +24,10 @@ from typing import Any
 
 Patch = dict[tuple[str, str], Any]  # (module of fastllm.ops, constant) -> value
 SAMPLES = 9
+PLACES = dict.fromkeys(
+    ("DENSE", "KEYS", "QUERIES"), ("attention.triton_tile", "ROOMY")
+)  # where kernels look for a table
+PLACES["DECODE"] = ("attention.triton_paged", "DECODE")
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,17 @@ class Space:
     dtype: str = "bfloat16"
 
 
-def tiles(module: str, table: str, sizes: itertools.product) -> dict[str, Patch]:
-    """Attention's tables: (rows, keys, warps, stages) for every head dim."""
+def tiles(name: str, sizes: list) -> dict[str, Patch]:
+    """A table of attention: (rows, keys, warps, stages) for every head dim."""
     import torch
 
-    from fastllm.ops.attention.triton_tile import Sizes
+    from fastllm.ops.attention.triton_tile import ROOMY, Sizes
 
-    return {
-        "{}x{} {} warps {} stages".format(*size): {(module, table): {torch.bfloat16: {1024: Sizes(*size)}}}
-        for size in sizes
-    }
+    def patch(size: tuple) -> Patch:
+        table = {torch.bfloat16: {1024: Sizes(*size)}}
+        return {PLACES[name]: ROOMY | {name: table} if name in ROOMY else table}
+
+    return {"{}x{} {} warps {} stages".format(*size): patch(size) for size in sizes}
 
 
 def constants(module: str, name: str, values: list) -> dict[str, Patch]:
@@ -65,18 +70,15 @@ def spaces() -> list[Space]:
     for dim, heads in ((64, 32), (128, 16)):
         case = f"B4 Sq4096 Sk4096 H{heads}/{heads} D{dim}"
         found += [
-            Space(f"attention D{dim}", "attention", case, tiles("attention.triton_forward", "DENSE", forward)),
-            Space(f"keys D{dim}", "attention", case, tiles("attention.triton_backward", "KEYS", keys), True),
-            Space(f"queries D{dim}", "attention", case, tiles("attention.triton_backward", "QUERIES", queries), True),
+            Space(f"attention D{dim}", "attention", case, tiles("DENSE", forward)),
+            Space(f"keys D{dim}", "attention", case, tiles("KEYS", keys), True),
+            Space(f"queries D{dim}", "attention", case, tiles("QUERIES", queries), True),
         ]
     shapes = {"1@4096 H32/8 D128": "decode 1", "64 x 1@4096": "decode 64", "128 x 1@1024": "decode 128"}
-    found += [
-        Space(name, "paged_attention", case, tiles("attention.triton_paged", "DECODE", decode))
-        for case, name in shapes.items()
-    ]
+    found += [Space(name, "paged_attention", case, tiles("DECODE", decode)) for case, name in shapes.items()]
     block_warps = [*grid((1024, 2048, 4096, 8192, 16384), (4, 8, 16))]
     vectors = [*grid((512, 1024, 2048, 4096), (2, 4, 8))]
-    exact = [(*tile, stages) for tile in ((128, 128, 8), (128, 256, 8), (256, 128, 8)) for stages in (3, 4)]
+    exact = [(*tile, 64, 8, stages) for tile in ((128, 128), (128, 256), (256, 128)) for stages in (3, 4)]
     pairs = {f"{block} by {warps} warps": (block, warps) for block, warps in block_warps}
     found += [
         Space("cross_entropy", "cross_entropy", "8192x128256",
@@ -93,16 +95,16 @@ def spaces() -> list[Space]:
               {f"{n} heads by {w} warps": {("rope", "HEADS"): n, ("rope", "WARPS"): w}
                for n, w in grid((4, 8, 16, 32), (1, 2, 4, 8))}),
         Space("exact linear", "linear", "8192x4096 to 4096 exact",
-              {f"{t} depth {d}": {("linear", "MANY_ROWS"): t, ("linear", "_DEPTH"): d} for t in exact for d in (64, 128)}),
+              {str(t): {("linear", "MANY_ROWS_ROOMY"): t} for t in exact}),
         Space("exact linear, one row", "linear", "1x4096 to 4096 exact",
-              {f"{t} depth {d}": {("linear", "FEW_ROWS"): t, ("linear", "_DEPTH"): d}
-               for t in ((64, 32, 4, 4), (64, 32, 4, 6), (64, 16, 4, 6), (64, 64, 4, 4)) for d in (64, 128)}),
+              {str(t): {("linear", "FEW_ROWS_ROOMY"): t}
+               for t in ((64, 32, 128, 4, 6), (64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (64, 64, 256, 4, 2))}),
     ]  # fmt: skip
     for op in ("rms_norm", "layer_norm"):
         warps = {f"{w} warps": {(op, "row_warps"): Constant(w)} for w in (2, 4, 8, 16)}
         found.append(Space(op, op, "8192x4096", warps))
         sets = {
-            f"{w} warps, {m} programs a multiprocessor": {(op, "row_warps"): Constant(w), (op, "programs"): Filled(m)}
+            f"{w} warps, {m} programs a multiprocessor": {(op, "row_warps"): Constant(w), (op, "PROGRAMS"): m}
             for w in (4, 8, 16) for m in (1, 2, 3, 4)
         }  # fmt: skip
         found.append(Space(f"{op} backward", op, "8192x4096", sets, True))
@@ -111,22 +113,12 @@ def spaces() -> list[Space]:
 
 @dataclass(frozen=True)
 class Constant:
-    value: int
+    """A function that gives the same, whatever it is asked."""
+
+    value: Any
 
     def __call__(self, *_):
         return self.value
-
-
-@dataclass(frozen=True)
-class Filled:
-    """_triton.programs, times a number."""
-
-    times: int
-
-    def __call__(self, device):
-        from fastllm.ops import _triton
-
-        return self.times * _triton.programs(device)
 
 
 # -------------------------------------------------------------------------------------------------------------- running

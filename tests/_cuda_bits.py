@@ -15,7 +15,7 @@ from fastllm.bench.case import Make
 from fastllm.bench.cases.quant_linear import FORMATS, GROUPED, random_weight
 from fastllm.bench.cases.quant_linear import SUITE as QUANT
 from fastllm.bench.cases.sample import PENALTIES, SUITE, USUAL
-from fastllm.ops import SampleState, _cuda
+from fastllm.ops import SampleState, _cuda, _triton
 from fastllm.ops._op import OPS
 from fastllm.ops.quant_linear import CUDA_ROWS
 
@@ -37,6 +37,7 @@ if HOST:
     host = ctypes.CDLL(HOST)
 else:
     assert _cuda.library()[0], _cuda.library()[1]
+    _triton.load()  # some are compared with Triton's kernels
 
 
 @pytest.fixture(params=DEVICES.values(), ids=DEVICES)

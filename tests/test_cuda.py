@@ -116,6 +116,12 @@ print(*(w.message for w in caught), sep="\\n")
     ("library", "wish", "lines"),
     [
         ("", "", ["Triton|the GPU kernel of this op; FASTLLM_CUDA_KERNELS=sample runs CUDA C++ in its place", ""]),
+        ("_cuda.library = lambda: (True, 'there')", None, ["CUDA C++|the faster of its two kernels", ""]),
+        (
+            "_cuda.library = lambda: (False, 'no NVIDIA driver')",
+            None,
+            ["Triton|the GPU kernel of this op; CUDA C++ is not used: no NVIDIA driver", ""],
+        ),
         ("_cuda.library = lambda: (True, 'there')", "sample", ["CUDA C++|FASTLLM_CUDA_KERNELS names it", ""]),
         (
             "_cuda.library = lambda: (False, 'no NVIDIA driver')",
@@ -127,10 +133,11 @@ print(*(w.message for w in caught), sep="\\n")
             ],
         ),
     ],
-    ids=["default", "named", "named in vain"],
+    ids=["none", "default", "default in vain", "named", "named in vain"],
 )
 def test_what_runs_on_a_gpu(library, wish, lines):
-    done = python(CHOICE.replace("LIBRARY", library), FASTLLM_CUDA_KERNELS=wish)
+    named = {} if wish is None else {_cuda.VARIABLE: wish}
+    done = python(CHOICE.replace("LIBRARY", library), **named)
     assert done.stdout.splitlines() == [lines[0], "Triton|the GPU kernel of this op", lines[1]], done.stderr
 
 

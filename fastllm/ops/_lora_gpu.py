@@ -8,6 +8,7 @@ W + scale * B A.
 import torch
 from torch import Tensor
 
+from ._dot import accumulate
 from ._dropout import keep_tile, threshold
 from ._triton import programs, tl, triton
 
@@ -33,7 +34,7 @@ def shrink_kernel(
             mask=(r < rank)[None, :] & (k < depth)[:, None],
             other=0.0,
         )
-        acc = tl.dot(v, w, acc, input_precision="ieee")
+        acc = accumulate(acc, v, w)
     tl.store(s + row[:, None] * rank + r[None, :], acc * scale, mask=(row < rows)[:, None] & (r < rank)[None, :])
 
 
@@ -56,7 +57,7 @@ def expand_kernel(
             mask=(n < cols)[None, :] & (r < rank)[:, None],
             other=0.0,
         )
-        acc = tl.dot(p.to(w.dtype), w, acc, input_precision="ieee")
+        acc = accumulate(acc, p.to(w.dtype), w)
     if DROP:
         acc = tl.where(keep_tile(row, first, seed, call, threshold, N), acc, 0.0)
     at, inside = y + row[:, None] * cols + n[None, :], (row < rows)[:, None] & (n < cols)[None, :]
@@ -86,7 +87,7 @@ def gradient_kernel(
         if DROP:
             v = tl.where(keep_tile(row, first, seed, call, threshold, N), v, 0.0)
         w = tl.load(p + row[:, None] * rank + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(v), w.to(v.dtype), acc, input_precision="ieee")
+        acc = accumulate(acc, tl.trans(v), w.to(v.dtype))
     at = partial + (tl.program_id(1).to(tl.int64) * cols + n[:, None]) * rank + r[None, :]
     tl.store(at, acc * scale, mask=(n < cols)[:, None] & (r < rank)[None, :])
 
@@ -114,7 +115,7 @@ def norms_kernel(
                 mask=(r < rank)[:, None] & (k < depth)[None, :],
                 other=0.0,
             )
-            acc = tl.dot(p.to(tl.float32), q.to(tl.float32), acc, input_precision="ieee")
+            acc = accumulate(acc, p.to(tl.float32), q.to(tl.float32))
         w = tl.load(
             weight + n[:, None] * weight_stride + k[None, :],
             mask=(n < cols)[:, None] & (k < depth)[None, :],

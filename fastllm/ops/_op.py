@@ -155,16 +155,19 @@ class Op:
             return Kernel(self.reference, "reference", self.no_triton)
         if not _triton.available():
             return Kernel(self.reference, "reference", _triton.unavailable_reason())
-        reason = self.triton_reason
-        if self.cuda:
-            reason += f"; {_cuda.VARIABLE}={self.name} runs CUDA C++ in its place"
-        if self.name in _cuda.wanted():
-            used, why = _cuda.library()
-            if used:
-                return self.gpu_kernel(True, f"{_cuda.VARIABLE} names it")
-            reason = f"{_cuda.VARIABLE} names it, but the CUDA library is not used: {why}"
+        if not self.cuda:
+            return self.gpu_kernel(False, self.triton_reason)
+        if self.name not in _cuda.wanted():
+            other = f"{_cuda.VARIABLE}={self.name} runs CUDA C++ in its place"
+            return self.gpu_kernel(False, f"{self.triton_reason}; {other}")
+        wish = f"{_cuda.VARIABLE} names it" if _cuda.asked() else "the faster of its two kernels"
+        used, why = _cuda.library()
+        if used:
+            return self.gpu_kernel(True, wish)
+        reason = f"{wish}, but the CUDA library is not used: {why}"
+        if _cuda.asked():
             warnings.warn(f"fastllm.{self.name}: {reason}; Triton runs it", stacklevel=6)
-        return self.gpu_kernel(False, reason)
+        return self.gpu_kernel(False, reason if _cuda.asked() else f"{self.triton_reason}; CUDA C++ is not used: {why}")
 
     def gpu_kernel(self, cuda: bool, reason: str) -> Kernel:
         """The one in CUDA C++, or Triton's."""

@@ -126,6 +126,14 @@ def has_descriptors(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@functools.cache
+def roomy(device: torch.device) -> bool:
+    """Whether a program may hold as much as Hopper lets it: 227 KB of shared memory, filled by its copy engine."""
+    if not has_descriptors(device):
+        return False
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 227 << 10
+
+
 def matrix(x: torch.Tensor, rows: int, cols: int) -> Any:
     """A descriptor of x [R, C], of which blocks of rows x cols are read, or None where pointers must do: an older GPU or
     Triton, rows that do not begin at multiples of 16 bytes."""

@@ -154,7 +154,7 @@ def kernel(
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
-LANES, WARPS = 1024, 4  # elements that a program holds at a time
+LANES, WARPS = 1024, 8  # elements that a program holds at a time
 
 
 def _columns(param, grad, exp_avg, exp_avg_sq, master):

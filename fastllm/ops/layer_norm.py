@@ -173,6 +173,9 @@ def cpu_backward(
     return dx, *_narrow(sums, weight, has_bias)
 
 
+PROGRAMS = 2  # of the backward, a multiprocessor: so many rows are on their way
+
+
 def gpu_backward(
     dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +184,7 @@ def gpu_backward(
         return dx, torch.zeros_like(weight), torch.zeros_like(weight) if has_bias else weight.new_empty(0)
     d, rows = as_rows(dy), as_rows(s)
     e = d if ds is None else as_rows(ds)
-    count = min(programs(s.device), rows.shape[0])
+    count = min(PROGRAMS * programs(s.device), rows.shape[0])
     partial = torch.empty(count, 2, rows.shape[1], dtype=torch.float32, device=s.device)
     block = triton.next_power_of_2(rows.shape[1])
     backward_kernel[(count,)](

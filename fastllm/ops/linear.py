@@ -31,7 +31,7 @@ from torch import Tensor
 from .. import _C
 from ._gated import silu
 from ._op import DTYPES, Op, as_rows, check_dtype, check_like, pointer, wants_gradient
-from ._triton import matrix, tl, triton
+from ._triton import matrix, roomy, tl, triton
 from .rms_norm import rms_norm
 from .swiglu import swiglu as swiglu_op
 
@@ -151,8 +151,6 @@ def reference_panels_backward(dy, panels, rows, halves) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------- Triton
-
-_DEPTH = 64  # of K that one step multiplies
 
 
 @triton.jit
@@ -276,9 +274,10 @@ def gpu(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
     return y.to(torch.float32 if wide else x.dtype)
 
 
-# Rows and columns of a tile, warps, steps on their way. No tile of tensor cores below 64 rows: smaller ones run on other
-# instructions, which add in an order of their own.
-MANY_ROWS, FEW_ROWS = (128, 128, 8, 4), (64, 32, 4, 4)
+# Rows, columns and depth of a tile, warps, steps on their way. The order of a sum is the same for every depth, 16 at a time.
+# No tile of tensor cores below 64 rows: smaller ones run on other instructions, which add in an order of their own.
+MANY_ROWS, FEW_ROWS = (128, 128, 32, 8, 4), (64, 32, 32, 4, 4)
+MANY_ROWS_ROOMY, FEW_ROWS_ROOMY = (128, 256, 64, 8, 3), (64, 64, 128, 4, 4)  # see `roomy`; measured on an H200
 
 
 def gpu_exact(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
@@ -289,10 +288,11 @@ def gpu_exact(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
         x = rms_norm(x, norm, eps)
     rows, other = as_rows(x), None if residual is None else as_rows(residual)
     weight = unit_stride(weight)
-    bm, bn, warps, stages = MANY_ROWS if rows.shape[0] > 64 and not swiglu else FEW_ROWS
-    step, pair = _DEPTH, (None, None)
+    many, few = (MANY_ROWS_ROOMY, FEW_ROWS_ROOMY) if roomy(x.device) else (MANY_ROWS, FEW_ROWS)
+    bm, bn, step, warps, stages = many if rows.shape[0] > 64 and not swiglu else few
+    pair = (None, None)
     if x.dtype == torch.float32:
-        bm, bn, warps, step = 32, 32, 4, 32
+        bm, bn, step, warps = 32, 32, 32, 4
     else:
         pair = matrix(rows, bm, step), matrix(weight, bn, step)
     exact_kernel[(triton.cdiv(rows.shape[0], bm) * triton.cdiv(y.shape[-1], bn),)](

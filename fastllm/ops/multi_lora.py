@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ._dot import accumulate
 from ._op import DTYPES, Op, as_rows, check, pointer
 from ._triton import tl, triton
 from .linear import SWIGLU, WHOLE, Panels, check_fusion, fields, unit_stride
@@ -294,7 +295,7 @@ def kernel(
                 v = tl.load(x + row[:, None] * x_stride + k[None, :], mask=inside, other=0.0)
                 inside = (k < depth)[:, None] & (r < its_rank)[None, :]
                 w = tl.load(a + panels[None, :] + k[:, None] * 16, mask=inside, other=0.0)
-                acc = tl.dot(v, w.to(v.dtype), acc, input_precision="ieee")
+                acc = accumulate(acc, v, w.to(v.dtype))
             s = (acc * tl.load(scale + slot * PARTS + p)).to(y.dtype.element_ty)
             for first in range(tl.program_id(2) * N, cols, tl.num_programs(2) * N):
                 n = first + tl.arange(0, N)
@@ -322,7 +323,8 @@ def gpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, 
         kernel[(triton.cdiv(rows.shape[0], 16), slots, min(4, triton.cdiv(y.shape[1], 64)))](
             y, rows, a, b, rank, scale, y if gain is None else gain, part, adapter_id.contiguous(),
             rows.shape[0], y.shape[1], rows.shape[1], max_rank, rows.stride(0), y.shape[1] // halves,
-            HAS_GAIN=gain is not None, PARTS=parts, HALVES=halves, M=16, K=64 if block <= 64 else 32, N=64, R=block,
+            HAS_GAIN=gain is not None, PARTS=parts, HALVES=halves, M=16,
+            K=64 if block <= 64 and x.dtype != torch.float32 else 32, N=64, R=block,
             num_warps=4,
         )  # fmt: skip
     if bias is not None:

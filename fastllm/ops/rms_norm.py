@@ -141,13 +141,16 @@ def cpu_backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd:
     return dx, dweight.to(weight.dtype)
 
 
+PROGRAMS = 3  # of the backward, a multiprocessor: so many rows are on their way
+
+
 def gpu_backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     dx = empty_like(s)
     if not s.numel():
         return dx, torch.zeros_like(weight)
     d, rows = as_rows(dy), as_rows(s)
     e = d if ds is None else as_rows(ds)
-    count = min(programs(s.device), rows.shape[0])
+    count = min(PROGRAMS * programs(s.device), rows.shape[0])
     partial = torch.empty(count, rows.shape[1], dtype=torch.float32, device=s.device)
     block = triton.next_power_of_2(rows.shape[1])
     backward_kernel[(count,)](

@@ -9,6 +9,7 @@ forward, round them (and dscore) to the dtype before their products.
 import torch
 from torch import Tensor
 
+from .._dot import accumulate
 from .._dropout import keep_tile, threshold
 from .._triton import tl, triton
 from ..rope import unit_stride
@@ -17,11 +18,10 @@ from .spec import Settings
 from .triton_forward import common, modes
 from .triton_tile import (
     BIAS,
-    KEYS,
     LENGTHS,
-    QUERIES,
     Sizes,
     clear,
+    fitting,
     heads_of_rows,
     owner,
     padded,
@@ -117,8 +117,8 @@ def keys_sweep(
             s, dp, m[None, :], mean[None, :], add, slope, (i + shift)[None, :], key[:, None], keys, kept,
             window, scale, softcap, rescale, MASKED, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED,
         )  # fmt: skip
-        dv_tile = tl.dot(w.to(dy.dtype), dy, dv_tile, input_precision="ieee")
-        dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
+        dv_tile = accumulate(dv_tile, w.to(dy.dtype), dy)
+        dk_tile = accumulate(dk_tile, ds.to(q_tile.dtype), q_tile)
     return dk_tile, dv_tile
 
 
@@ -246,7 +246,7 @@ def queries_sweep(
             s, dp, m[:, None], mean[:, None], add, slope, row[:, None], key[None, :], keys, kept,
             window, scale, softcap, rescale, MASKED, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED,
         )  # fmt: skip
-        dq_tile = tl.dot(ds.to(k_tile.dtype), k_tile, dq_tile, input_precision="ieee")
+        dq_tile = accumulate(dq_tile, ds.to(k_tile.dtype), k_tile)
     return dq_tile
 
 
@@ -418,7 +418,8 @@ def gpu_backward(
     q, k, v, dout = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(dout)
     packed, dim = cu_q is not None, q.shape[3]
     batch = cu_q.shape[0] - 1 if packed else q.shape[0]
-    block_d, heavy = padded(dim), bias is not None or p > 0
+    block_d, heavy = padded(dim), bias is not None or p > 0 or (window > 0 and softcap > 0)
+    plain = window == softcap == p == 0 and bias is None and alibi is None
     delta = torch.empty_like(lse)
     rows, keys, heads, kv_heads = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     delta_kernel[(triton.cdiv(rows, 32), heads, q.shape[0])](
@@ -437,13 +438,13 @@ def gpu_backward(
     def count(length: int, block: int) -> int:
         return length // block + batch + 2 if packed else triton.cdiv(length, block)
 
-    size = sizes(KEYS, dim, q.dtype, heavy)
+    size = sizes(fitting("KEYS", q.device, plain), dim, q.dtype, heavy)
     pair = heads_of_rows(q, size.rows), heads_of_rows(dout, size.rows)
     keys_kernel[(count(keys, size.keys), kv_heads, q.shape[0])](
         dk, dv, *pair, *inputs, alibi, *shape, *shaping, **options, BULK=None not in pair,
         APART=heads > kv_heads and q.dtype == torch.float32, **blocks(size),
     )  # fmt: skip
-    size = sizes(QUERIES, dim, q.dtype, heavy)
+    size = sizes(fitting("QUERIES", q.device, plain), dim, q.dtype, heavy)
     pair = heads_of_rows(k, size.keys), heads_of_rows(v, size.keys)
     queries_kernel[(count(rows, size.rows), heads, q.shape[0])](
         dq, *pair, *inputs, alibi, *shape, *shaping, **options, BULK=None not in pair, **blocks(size)

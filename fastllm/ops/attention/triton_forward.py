@@ -9,18 +9,19 @@ of paged_attention in exact mode. A weight is rounded to the dtype of v before i
 import torch
 from torch import Tensor
 
+from .._dot import accumulate
 from .._dropout import keep_tile, threshold
 from .._triton import tl, triton
 from ..rope import unit_stride
 from . import cudnn
 from .spec import Settings
 from .triton_tile import (
-    DENSE,
     EXACT,
     LENGTHS,
     TILE,
     clear,
     finish,
+    fitting,
     fold,
     heads_of_rows,
     nothing,
@@ -69,7 +70,7 @@ def sweep(
         if DROPOUT:
             p = tl.where(keep_tile(drop_row, start, seed, call, threshold, BLOCK_N), p, 0.0)
         values = v_rows.load([at_row + start, at_col]) if BULK else tl.load(v + at * v_row + d, mask=inside, other=0.0)
-        acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
+        acc = accumulate(acc * fade[:, None], p.to(values.dtype), values)
     return acc, total, top
 
 
@@ -211,7 +212,9 @@ def gpu(
         return out, lse
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     batch = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
-    size = sizes(EXACT if exact else DENSE, q.shape[3], q.dtype, heavy=bias is not None or p > 0)
+    plain = window == softcap == p == 0 and bias is None and alibi is None
+    table = EXACT if exact else fitting("DENSE", q.device, plain)
+    size = sizes(table, q.shape[3], q.dtype, heavy=bias is not None or p > 0)
     k_rows, v_rows = (None, None) if exact else (heads_of_rows(t, size.keys) for t in (k, v))
     rows = q.shape[1]
     blocks = triton.cdiv(rows, size.rows) if cu_q is None else rows // size.rows + batch + 2

@@ -13,6 +13,7 @@ for any page order, chunk or split.
 import torch
 from torch import Tensor
 
+from .._dot import accumulate
 from .._triton import multiprocessors, tl, triton
 from ..kv_cache import PAGE
 from ..rope import unit_stride
@@ -87,7 +88,7 @@ def part(
         p, fade, total, top = weigh(total, top, s, unit)
         if BYTES:
             p = tl.where(p > 0, p * v_scale[None, :], 0.0)  # what is not seen stays out, whatever its scale
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        acc = accumulate(acc * fade[:, None], p.to(v.dtype), v)
     return acc, total, top
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._triton import matrix, tl, triton
+from .._triton import matrix, roomy, tl, triton
 
 TILE = 256  # keys of a tile of the arithmetic contract, at absolute positions
 LENGTHS = [
@@ -172,6 +172,17 @@ QUERIES: Table = {  # dq
     torch.bfloat16: {128: Sizes(64, 64, 8), 1024: Sizes(32, 32, 8)},
 }
 KEYS: Table = QUERIES  # dk and dv
+
+
+def _faster(table: Table, sizes: dict[int, Sizes]) -> Table:
+    return table | {torch.bfloat16: table[torch.bfloat16] | sizes}
+
+
+ROOMY: dict[str, Table] = {  # in the place of these where `roomy` says so: measured on an H200, see benchmarks/LOG.md
+    "DENSE": _faster(DENSE, {64: Sizes(64, 64, 4, 3), 128: Sizes(128, 128, 8, 3)}),
+    "KEYS": _faster(KEYS, {64: Sizes(64, 64, 4), 128: Sizes(32, 64, 4, 3)}),
+    "QUERIES": _faster(QUERIES, {64: Sizes(64, 64, 4, 3), 128: Sizes(128, 64, 8, 3)}),
+}
 BIAS: Table = {  # dbias: its loops over what the bias is broadcast to leave few registers
     torch.float32: {256: Sizes(16, 16, 8, 1)},
     torch.bfloat16: {256: Sizes(32, 64, 8)},
@@ -202,7 +213,12 @@ def padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
+def fitting(name: str, device: torch.device, plain: bool) -> Table:
+    """The table of that name for a device. plain: no feature but a causal mask, which leaves registers for larger blocks."""
+    return ROOMY[name] if plain and roomy(device) else {"DENSE": DENSE, "KEYS": KEYS, "QUERIES": QUERIES}[name]
+
+
 def sizes(table: Table, dim: int, dtype: torch.dtype, heavy: bool = False) -> Sizes:
     """The table's entry; heavy, with a bias or dropout, that of heads four times as wide, which leaves registers for them."""
     entries = table[torch.float32 if dtype == torch.float32 else torch.bfloat16]
-    return next(size for limit, size in entries.items() if dim * (4 if heavy else 1) <= limit)
+    return next(size for limit, size in sorted(entries.items()) if dim * (4 if heavy else 1) <= limit)
