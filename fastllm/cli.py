@@ -19,6 +19,7 @@ from . import __version__
 if TYPE_CHECKING:
     from .llm import LLM, RequestOutput
 
+DEVICE = "auto (the GPU, if there is one), cpu or cuda."
 app = typer.Typer(
     name="fastllm",
     help="Fast, exact kernels and a small runtime for language models, on a GPU and on a plain CPU.",
@@ -171,6 +172,7 @@ def generate(
     logprobs: Annotated[int | None, typer.Option(help="Alternatives for each token, with --json.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and completion.")] = None,
     threads: Annotated[int | None, typer.Option(help="[default: as torch has it]")] = None,
+    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
     speculate: Annotated[
         int,
         typer.Option(help="Guess up to so many tokens a step from the text itself: the same output, perhaps sooner."),
@@ -204,8 +206,8 @@ def generate(
         from .llm import LLM
 
         llm = LLM(
-            model, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len, num_threads=threads,
-            speculate=speculate,
+            model, device=device, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len,
+            num_threads=threads, speculate=speculate,
         )  # fmt: skip
         if adapter:
             llm.load_adapter(str(adapter), adapter)
@@ -248,6 +250,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Makes the answers repeatable.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of the history that the model sees.")] = None,
     threads: Annotated[int | None, typer.Option(help="[default: as torch has it]")] = None,
+    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
     speculate: Annotated[
         int,
         typer.Option(help="Guess up to so many tokens a step from the text itself: the same output, perhaps sooner."),
@@ -265,8 +268,8 @@ def chat(
     from .terminal import chat as talk_on_terminal
 
     llm = LLM(
-        model, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len, max_num_seqs=1,
-        num_threads=threads, speculate=speculate,
+        model, device=device, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len,
+        max_num_seqs=1, num_threads=threads, speculate=speculate,
     )  # fmt: skip
     if adapter:
         llm.load_adapter(str(adapter), adapter)
@@ -305,6 +308,7 @@ def evaluate(
     stop: Annotated[list[str] | None, typer.Option(help="Generate: text that ends one; repeatable.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and completion.")] = None,
     threads: Annotated[int | None, typer.Option(help="[default: as torch has it]")] = None,
+    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
     json_path: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write all of it there.")] = None,
 ) -> None:
     """Measure a model on records: perplexity {"text"}, choice {"prompt", "choices", "answer"}, classify the same with one list of
@@ -331,7 +335,9 @@ def evaluate(
     )  # fmt: skip
     from .llm import LLM
 
-    llm = LLM(model, dtype=dtype, quantize=quantize, max_model_len=max_model_len, num_threads=threads)
+    llm = LLM(
+        model, device=device, dtype=dtype, quantize=quantize, max_model_len=max_model_len, num_threads=threads
+    )  # fmt: skip
     if adapter:
         llm.load_adapter(str(adapter), adapter)
     report = tasks.run(llm, task, records, options, watch=lambda count: _progress(f"{count} records"))
@@ -432,9 +438,9 @@ def _statistics(llm: "LLM", request: "RequestOutput", measure: bool) -> dict:
     """Speeds of a request, and the memory's reading speed, measured now; None where there is nothing to tell."""
     timing, read = request.timing, None
     if measure and timing.decoded:
-        from .bench.harness import read_bandwidth
+        from .bench.ceiling import memory_bandwidth
 
-        read = read_bandwidth(llm.engine.threads or None)
+        read = memory_bandwidth(llm.engine.device, llm.engine.threads or None)
     rate = timing.decoded / timing.decode_s if timing.decoded else None
     bandwidth = rate and timing.steps / timing.decode_s * llm.bytes_per_token / 1e9
     return {

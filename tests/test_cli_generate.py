@@ -14,7 +14,7 @@ import pytest
 from _cli import call
 
 from fastllm import LLM, SamplingParams, hub
-from fastllm.bench import harness
+from fastllm.bench import ceiling
 from fastllm.peft import lora
 
 PROMPT = "in the rain"
@@ -37,7 +37,7 @@ def llm(path):
 @pytest.fixture
 def generate(monkeypatch, capsys, path):
     """generate(arguments...) -> (status, stdout, stderr) on the tiny model, with a known memory."""
-    monkeypatch.setattr(harness, "read_bandwidth", lambda threads=None: 123.0)
+    monkeypatch.setattr(ceiling, "read_bandwidth", lambda threads=None: 123.0)
     return lambda *arguments: call(monkeypatch, capsys, "generate", "--model", path, *arguments)
 
 

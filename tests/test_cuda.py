@@ -116,13 +116,21 @@ print(*(w.message for w in caught), sep="\\n")
     ("library", "wish", "lines"),
     [
         ("", "", ["Triton|the GPU kernel of this op; FASTLLM_CUDA_KERNELS=sample runs CUDA C++ in its place", ""]),
-        ("_cuda.library = lambda: (True, 'there')", None, ["CUDA C++|the faster of its two kernels", ""]),
+        (
+            "_cuda.library = lambda: (True, 'there')",
+            None,
+            [f"{OPS['sample'].cuda_name}|the faster of its two kernels", ""],
+        ),
         (
             "_cuda.library = lambda: (False, 'no NVIDIA driver')",
             None,
             ["Triton|the GPU kernel of this op; CUDA C++ is not used: no NVIDIA driver", ""],
         ),
-        ("_cuda.library = lambda: (True, 'there')", "sample", ["CUDA C++|FASTLLM_CUDA_KERNELS names it", ""]),
+        (
+            "_cuda.library = lambda: (True, 'there')",
+            "sample",
+            [f"{OPS['sample'].cuda_name}|FASTLLM_CUDA_KERNELS names it", ""],
+        ),
         (
             "_cuda.library = lambda: (False, 'no NVIDIA driver')",
             "sample",

@@ -146,6 +146,11 @@ def read_bandwidth(threads: int | None = None, seconds: float = SECONDS) -> floa
         return read_ceiling().sustained(seconds)
 
 
+def memory_bandwidth(device: torch.device, threads: int | None = None) -> float:
+    """GB/s that a decode on a device can reach at most: of reads on a CPU, of a copy (read + write) on a GPU."""
+    return copy_ceiling().best() if device.type == "cuda" else read_bandwidth(threads)
+
+
 def fma_peak(threads: int | None = None) -> float:
     """fp32 GFLOP/s of `threads` threads in registers."""
     with _threads(threads):

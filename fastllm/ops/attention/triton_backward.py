@@ -418,7 +418,7 @@ def gpu_backward(
     q, k, v, dout = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(dout)
     packed, dim = cu_q is not None, q.shape[3]
     batch = cu_q.shape[0] - 1 if packed else q.shape[0]
-    block_d, heavy = padded(dim), bias is not None or p > 0 or (window > 0 and softcap > 0)
+    block_d, heavy = padded(dim), bias is not None or p > 0
     plain = window == softcap == p == 0 and bias is None and alibi is None
     delta = torch.empty_like(lse)
     rows, keys, heads, kv_heads = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
