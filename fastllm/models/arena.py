@@ -62,6 +62,8 @@ def available(most: int) -> int:
 def lack_of_memory(error: BaseException, what: str, step: str) -> MemoryError | None:
     """An error that is for want of memory as one that says so, and for what; None for another one. step: what to do."""
     nbytes = None
+    if isinstance(error, torch.OutOfMemoryError):  # a GPU's; the rest of its message is about the allocator
+        return MemoryError(f"{what}: {'. '.join(str(error).split('. ')[:2])}; {step}")
     if isinstance(error, RuntimeError):  # of torch's allocator
         found = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", str(error))
         if not found:

@@ -7,6 +7,7 @@ from _engine import KINDS, PROMPT, Made, engine
 
 from fastllm.decode.limits import decoding_device
 from fastllm.decode.rows import Rows
+from fastllm.models.arena import lack_of_memory
 from fastllm.models.weights import load, load_packed, to_device
 from fastllm.ops import Panels, QWeight
 
@@ -58,3 +59,11 @@ def test_which_device():
             decoding_device("cuda")
     with pytest.raises(ValueError, match="device='tpu'; allowed: 'auto', 'cpu', 'cuda'"):
         decoding_device("tpu")
+
+
+def test_a_gpu_s_lack_of_memory_is_told_as_a_cpu_s():
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.00 GiB is free."
+    )
+    told = lack_of_memory(error, "a step of 8 rows", "run fewer")
+    assert str(told) == "a step of 8 rows: CUDA out of memory. Tried to allocate 2.00 GiB; run fewer"
