@@ -9,6 +9,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers' threads share the cores:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+if "PYTEST_XDIST_WORKER" not in os.environ and not any("gpu" in word for word in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a model goes to a GPU by itself; what is tested here are a CPU's bits
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's job in the background: Ctrl-C is tested all the same
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
