@@ -29,7 +29,7 @@ from .models.families import FAMILIES
 from .models.folder import architecture_of, read_json
 from .models.layers import pack_weights, packed
 from .models.text import read_text
-from .models.weights import load_packed, to_device
+from .models.weights import load_decoding, to_device
 from .ops import Panels, QWeight
 from .peft import lora
 from .sampling_params import SamplingParams
@@ -135,15 +135,13 @@ class LLM:
         )  # fmt: skip
         settle()
         self.path = hub.resolve(name, revision=revision)
-        self.encoder = _read_encoder(self.path, quantize)
+        self.encoder = _read_encoder(self.path, quantize, device)
         if self.encoder:
             self.model, self.tokenizer = self.encoder.model, self.encoder.tokenizer
             self.max_model_len = self.model.config.max_position
             return
         self.tokenizer, self._template = read_text(self.path)
-        self.model = load_packed(self.path, quantize, as_float=dtype == "float32")
-        if where.type == "cuda":
-            self.model = to_device(self.model, where, torch.float32 if dtype == "float32" else torch.bfloat16)
+        self.model = load_decoding(self.path, where, quantize, as_float=dtype == "float32")
         self._serve(limits)
 
     @classmethod
@@ -488,11 +486,15 @@ def _release(held: str, stops: Sequence[str], last: bool) -> tuple[str, str, boo
     return held[: len(held) - keep], held[len(held) - keep :], False
 
 
-def _read_encoder(path: Path, quantize: str | None) -> "TextEncoder | None":
+def _read_encoder(path: Path, quantize: str | None, device: str) -> "TextEncoder | None":
     """None for a file of anything else; what encoders need is imported for them alone."""
     if not path.is_dir() or (architecture := architecture_of(read_json(path / "config.json"))) in FAMILIES:
         return None
     from .decode.embed import TextEncoder
     from .models.hf_encoder import ARCHITECTURES
 
-    return TextEncoder.load(path, quantize=quantize) if architecture in ARCHITECTURES else None
+    if architecture not in ARCHITECTURES:
+        return None
+    if device == "cuda":
+        raise ValueError(f"LLM: device='cuda', but {path} is an encoder: `embed` runs on a CPU; allowed: 'auto', 'cpu'")
+    return TextEncoder.load(path, quantize=quantize)

@@ -75,6 +75,14 @@ def load_packed(path: str | Path, quantize: str | None = None, as_float: bool = 
     return model
 
 
+def load_decoding(
+    path: str | Path, device: torch.device, quantize: str | None = None, as_float: bool = False
+) -> Decoder:
+    """`load_packed`, on a CPU or a GPU; there weights that are not quantised are bfloat16, or float32 where as_float."""
+    model = load_packed(path, quantize, as_float)
+    return model if device.type == "cpu" else to_device(model, device, torch.float32 if as_float else torch.bfloat16)
+
+
 def to_device(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     """Moves a model to a GPU, packed or not: panels, which are a CPU's, become row-major again, quantised weights go as they
     are. The rest takes `dtype`, or float32 where any weight is quantised: that is what their kernels take."""

@@ -106,6 +106,12 @@ def test_what_is_no_encoder(real, folder):
         TextEncoder(small, Tokenizer.from_folder(folder))
 
 
+def test_an_encoder_stays_on_the_cpu(folder, monkeypatch):
+    monkeypatch.setattr("fastllm.llm.decoding_device", torch.device)
+    with pytest.raises(ValueError, match=r"device='cuda', but .* is an encoder: `embed` runs on a CPU"):
+        LLM(folder, device="cuda")
+
+
 def test_llm_over_an_encoder_embeds_and_nothing_else(real, folder):
     llm = LLM(folder)
     texts = ["A man is eating food.", "Water boils at 100 degrees."]
