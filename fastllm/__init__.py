@@ -6,6 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  (first: its OpenMP runtime must be in the process before the core looks for one)
 
+try:
+    from . import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"{__path__[0]} holds no compiled core for this Python ({error}). Where it is a source tree, build it with "
+        "`pip install -e .`, or run from another folder to take the installed package"
+    ) from None
+
 from . import ops
 from .sampling_params import SamplingParams
 

@@ -1,9 +1,13 @@
 """`import fastllm` costs little beyond torch: who embeds the kernels does not wait for the rest."""
 
+import shutil
 import statistics
+from pathlib import Path
 
 import pytest
 from _build import python
+
+import fastllm
 
 SECONDS = 0.3  # of processor time: a wait for a busy core is not the import's
 SCRIPT = """
@@ -21,3 +25,15 @@ def test_import_is_quick_and_brings_in_little(cuda):
     runs = [python(SCRIPT.format(cuda=cuda)).stdout.split() for _ in range(5)]
     assert statistics.median(float(seconds) for seconds, *_ in runs) <= SECONDS
     assert not LATE & set(runs[0][1:])
+
+
+def test_a_source_tree_that_was_not_built_says_so(tmp_path):
+    """As where Python is started in a checkout, and the package is installed elsewhere."""
+    shutil.copytree(
+        Path(fastllm.__file__).parent, tmp_path / "fastllm", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    done = python("import fastllm", path=tmp_path, check=False)
+    assert done.returncode and "Traceback" in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: {tmp_path / 'fastllm'} holds no compiled core for this Python")
+    assert "pip install -e ." in last
