@@ -1,5 +1,6 @@
 """Decoding on an NVIDIA GPU: captured steps, many requests, and the CPU's answers."""
 
+import _lora
 import _tiny
 import pytest
 import torch
@@ -89,3 +90,15 @@ def test_llm(path, kv_dtype):
     assert llm.perplexity([[5, 6, 7]])[0] > 1
     cpu = LLM(path, device="cpu", max_model_len=256)
     assert cpu.logprobs([[5, 6, 7, 8]])[0] == pytest.approx(llm.logprobs([[5, 6, 7, 8]])[0], abs=0.15)
+
+
+def test_adapters(path):
+    made = []
+    for e in (engine(path), Engine(load_packed(path), 700, frozenset(), max_num_seqs=4)):
+        e.load_adapter("one", _lora.draw(e.model, seed=3))
+        sequences = [Made(PROMPT[:40], SamplingParams(temperature=0.0, adapter=name)) for name in ("one", None)]
+        e.run(sequences)
+        made.append([s.made for s in sequences])
+    for ours, theirs in zip(*made, strict=True):
+        assert ours[0][1] == pytest.approx(theirs[0][1], abs=1e-3)
+        close(ours, theirs, 1e-3)

@@ -1,10 +1,13 @@
 """What decoding on a GPU does otherwise than on a CPU, as far as a CPU can do it: rows without numpy, weights without panels."""
 
+import _lora
 import _tiny
 import pytest
 import torch
 from _engine import KINDS, PROMPT, Made, engine
 
+from fastllm import SamplingParams
+from fastllm.decode.engine import Engine
 from fastllm.decode.limits import decoding_device
 from fastllm.decode.rows import Rows
 from fastllm.models.arena import lack_of_memory
@@ -67,3 +70,17 @@ def test_a_gpu_s_lack_of_memory_is_told_as_a_cpu_s():
     )
     told = lack_of_memory(error, "a step of 8 rows", "run fewer")
     assert str(told) == "a step of 8 rows: CUDA out of memory. Tried to allocate 2.00 GiB; run fewer"
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_of_weights_without_panels(tmp_path, dora):
+    """As on a GPU, whose pools are of the model's own dtype."""
+    path, made = _tiny.gguf(tmp_path / "tiny.gguf"), []
+    for place in (lambda model: model, lambda model: to_device(model, "cpu", torch.float32)):
+        e = Engine(place(load_packed(path)), 300, frozenset(), max_num_seqs=2)
+        e.load_adapter("one", _lora.draw(e.model, seed=3, dora=dora))
+        sequences = [Made(PROMPT[:40], SamplingParams(temperature=0.0, adapter=name)) for name in ("one", None)]
+        e.run(sequences)
+        assert sequences[0].made != sequences[1].made
+        made.append([s.made for s in sequences])
+    assert made[0] == made[1]
