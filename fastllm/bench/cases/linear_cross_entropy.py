@@ -94,7 +94,6 @@ SUITE = Suite(
         case(256, 576, 49152),
         case(256, 576, 49152, frozen=True),
         case(256, 576, 49152, reduction="none"),
-        case(8192, 4096, 128256),
     ),
     gpu=(case(8192, 2048, 32000), case(8192, 4096, 128256), case(8192, 4096, 128256, frozen=True)),
     peers={"chunked": with_frozen(chunked)},

@@ -64,8 +64,6 @@ SUITE = Suite(
     benchmark=(
         case(512, 576, 49152),
         case(512, 576, 49152, kept=50, temperature=0.8),
-        case(2048, 4096, 128256),
-        case(2048, 4096, 128256, kept=50, temperature=0.8),
     ),
     gpu=(case(8192, 4096, 128256), case(2048, 4096, 128256, kept=50, temperature=0.8)),
 )
