@@ -297,10 +297,6 @@ def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tenso
     """Same dtype and device."""
     if tensor.dtype != other.dtype:
         raise TypeError(f"{op}: {name} is {tensor.dtype}, {other_name} is {other.dtype}; they must agree")
-    check_device(op, name, tensor, other_name, other)
-
-
-def check_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(
             f"{op}: {name} is on {tensor.device}, {other_name} on {other.device}; move one with .to(device)"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._op import DTYPES, Op, check, check_device, check_dtype, check_like, pointer
+from ._op import DTYPES, Op, check, check_dtype, check_like, pointer
 from ._triton import tl, triton
 from .kv_cache import PAGE, KVPages, check_pages, to_int8
 from .rope import check_table, unit_stride
@@ -250,7 +250,6 @@ def kv_append(
         slot.shape == k.shape[:1] and position.shape == k.shape[:1],
         lambda: f"kv_append: slot {tuple(slot.shape)} and position {tuple(position.shape)} must be [{k.shape[0]}]",
     )
-    check_device("kv_append", "slot", slot, "k", k)
-    check_table("kv_append", position, table, "k", k)
+    check_table("kv_append", position, table, k.shape[2])
     rotated = forward(k, v, *cache, slot, position, table, q)
     return None if q is None else rotated
