@@ -43,6 +43,7 @@ SUITE = Suite(
         strided("every second row", lambda t: t[::2], 7, 48),
         strided("broadcast row", lambda t: t.expand(5, -1), 1, 33),
     ),
-    benchmark=(case(2048, 2048), case(8192, 4096)),
+    benchmark=(case(256, 576), case(2048, 2048)),
+    gpu=(case(2048, 2048), case(8192, 4096)),
     peers={"torch dropout": lambda x, spec: torch.nn.functional.dropout(x, spec.p)},
 )
