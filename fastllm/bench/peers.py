@@ -5,6 +5,7 @@ module, a cache in its own layout, a plan) is made once for each copy of the inp
 library cannot do raises `Unsupported` with the reason.
 """
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -184,8 +185,8 @@ def flash_attention(_, q, k, v, spec=CAUSAL, cu_q=None, cu_k=None, bias=None, si
     )  # fmt: skip
 
 
-def torch_attention(backend: str) -> Peer:
-    """One of the kernels behind scaled_dot_product_attention."""
+def torch_attention(backend: str | None = None, devices: tuple[str, ...] = ("cuda",)) -> Peer:
+    """scaled_dot_product_attention, by the kernel that torch takes or by the one that is named."""
 
     def call(_, q, k, v, spec=CAUSAL, cu_q=None, cu_k=None, bias=None, sinks=None):
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -194,14 +195,15 @@ def torch_attention(backend: str) -> Peer:
             cu_q is None and bias is None and sinks is None and spec.alibi is None, "packed rows here, a bias or sinks"
         )
         only(spec.window is None and spec.softcap is None and spec.dropout is None, "a window, a cap or our dropout")
+        only(not spec.causal or q.shape[1] == k.shape[1], "queries that end where the keys do")
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        with sdpa_kernel(getattr(SDPBackend, backend)):
+        with sdpa_kernel(getattr(SDPBackend, backend)) if backend else contextlib.nullcontext():
             out = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=spec.causal, scale=spec.scale, enable_gqa=q.shape[1] != k.shape[1]
             )
         return out.transpose(1, 2)
 
-    return Peer("torch", "torch", call)
+    return Peer("torch", "torch", call, devices=devices)
 
 
 def dense_cache(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, sinks=None, scales=None):
@@ -293,6 +295,7 @@ PEERS: dict[str, dict[str, Peer]] = {
         "cce": Peer("cut_cross_entropy", "cut-cross-entropy", cut_cross_entropy),
     },
     "attention": {
+        "torch sdpa": torch_attention(devices=("cpu", "cuda")),
         "cuDNN": torch_attention("CUDNN_ATTENTION"),
         "FA2 (torch)": torch_attention("FLASH_ATTENTION"),
         "flash-attn": Peer("flash_attn", "flash-attn", flash_attention),

@@ -28,8 +28,8 @@ def runtime(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def sanitized() -> dict:
-    """Options to run Python on a sanitized build; its objects are kept in build/sanitized."""
-    base = ROOT / "build/sanitized"
+    """Options to run Python on a sanitized build; its objects are kept in build."""
+    base = ROOT / "build" / f"sanitized{os.environ.get('PYTEST_XDIST_WORKER', '')}"  # workers build at the same time
     shutil.rmtree(base / "lib", ignore_errors=True)
     switches = {"FASTLLM_SANITIZE": "address,undefined", "FASTLLM_BUILD_DIR": str(base / "ninja"), "FASTLLM_CUDA": "0"}
     build = ["setup.py", "-q", "build", "--build-base", base, "--build-lib", base / "lib"]

@@ -1,4 +1,4 @@
-"""attention against its formula, and against torch's scaled_dot_product_attention."""
+"""attention against its formula."""
 
 from dataclasses import replace
 
@@ -74,15 +74,6 @@ def plain_rows(q, k, v, spec, bias, sinks, first_row):
         kept = keep(rows, torch.arange(keys, device=q.device), *spec.dropout.arguments())
         weights = weights.where(kept, 0.0) / (1 - spec.dropout.p)
     return (weights @ v).transpose(1, 2)
-
-
-def sdpa(q, k, v, spec=CAUSAL):
-    """torch's fused kernel; equal lengths, no window, no cap."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=spec.causal, scale=spec.scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2)
 
 
 def extra(spec: AttentionSpec) -> str:
@@ -236,5 +227,4 @@ SUITE = Suite(
         ),
         case(4, 4096, 4096, 32, 8, 128, plain=False, window=1024, softcap=30.0),
     ),
-    peers={"torch sdpa": sdpa},
 )
