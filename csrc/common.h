@@ -8,7 +8,7 @@
 
 namespace fastllm {
 
-enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kS8 = 3, kE4M3 = 4 };    // the last two: pages alone
 
 // What a kernel reports besides its outputs. Everything else is validated before a kernel is entered.
 enum Status : int32_t { kOk = 0, kIndexOutOfRange = 1, kNotANumber = 2 };

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .llm import LLM, RequestOutput
 
 DEVICE = "auto (the GPU, if there is one), cpu or cuda."
+KV_DTYPE = "Of the KV cache: auto (float32), or int8 or fp8, a quarter of it."
 app = typer.Typer(
     name="fastllm",
     help="Fast, exact kernels and a small runtime for language models, on a GPU and on a plain CPU.",
@@ -150,7 +151,7 @@ def generate(
     model: Annotated[str, typer.Option(help="Alias, .gguf file, folder of safetensors, or Hub id.")] = "smollm2-135m",
     dtype: Annotated[str, typer.Option(help="auto keeps what the file stores; float32 dequantises it.")] = "auto",
     quantize: Annotated[str | None, typer.Option(help="int8 or int4.  [default: as stored]")] = None,
-    kv_dtype: Annotated[str, typer.Option(help="Of the KV cache: auto (float32) or int8, a quarter of it.")] = "auto",
+    kv_dtype: Annotated[str, typer.Option(help=KV_DTYPE)] = "auto",
     adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter: a folder in PEFT's format.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="How many to generate at most.")] = 128,
@@ -237,7 +238,7 @@ def chat(
     model: Annotated[str, typer.Option(help="Alias, .gguf file, folder of safetensors, or Hub id.")] = "smollm2-135m",
     dtype: Annotated[str, typer.Option(help="auto keeps what the file stores; float32 dequantises it.")] = "auto",
     quantize: Annotated[str | None, typer.Option(help="int8 or int4.  [default: as stored]")] = None,
-    kv_dtype: Annotated[str, typer.Option(help="Of the KV cache: auto (float32) or int8, a quarter of it.")] = "auto",
+    kv_dtype: Annotated[str, typer.Option(help=KV_DTYPE)] = "auto",
     adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter: a folder in PEFT's format.")] = None,
     system: Annotated[str | None, typer.Option(help="The system's message: how the model is to answer.")] = None,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,

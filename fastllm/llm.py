@@ -91,16 +91,16 @@ class LLM:
 
     name: an alias ("smollm2-135m"), a .gguf file, an HF folder with safetensors, or a Hub id. Of an encoder ("minilm-l6")
     there is `embed` alone: it has no next token.
-    device: "cpu", "cuda", or "auto": the GPU where there is one. dtype: "auto" keeps what a file stores, but that weights
-    which are not quantised become bfloat16 on a GPU; "float32" dequantises it. quantize: None, "int8" or "int4" (groups
-    of 32). max_model_len: tokens of prompt and completion together, at most the model's own. max_num_seqs: completions
-    that run together; more wait in line. kv_bytes: size of the KV cache that they share, and in which known beginnings
-    of prompts are kept; None: enough for all, but not above 1 GiB (of a GPU four fifths of what is free), unless one
-    sequence of max_model_len needs it. On a CPU it takes memory as it fills. kv_dtype: "auto" keeps keys and values as
-    the model computes them, float32 on a CPU, "int8" in some quarter of that, a scale for each token and head beside
-    them: nearly the same text, not the same bits. num_threads: None takes torch's number. speculate: how many tokens a
-    step may guess from what stands in the text already (prompt lookup): the same output, sooner where the text repeats;
-    0: none, 7 or 15 are good numbers.
+    device: "cpu", "cuda", or "auto": the GPU where there is one. dtype: "auto" keeps what a file stores, but that
+    weights which are not quantised become bfloat16 on a GPU; "float32" dequantises it. quantize: None, "int8" or "int4"
+    (groups of 32). max_model_len: tokens of prompt and completion together, at most the model's own. max_num_seqs:
+    completions that run together; more wait in line. kv_bytes: size of the KV cache that they share, and in which known
+    beginnings of prompts are kept; None: enough for all, but not above 1 GiB (of a GPU four fifths of what is free),
+    unless one sequence of max_model_len needs it. On a CPU it takes memory as it fills. kv_dtype: "auto" keeps keys and
+    values as the model computes them, float32 on a CPU, "int8" and "fp8" (E4M3) in some quarter of that, a scale for
+    each token and head beside them: nearly the same text, not the same bits. num_threads: None takes torch's number.
+    speculate: how many tokens a step may guess from what stands in the text already (prompt lookup): the same output,
+    sooner where the text repeats; 0: none, 7 or 15 are good numbers.
 
     ValueError for a file or an argument that cannot be used, HubError when a model cannot be fetched, MemoryError when
     it does not fit. Calls from several threads run together, each with the bits that it would have alone. A stream may

@@ -16,6 +16,7 @@ from fastllm.ops import _triton, kv_cache
 from fastllm.ops._op import OPS, Kernel
 from fastllm.ops.attention import triton_paged, triton_tile
 from fastllm.ops.kv_append import reference
+from fastllm.ops.kv_cache import QUANTISED
 
 # ------------------------------------------------------------------------------------------ bfloat16 in the interpreter
 # The interpreter keeps bfloat16 as uint16 and computes on those integers: a sum adds bit patterns, and the conversion
@@ -171,18 +172,19 @@ def test_exact_attention_has_the_same_bits_paged_and_dense(spec, room, monkeypat
     torch.testing.assert_close(ops.attention(q[None], k[None], v[None], loose)[0], dense, atol=2e-6, rtol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", QUANTISED)
 @pytest.mark.parametrize("rotary", [32, 12])
-def test_int8_pages(rotary):
-    """The bytes of the reference, but for one where a product lies on a tie; a NaN in the scale alone."""
+def test_quantised_pages(rotary, dtype):
+    """The bytes of the reference, but for one more or less where a product lies on a tie; a NaN in the scale alone."""
     k, v = torch.randn(40, 3, 32), torch.randn(40, 3, 32)
     k[3, 1, 4], v[4, 0], v[5, 1, 2] = float("nan"), 0, float("inf")
     table, at, slot = ops.rope_table(50, rotary), torch.arange(40), torch.randperm(64)[:40]
-    ours, plain = (ops.KVPages.empty(4, 3, 32, torch.int8) for _ in range(2))
+    ours, plain = (ops.KVPages.empty(4, 3, 32, dtype) for _ in range(2))
     ops.kv_append(k, v, ours, slot, at, table)
-    reference(k, v, *plain, slot, at, table, None)
+    reference(k, v, *plain.as_bits(), slot, at, table, None)
     torch.testing.assert_close(ours.scales, plain.scales, rtol=3e-7, atol=0, equal_nan=True)
     assert ours.scales.isnan().sum() == 2
-    for a, b in zip(ours[:2], plain[:2], strict=True):
+    for a, b in zip(ours.as_bits()[:2], plain.as_bits()[:2], strict=True):
         assert (a.int() - b.int()).abs().max() <= 1 and (a != b).float().mean() < 0.01
 
 

@@ -87,7 +87,7 @@ void attend(const Problem& p, const Item& item, const Workspace& w, int64_t row,
   with_rows(rows, [&](auto n) {
     constexpr int R = decltype(n)::value;
     const int64_t p0 = any.begin / kLanes, p1 = (any.end + kLanes - 1) / kLanes;
-    score_panels<R, width(R), Ahead>(w.query + row * kQueryStride, tile, p0, p1, p.dim, set1(p.scale), w.scores);
+    score_panels<R, width(R), Ahead>(w.query + row * kQueryStride, tile, p0, p1, p.dim, set1(p.scale * kLoadUnit<E>), w.scores);
     for (int i = 0; i < R; ++i) {
       if (keys[i].begin >= keys[i].end) continue;
       float* scores = w.scores + i * kScoreStride;
@@ -337,7 +337,10 @@ void paged_attention(const PagedAttentionArgs& a, Team& team) noexcept {
   const Problem p = describe(a, shaping);
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-    a.scales ? run(p, Paged<T, int8_t>{a}, layout(a), team) : run(p, Paged<T, T>{a}, layout(a), team);
+    if (a.scales)
+      with_page_bytes(a.page_dtype, [&](auto e) { run(p, Paged<T, decltype(e)>{a}, layout(a), team); });
+    else
+      run(p, Paged<T, T>{a}, layout(a), team);
   });
 }
 

@@ -1,7 +1,7 @@
 // How rows of queries, keys and values become what the microkernels of attention read: fp32, in panels of 16 keys, or
 // in rows padded to whole vectors. 16-bit types are widened on the way, so no other copy of them is ever made.
 #pragma once
-#include "s8.h"
+#include "page_bytes.h"
 
 namespace fastllm {
 namespace {
@@ -105,6 +105,10 @@ template <> struct Read<float> {
 };
 template <> struct Read<int8_t> {
   using Type = int8_t;
+  static constexpr bool kInPlace = true;
+};
+template <> struct Read<e4m3> {
+  using Type = e4m3;
   static constexpr bool kInPlace = true;
 };
 

@@ -29,8 +29,8 @@ constexpr int width(int rows) { return rows <= 1 ? 2 : 1; }
 #endif
 FL_INLINE int64_t group_rows(int64_t left) { return left <= kGroupRows ? left : 6; }
 
-// Where the keys of one tile lie: panels [dim][16] of 16 keys, and as many groups of 16 value rows. E: float, or int8_t with
-// a scale for each key and each value row.
+// Where the keys of one tile lie: panels [dim][16] of 16 keys, and as many groups of 16 value rows. E: float, or int8_t
+// or e4m3 with a scale for each key and each value row.
 template <class E> struct KvTile {
   const E* keys[kPanels];
   const E* values[kPanels];
@@ -62,9 +62,10 @@ template <class F> FL_INLINE void with_rows(int64_t rows, F f) {
 
 // ------------------------------------------------------------------------------------------------------------- scores
 
-// s[r][16 p ..] = scale * (q[r] . keys), R rows by N panels, then times the scales of bytes. Ahead: as many other panels or pages of values, which have
-// the same number of lines, are fetched meanwhile. A page is short and pages lie anywhere: the hardware's own prefetch
-// starts too late on each. Into L2: a core has more misses in flight there than its first level can wait for.
+// s[r][16 p ..] = scale * (q[r] . keys), R rows by N panels, then times the scales of bytes. Ahead: as many other panels
+// or pages of values, which have the same number of lines, are fetched meanwhile. A page is short and pages lie anywhere:
+// the hardware's own prefetch starts too late on each. Into L2: a core has more misses in flight there than its first
+// level can wait for.
 template <int R, int N, bool Ahead, class E>
 FL_INLINE void score_block(const float* q, const KvTile<E>& tile, int64_t panel, int64_t dim, vf scale, float* s) {
   const E *k[N], *next[N];
@@ -131,9 +132,9 @@ FL_INLINE void softmax_tile(float* s, Visible keys, float& highest, float& total
 // ------------------------------------------------------------------------------------------------------------- values
 
 // The weights of keys whose values are bytes, times the scales of those.
-FL_INLINE void scale_weights(float* p, const KvTile<int8_t>& tile, Visible keys) {
+template <class E> FL_INLINE void scale_weights(float* p, const KvTile<E>& tile, Visible keys) {
   for (int64_t i = keys.begin / kLanes; i * kLanes < keys.end; ++i)
-    store(p + i * kLanes, load(p + i * kLanes) * load(tile.scales[i] + kLanes));
+    store(p + i * kLanes, load(p + i * kLanes) * (load(tile.scales[i] + kLanes) * set1(kLoadUnit<E>)));
 }
 
 // acc[r][16 c ..] continues (or, when fresh, starts) the chain over keys [begin, end) of p[r][j] * values[j].

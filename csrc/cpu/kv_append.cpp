@@ -1,8 +1,8 @@
 // kv_append: what stands between the qkv projection and attention, in one pass: q rotated into a new tensor, k rotated and
 // written into its page as a column of [dim][16], v copied into its page as a row of [16][dim]; into pages of bytes with a scale
 // each.
+#include "page_bytes.h"
 #include "rope.h"
-#include "s8.h"
 
 namespace fastllm {
 namespace {
@@ -19,15 +19,15 @@ void append_head(const KvAppendArgs& a, const T* k, const T* v, const float* ang
 }
 
 // k is not rounded to its dtype between the turn and its bytes.
-template <class T>
+template <class E, class T>
 void append_bytes(const KvAppendArgs& a, const T* k, const T* v, const float* angle, int64_t slot, int64_t head) {
   alignas(64) float x[kMaxHeadDim];
   const int64_t page = slot / kPage, offset = slot % kPage, at = head * a.dim * kPage;
   float* scales = a.scales + page * a.scale_page + head * 2 * kPage + offset;
   rotate(k, angle, a.rotary, a.dim, x);
-  scales[0] = quantise(x, a.dim, static_cast<int8_t*>(a.k_pages) + page * a.k_page + at + offset, kPage);
+  scales[0] = quantise(x, a.dim, static_cast<E*>(a.k_pages) + page * a.k_page + at + offset, kPage);
   each(a.dim, [&](int64_t i, auto m) { store(x + i, load(v + i, m), m); });
-  scales[kPage] = quantise(x, a.dim, static_cast<int8_t*>(a.v_pages) + page * a.v_page + at + offset * a.dim, 1);
+  scales[kPage] = quantise(x, a.dim, static_cast<E*>(a.v_pages) + page * a.v_page + at + offset * a.dim, 1);
 }
 
 // Heads are shared, not tokens: a decode step of one token uses every thread.
@@ -48,7 +48,10 @@ template <class T> void run(const KvAppendArgs& a, Team& team) {
     } else if (slot >= 0) {
       const int64_t g = h - a.heads;
       const T *key = k + t * a.k_row + g * a.k_head, *value = v + t * a.v_row + g * a.v_head;
-      a.scales ? append_bytes(a, key, value, angle, slot, g) : append_head(a, key, value, angle, slot, g);
+      if (a.scales)
+        with_page_bytes(a.page_dtype, [&](auto e) { append_bytes<decltype(e)>(a, key, value, angle, slot, g); });
+      else
+        append_head(a, key, value, angle, slot, g);
     }
   }
 }

@@ -30,38 +30,15 @@ FL_INLINE vf load(const int8_t* p) {
 
 constexpr float kSmallest = 1e-35f;    // numbers below this count as zeros: 127 / max|x| would overflow
 
-// How numbers with a largest size of `top` become bytes: scale = top / 127, value = round(x * (127 / top)). Zeros have scale 0; a
-// NaN or infinity among them makes the scale NaN, and with it whatever is computed from them.
+// How numbers with a largest size of `top` become bytes: scale = top / largest, value = round(x * (largest / top)). Zeros have
+// scale 0; a NaN or infinity among them makes the scale NaN, and with it whatever is computed from them.
 struct Symmetric {
   bool plain;    // else the bytes are zeros
   float scale, inverse;
 };
-FL_INLINE Symmetric symmetric(float top, bool finite) {
-  const bool plain = finite && top >= kSmallest;
-  return {plain, plain ? top / 127.0f : finite ? 0.0f : __builtin_nanf(""), plain ? 127.0f / top : 0.0f};
-}
-
-// x[0, n) as bytes, one scale for all; `step` bytes apart. n: a multiple of 16.
-FL_INLINE float quantise(const float* x, int64_t n, int8_t* to, int64_t step) {
-  const vf infinity = set1(__builtin_inff());
-  vf size = set1(0);
-  uint32_t finite = 0xffff;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const vf a = abs(load(x + i));
-    size = max(a, size), finite &= bits(a < infinity);
-  }
-  const Symmetric s = symmetric(max(size), finite == 0xffff);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const vi q = s.plain ? to_int(load(x + i) * set1(s.inverse)) : seti(0);
-    if (step == 1) {
-      store_s8(to + i, q);
-    } else {
-      int8_t bytes[kLanes];
-      store_s8(bytes, q);
-      for (int64_t j = 0; j < kLanes; ++j) to[(i + j) * step] = bytes[j];
-    }
-  }
-  return s.scale;
+FL_INLINE Symmetric symmetric(float top, bool finite, float largest = 127, float smallest = kSmallest) {
+  const bool plain = finite && top >= smallest;
+  return {plain, plain ? top / largest : finite ? 0.0f : __builtin_nanf(""), plain ? largest / top : 0.0f};
 }
 
 }  // namespace

@@ -31,10 +31,10 @@ struct PagedAttentionArgs {
   const void *q, *k_pages, *v_pages;
   const int32_t *block_table, *context_len, *cu_q;
   const float *alibi, *sinks;
-  const float* scales;    // null, or of pages of bytes, of which dim is a multiple of 16: KvAppendArgs
+  const float* scales;    // KvAppendArgs; where there are any, dim is a multiple of 16
   int64_t batch, rows, heads, kv_heads, dim, pages, max_pages, table_row;
   int64_t q_row, q_head, k_page, v_page, scale_page;
-  int64_t dtype, causal, window;
+  int64_t dtype, page_dtype, causal, window;
   double scale, softcap;
 };
 struct AttentionBackwardArgs {

@@ -18,7 +18,7 @@ from .. import ops
 from ..models.arena import Arena, available
 from ..models.blocks import Adapters, PagedBatch
 from ..models.decoder import DecoderConfig
-from ..ops.kv_cache import COLUMNS
+from ..ops.kv_cache import COLUMNS, QUANTISED
 
 PAGE = ops.PAGE
 _Link = tuple[int, tuple[int, ...]]  # (number of the page before, or of the root; the tokens)
@@ -30,13 +30,13 @@ def pages_for(tokens: int) -> int:
 
 
 def page_bytes(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of keys and values of 16 tokens, all layers: of float32, or of int8 and its scales."""
-    scale = torch.float32.itemsize if dtype == torch.int8 else 0
+    """Bytes of keys and values of 16 tokens, all layers: of quantised ones with their scales."""
+    scale = torch.float32.itemsize if dtype in QUANTISED else 0
     return PAGE * config.layers * config.kv_heads * 2 * (config.head_dim * dtype.itemsize + scale)
 
 
 class KVCache:
-    """`pages` pages of `dtype`, the model's own or int8; `layers` are their tensors, one record a layer.
+    """`pages` pages of `dtype`, the model's own or a quantised one; `layers` are their tensors, one record a layer.
 
     A CPU's memory is mapped at once and touched as it fills: the process grows to the most that was ever in use, and a page
     that was used before is preferred to one that never was. A GPU's is taken at once. remember=False: no text is known, so
@@ -176,7 +176,7 @@ def _memory(c: DecoderConfig, pages: int, dtype: torch.dtype, device: torch.devi
 
 
 def _pages(block: Tensor, c: DecoderConfig, dtype: torch.dtype) -> ops.KVPages:
-    """One layer's part of all pages, uint8 [pages, bytes]: keys, values, and the scales of int8."""
+    """One layer's part of all pages, uint8 [pages, bytes]: keys, values, and scales of quantised ones."""
     size = c.kv_heads * c.head_dim * PAGE * dtype.itemsize
     columns = block.device.type in COLUMNS
     keys = (c.head_dim, PAGE) if columns else (PAGE, c.head_dim)
@@ -188,7 +188,7 @@ def _pages(block: Tensor, c: DecoderConfig, dtype: torch.dtype) -> ops.KVPages:
     return ops.KVPages(
         k if columns else k.mT,
         part(size, 2 * size, dtype, PAGE, c.head_dim),
-        part(2 * size, None, torch.float32, 2, PAGE) if dtype == torch.int8 else None,
+        part(2 * size, None, torch.float32, 2, PAGE) if dtype in QUANTISED else None,
     )
 
 

@@ -50,8 +50,8 @@ LOST_S = 0.5  # after which one who waits looks for himself, should the thread t
 class Engine:
     """model: packed, or on a GPU. capacity: tokens of the longest sequence. max_num_seqs: how many run together. pages: of
     the cache; None takes enough for all of them. threads: 0 takes torch's number. chunk: prompt tokens that are read at
-    once, at most. prefix_cache: texts that begin alike share the beginning. kv_dtype: of the cache, the model's own or
-    int8. speculate: guesses of a sequence that a step may try, in rows that are free (speculate.py)."""
+    once, at most. prefix_cache: texts that begin alike share the beginning. kv_dtype: of the cache, the model's own, int8
+    or float8_e4m3fn. speculate: guesses of a sequence that a step may try, in rows that are free (speculate.py)."""
 
     model: Decoder
     capacity: int

@@ -8,7 +8,7 @@ from ..models.decoder import DecoderConfig
 from ..ops import _triton
 from .cache import PAGE, page_bytes, pages_for
 
-KV_DTYPES = ("auto", "int8")
+KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # None: of the activations
 KV_BYTES = 1 << 30  # of the cache on a CPU, where nobody says: 23,000 tokens of the 135M model
 KV_SHARE = 0.8  # of what is free on a GPU, likewise
 MOST_GUESSES = 63
@@ -54,7 +54,7 @@ class Limits:
 
     def cache_dtype(self, model: torch.dtype) -> torch.dtype:
         """Of keys and values; `model`: of the activations."""
-        return torch.int8 if self.kv_dtype == "int8" else model
+        return KV_DTYPES[self.kv_dtype] or model
 
     def pages(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> int:
         """Pages of `dtype` of the KV cache of a model on `device`, whose weights are there. ValueError: limits that the model,
@@ -63,9 +63,10 @@ class Limits:
             raise ValueError(
                 f"LLM: max_model_len={self.max_model_len}, but the model has {config.max_position} positions"
             )
-        if self.kv_dtype == "int8" and config.head_dim % 16:
+        if KV_DTYPES[self.kv_dtype] and config.head_dim % 16:
             raise ValueError(
-                f"LLM: kv_dtype='int8' takes heads of a multiple of 16, the model's have {config.head_dim}"
+                f"LLM: kv_dtype={self.kv_dtype!r} takes heads of a multiple of 16, the model's have {config.head_dim}; "
+                "allowed: 'auto'"
             )
         tokens = self.max_model_len or config.max_position
         size, longest = page_bytes(config, dtype), pages_for(tokens)

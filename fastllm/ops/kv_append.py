@@ -3,9 +3,9 @@
 k is rotated by rope and written into the cache with v, each token at its flat slot page * 16 + offset; q, when given,
 is rotated into a new tensor. The bits of both rotations are those of ops.rope.
 
-Shapes: k, v [T, Hk, D]; q [T, H, D]; cache: KVPages of one layer, of their dtype or int8; slot [T] int64, unique,
+Shapes: k, v [T, Hk, D]; q [T, H, D]; cache: KVPages of one layer, of their dtype or quantised; slot [T] int64, unique,
 negative where a row is not to be written; position [T] int64 or int32; table from rope_table, float32. Dtypes: float32,
-bfloat16, float16, one for the rest. k, v, q may be views of a fused qkv. Into int8 pages k goes as the rotation's float32.
+bfloat16, float16, one for the rest. k, v, q may be views of a fused qkv. Into quantised pages k goes as the rotation's float32.
 The cache is written in place and receives no gradient. A slot or position out of range raises IndexError; on a GPU, which
 a check would make wait, such a slot is not written, and such a position gives NaN.
 """
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ._e4m3 import encode
 from ._op import DTYPES, Op, check, check_dtype, check_like, pointer
 from ._triton import tl, triton
-from .kv_cache import PAGE, KVPages, check_pages, to_int8
+from .kv_cache import PAGE, PAGE_DTYPES, KVPages, check_pages, quantised
 from .rope import check_table, unit_stride
 from .rope import reference as rotate
 
@@ -34,7 +35,11 @@ def reference(
     page, offset = slot[written] // PAGE, slot[written] % PAGE
     new_k, new_v = new_k[written].detach(), v[written].detach()
     if scales is not None:
-        (new_k, scales[page, :, 0, offset]), (new_v, scales[page, :, 1, offset]) = to_int8(new_k), to_int8(new_v)
+        dtype = KVPages(k_pages, v_pages).as_numbers().k.dtype
+        (new_k, scales[page, :, 0, offset]), (new_v, scales[page, :, 1, offset]) = (
+            quantised(x, dtype) for x in (new_k, new_v)
+        )
+        new_k, new_v, _ = KVPages(new_k, new_v).as_bits()
     k_pages[page, :, :, offset] = new_k.to(k_pages.dtype)
     v_pages[page, :, offset] = new_v.to(v_pages.dtype)
     return k.new_empty(0) if q is None else new_q
@@ -51,19 +56,26 @@ def largest(x):
 
 
 @triton.jit
-def store_scale(to, top, written):
-    """Writes top / 127, returns 127 / top: 0 and 0 for numbers that are too small, NaN and 0 where top is not finite."""
+def store_scale(to, top, written, out):
+    """Writes top / L, returns L / top for pages `out`: 0 and 0 for numbers that are too small, NaN and 0 where top is not
+    finite."""
+    FP8: tl.constexpr = out.dtype.element_ty == tl.uint8
+    LARGEST: tl.constexpr = 448.0 if FP8 else 127.0
+    SMALLEST: tl.constexpr = 1e-32 if FP8 else 1e-35
     finite = top < float("inf")
-    plain = finite & (top >= 1e-35)
-    scale = tl.where(plain, top / 127.0, tl.where(finite, 0.0, float("nan")))
+    plain = finite & (top >= SMALLEST)
+    scale = tl.where(plain, top / LARGEST, tl.where(finite, 0.0, float("nan")))
     tl.store(to, scale, mask=written)
-    return tl.where(plain, 127.0 / tl.where(plain, top, 1.0), 0.0)
+    return tl.where(plain, LARGEST / tl.where(plain, top, 1.0), 0.0)
 
 
 @triton.jit
-def stored(x, out, BYTES: tl.constexpr):
-    if BYTES:  # to nearest, ties to even; a NaN, whose scale says so, becomes 0
-        x = tl.where(tl.abs(x) <= 127.5, x, 0.0)
+def stored(x, inverse, out, BYTES: tl.constexpr):
+    """x as what `out` holds. BYTES: x * inverse, to nearest, ties to even; 0 where inverse is."""
+    if BYTES:
+        x = tl.where(inverse > 0, x.to(tl.float32) * inverse, 0.0)
+        if out.dtype.element_ty == tl.uint8:
+            return encode(x)
         return ((x + 12582912.0) - 12582912.0).to(tl.int8)
     return x.to(out.dtype.element_ty)
 
@@ -73,7 +85,7 @@ def turn(
     out, scales, x, out_head, out_element, x_head, head, written, cosine, sine, half, dim,
     PAGE: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Rotates heads `head` of one token from x, elements side by side, to out; element i pairs with i + half. BYTES: as int8,
+    """Rotates heads `head` of one token from x, elements side by side, to out; element i pairs with i + half. BYTES: as bytes
     with a scale each."""
     i = tl.arange(0, PAIRS)[None, :]
     inside = written & (i < half)
@@ -86,18 +98,16 @@ def turn(
         j = 2 * half + tl.arange(0, REST)[None, :]
         beyond = written & (j < dim)
         rest = tl.load(x + head * x_head + j, mask=beyond, other=0.0)
+    inverse = 1.0
     if BYTES:
         top = tl.maximum(largest(tl.where(inside, a, 0.0)), largest(tl.where(inside, b, 0.0)))
         if REST > 0:
             top = tl.maximum(top, largest(rest.to(tl.float32)))
-        inverse = store_scale(scales + head * 2 * PAGE, top, written)
-        a, b = a * inverse, b * inverse
-        if REST > 0:
-            rest = rest.to(tl.float32) * inverse
-    tl.store(to, stored(a, out, BYTES), mask=inside)
-    tl.store(to + half * out_element, stored(b, out, BYTES), mask=inside)
+        inverse = store_scale(scales + head * 2 * PAGE, top, written, out)
+    tl.store(to, stored(a, inverse, out, BYTES), mask=inside)
+    tl.store(to + half * out_element, stored(b, inverse, out, BYTES), mask=inside)
     if REST > 0:
-        tl.store(out + head * out_head + j * out_element, stored(rest, out, BYTES), mask=beyond)
+        tl.store(out + head * out_head + j * out_element, stored(rest, inverse, out, BYTES), mask=beyond)
 
 
 @triton.jit
@@ -137,11 +147,11 @@ def append_kernel(
         )  # fmt: skip
         i = tl.arange(0, DIM)[None, :]
         values = tl.load(v + token * v_row + head * v_head + i, mask=written & (i < dim), other=0.0)
+        inverse = 1.0
         if BYTES:
-            values = values.to(tl.float32)
-            values = values * store_scale(own + head * 2 * PAGE + PAGE, largest(values), written)
+            inverse = store_scale(own + head * 2 * PAGE + PAGE, largest(values.to(tl.float32)), written, v_pages)
         row = v_pages + page * v_page + head * PAGE * dim + offset * dim + i
-        tl.store(row, stored(values, v_pages, BYTES), mask=written & (i < dim))
+        tl.store(row, stored(values, inverse, v_pages, BYTES), mask=written & (i < dim))
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
@@ -171,7 +181,8 @@ def cpu(
             slot.data_ptr(), position.data_ptr(), table.data_ptr(), pointer(scales),
             tokens, 0 if q is None else q.shape[1], kv_heads, dim, table.shape[1], table.shape[0], k_pages.shape[0],
             *((0, 0) if q is None else q.stride()[:2]), *k.stride()[:2], *v.stride()[:2], position.dtype == torch.int64,
-            k_pages.stride(0), v_pages.stride(0), 0 if scales is None else scales.stride(0), DTYPES[k.dtype],
+            k_pages.stride(0), v_pages.stride(0), 0 if scales is None else scales.stride(0),
+            DTYPES[k.dtype], PAGE_DTYPES[k_pages.dtype],
         )  # fmt: skip
         if status:
             raise IndexError(
@@ -251,5 +262,5 @@ def kv_append(
         lambda: f"kv_append: slot {tuple(slot.shape)} and position {tuple(position.shape)} must be [{k.shape[0]}]",
     )
     check_table("kv_append", position, table, k.shape[2])
-    rotated = forward(k, v, *cache, slot, position, table, q)
+    rotated = forward(k, v, *cache.as_bits(), slot, position, table, q)
     return None if q is None else rotated

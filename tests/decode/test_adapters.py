@@ -144,19 +144,19 @@ def test_sixteen_together(fields):
 
 
 @pytest.mark.parametrize("speculate", [0, 7])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_with_a_cache_of_int8(threads, speculate):
+@pytest.mark.parametrize(("threads", "kv_dtype"), [(1, torch.int8), (2, torch.int8), (2, torch.float8_e4m3fn)], ids=str)
+def test_with_a_quantised_cache(threads, kv_dtype, speculate):
     """Adapters, drafts that are forced, and keys and values of 8 bits, together: the bits of a lone run with such a cache."""
-    e = loaded(kv_dtype=torch.int8, speculate=speculate, threads=threads, max_num_seqs=5, chunk=64)
+    e = loaded(kv_dtype=kv_dtype, speculate=speculate, threads=threads, max_num_seqs=5, chunk=64)
 
-    def with_int8(s: Made) -> list[tuple[int, float]]:
-        return alone(s, kv_dtype=torch.int8)
+    def with_bytes(s: Made) -> list[tuple[int, float]]:
+        return alone(s, kv_dtype=kv_dtype)
 
     if speculate:
-        forced(e, truth=lambda s: [token for token, _ in with_int8(s)])
+        forced(e, truth=lambda s: [token for token, _ in with_bytes(s)])
     sequences = mixed()
-    run_together(e, sequences, with_int8)
-    assert any(with_int8(s) != alone(s) for s in sequences)
+    run_together(e, sequences, with_bytes)
+    assert any(with_bytes(s) != alone(s) for s in sequences)
     assert (sum(s.timing.accepted for s in sequences) > 20) == bool(speculate)
 
 

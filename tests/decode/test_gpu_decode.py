@@ -79,7 +79,7 @@ def test_speculation_gives_the_same_tokens(path):
     close(guessed.made, plain.made, 1e-3)
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
 def test_llm(path, kv_dtype):
     llm = LLM(path, device="cuda", kv_dtype=kv_dtype, max_model_len=256)
     assert llm.model.norm.weight.dtype == torch.bfloat16 and llm.engine.device.type == "cuda"

@@ -8,8 +8,11 @@ import torch
 
 from fastllm import _C, ops
 from fastllm.bench.cases.kv_append import SUITE
+from fastllm.bench.cases.paged_attention import QUANTISED
 from fastllm.ops import KVPages
 from fastllm.ops._op import OPS
+
+KINDS = pytest.mark.parametrize("kind", QUANTISED)
 
 
 def draw(tokens=40, heads=4, kv_heads=2, dim=64, seed=0):
@@ -89,13 +92,16 @@ def test_a_plan_reads_slots_and_positions_at_replay():
     assert torch.equal(cache.k, expected.k) and torch.equal(cache.v, expected.v)
 
 
+@KINDS
 @_oracle.dtypes(SUITE)
 @pytest.mark.parametrize("rotary", [64, 24])
-def test_int8_pages_hold_what_rope_gives(dtype, rotary):
+def test_quantised_pages_hold_what_rope_gives(dtype, rotary, kind):
+    # the largest number, the row below which all are zeros, and the unit of the least and of the largest numbers
+    largest, smallest, least, most = {"int8": (127, 1e-35, 1.0, 1.0), "fp8": (448, 1e-32, 2**-9, 32.0)}[kind]
     q, k, v, position, _ = draw()
     q, k, v, table = q.to(dtype), k.to(dtype), v.to(dtype), ops.rope_table(300, 64)[:, :rotary].contiguous()
-    k[3, 1], v[4, 0], v[5, 1], k[6, 0, 7], v[7, 0, 9] = 0, 0, 1e-36, float("nan"), float("-inf")
-    cache, slot = KVPages.empty(5, 2, 64, torch.int8), torch.randperm(80)[:40]
+    k[3, 1], v[4, 0], v[5, 1], k[6, 0, 7], v[7, 0, 9] = 0, 0, smallest / 10, float("nan"), float("-inf")
+    cache, slot = KVPages.empty(5, 2, 64, QUANTISED[kind]), torch.randperm(80)[:40]
     rotated = ops.kv_append(k, v, cache, slot, position, table, q)
     q_rope, _ = ops.rope(q, k, position, table)
     assert torch.equal(rotated, q_rope)
@@ -109,16 +115,39 @@ def test_int8_pages_hold_what_rope_gives(dtype, rotary):
         top = exact.abs().amax(-1)
         bad = ~top.isfinite()
         assert torch.equal(scale.isnan(), bad) and bad.sum() == 1 and now[bad].isnan().all()
-        torch.testing.assert_close(scale[~bad], torch.where(top < 1e-35, 0.0, top / 127)[~bad], rtol=3e-7, atol=0)
-        assert ((now - exact).abs() <= 0.502 * scale[..., None] + 1e-36)[~bad].all()
-        assert (now.abs().amax(-1)[~bad] >= 0.999 * top[~bad] - 1e-35).all()  # the largest is 127
+        torch.testing.assert_close(
+            scale[~bad], torch.where(top < smallest, 0.0, top / largest)[~bad], rtol=3e-7, atol=0
+        )
+        unit = (exact.abs() / 8).clamp(scale[..., None] * least, scale[..., None] * most)  # an eighth of a power of two
+        assert ((now - exact).abs() <= 0.502 * unit + smallest)[~bad].all()
+        assert (now.abs().amax(-1)[~bad] >= 0.999 * top[~bad] - smallest).all()  # the largest stays what it is
 
 
-def test_int8_pages_the_same_alone_and_with_one_thread():
+@pytest.mark.parametrize("flush", [False, True])
+def test_fp8_rounds_as_torch_does(flush):
+    """To nearest, ties to even, subnormal numbers too; zeros keep their sign. A largest of 448 makes the scale 1."""
+    steps = torch.arange(0x7F).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = (steps[1:] + steps[:-1]) / 2
+    sizes = torch.cat((steps, ties, ties.nextafter(steps[1:]), ties.nextafter(steps[:-1]), torch.rand(1000) * 0.02))
+    sizes = torch.cat((sizes, 10.0 ** torch.linspace(-44, 2.6, 400)))
+    numbers = torch.cat((sizes, -sizes)).unflatten(0, (-1, 1, 1)).repeat(1, 1, 16)
+    numbers[..., 15] = 448
+    cache, slot = KVPages.empty(len(numbers), 1, 16, torch.float8_e4m3fn), torch.arange(len(numbers)) * 16
+    torch.set_flush_denormal(flush)
+    try:
+        ops.kv_append(numbers, numbers, cache, slot, torch.zeros_like(slot), ops.rope_table(1, 16))
+    finally:
+        torch.set_flush_denormal(False)
+    assert (cache.scales[:, 0, 1, 0] == 1).all()
+    assert torch.equal(cache.as_bits().v[:, 0, 0], numbers[:, 0].to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@KINDS
+def test_quantised_pages_the_same_alone_and_with_one_thread(kind):
     q, k, v, position, table = draw(tokens=300)
     slot = torch.randperm(320)[:300]
     slot[::7] = -1
-    together, alone = (KVPages.empty(20, 2, 64, torch.int8) for _ in range(2))
+    together, alone = (KVPages.empty(20, 2, 64, QUANTISED[kind]) for _ in range(2))
     ops.kv_append(k, v, together, slot, position, table, q)
     previous = _C.set_thread_limit(1)
     try:
@@ -126,21 +155,23 @@ def test_int8_pages_the_same_alone_and_with_one_thread():
             ops.kv_append(k[i : i + 1], v[i : i + 1], alone, slot[i : i + 1], position[i : i + 1], table)
     finally:
         _C.set_thread_limit(previous)
-    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    assert all((a == b).all() for a, b in zip(together, alone, strict=True))
     skipped = torch.ones(320, dtype=torch.bool)
     skipped[slot[slot >= 0]] = False
     assert (together.scales.permute(0, 3, 1, 2).reshape(320, -1)[skipped] == 0).all()
 
 
-def test_int8_reference():
+@KINDS
+def test_quantised_reference(kind):
     """What the reference writes differs from the kernel's bytes by one at most, where a product lies on a tie."""
     from fastllm.ops.kv_append import reference
 
     _, k, v, position, table = draw()
-    ours, plain, slot = KVPages.empty(3, 2, 64, torch.int8), KVPages.empty(3, 2, 64, torch.int8), torch.arange(40)
+    ours, plain = (KVPages.empty(3, 2, 64, QUANTISED[kind]) for _ in range(2))
+    slot = torch.arange(40)
     ops.kv_append(k, v, ours, slot, position, table)
-    reference(k, v, *plain, slot, position, table, None)
-    for a, b in zip(ours[:2], plain[:2], strict=True):
+    reference(k, v, *plain.as_bits(), slot, position, table, None)
+    for a, b in zip(ours.as_bits()[:2], plain.as_bits()[:2], strict=True):
         assert (a.int() - b.int()).abs().max() <= 1 and (a != b).float().mean() < 0.01
     torch.testing.assert_close(ours.scales, plain.scales, rtol=3e-7, atol=0)
 
@@ -150,8 +181,16 @@ def test_compile_and_opcheck():
     _oracle.check_compile(SUITE, SUITE.correct[1])
     q, k, v, position, table = draw(tokens=3)
     for given in (q, None):
-        for dtype in (torch.float32, torch.int8):
-            arguments = (k, v, *KVPages.empty(2, 2, 64, dtype), torch.tensor([3, -1, 20]), position, table, given)
+        for dtype in (torch.float32, *QUANTISED.values()):
+            arguments = (
+                k,
+                v,
+                *KVPages.empty(2, 2, 64, dtype).as_bits(),
+                torch.tensor([3, -1, 20]),
+                position,
+                table,
+                given,
+            )
             torch.library.opcheck(OPS["kv_append"].raw, arguments)
 
 
@@ -163,7 +202,8 @@ def test_the_cache_takes_no_gradient():
 
 
 Q, K, V, P, TABLE = draw(tokens=3)
-CACHE, INT8, SLOT = KVPages.empty(2, 2, 64), KVPages.empty(2, 2, 64, torch.int8), torch.arange(3)
+CACHE, SLOT = KVPages.empty(2, 2, 64), torch.arange(3)
+INT8, FP8 = (KVPages.empty(2, 2, 64, dtype) for dtype in QUANTISED.values())
 SCALES = INT8.scales
 
 
@@ -187,14 +227,24 @@ SCALES = INT8.scales
         ),
         ((K, V, KVPages.empty(2, 2, 32), SLOT, P, TABLE), ValueError, "make them with KVPages.empty"),
         ((K, V, KVPages(CACHE.k.char(), CACHE.v.char()), SLOT, P, TABLE), TypeError, "k_pages is torch.int8, k is"),
-        ((K, V, CACHE._replace(scales=SCALES), SLOT, P, TABLE), TypeError, "with scales, pages are int8"),
+        (
+            (K, V, CACHE._replace(scales=SCALES), SLOT, P, TABLE),
+            TypeError,
+            "with scales, pages are int8 or float8_e4m3fn",
+        ),
         ((K, V, INT8._replace(scales=SCALES.double()), SLOT, P, TABLE), TypeError, "scales float32, got"),
         (
             (K, V, INT8._replace(scales=SCALES[:1]), SLOT, P, TABLE),
             ValueError,
             r"and scales \(2, 2, 2, 16\), each page",
         ),
-        ((K[..., :8], V[..., :8], KVPages.empty(2, 2, 8, torch.int8), SLOT, P, TABLE), ValueError, "a multiple of 16"),
+        ((K, V, INT8._replace(v=FP8.v), SLOT, P, TABLE), TypeError, "got torch.int8, torch.float8_e4m3fn and"),
+        ((K, V, FP8._replace(scales=None), SLOT, P, TABLE), TypeError, "k_pages is torch.float8_e4m3fn, k is"),
+        ((K, V, FP8.as_bits(), SLOT, P, TABLE), TypeError, "float8_e4m3fn and scales float32, got torch.uint8"),
+        *(
+            ((K[..., :8], V[..., :8], KVPages.empty(2, 2, 8, dtype), SLOT, P, TABLE), ValueError, "a multiple of 16")
+            for dtype in QUANTISED.values()
+        ),
         ((K, V, CACHE, SLOT.int(), P, TABLE), TypeError, "slot is int32, allowed: int64"),
         ((K, V, CACHE, SLOT[:2], P, TABLE), ValueError, r"slot \(2,\) and position \(3,\) must be \[3\]"),
         ((K, V, CACHE, SLOT + 30, P, TABLE), IndexError, "slots up to 32 in 2 pages of 16"),

@@ -3,8 +3,9 @@
 import torch
 
 from ... import ops
-from ...ops.kv_cache import PAGE, KVPages, to_int8
+from ...ops.kv_cache import PAGE, KVPages, quantised
 from ..case import Case, Suite
+from .paged_attention import QUANTISED
 from .rope import plain as plain_rope
 
 
@@ -25,8 +26,8 @@ def plain(k, v, slot, position, table, q=None, pages=0, cache=None):
     page, offset = slot[written] // PAGE, slot[written] % PAGE
     new_k, new_v, outputs = new_k[written], v[written], cache[:2]
     if cache.scales is not None:
-        (new_k, cache.scales[page, :, 0, offset]), (new_v, cache.scales[page, :, 1, offset]) = map(
-            to_int8, (new_k, new_v)
+        (new_k, cache.scales[page, :, 0, offset]), (new_v, cache.scales[page, :, 1, offset]) = (
+            quantised(x, cache.k.dtype) for x in (new_k, new_v)
         )
         outputs = cache
     cache.k[page, :, :, offset] = new_k
@@ -34,7 +35,7 @@ def plain(k, v, slot, position, table, q=None, pages=0, cache=None):
     return tuple(outputs) if q is None else (new_q, *outputs)
 
 
-def inputs(make, tokens, heads, kv_heads, dim, rotary, in_order, keep, int8=False):
+def inputs(make, tokens, heads, kv_heads, dim, rotary, in_order, keep, kv=None):
     pages = tokens // PAGE + 2
     order = torch.arange(pages * PAGE) if in_order else torch.randperm(pages * PAGE, generator=make.generator)
     slot = order[:tokens].clone()
@@ -48,22 +49,18 @@ def inputs(make, tokens, heads, kv_heads, dim, rotary, in_order, keep, int8=Fals
         "table": ops.rope_table(1000, rotary or dim, device=make.device),
         "pages": pages,
         **({"q": make.normal(tokens, heads, dim)} if heads else {}),
-        **(
-            {"cache": KVPages.empty(pages, kv_heads, dim, torch.int8 if int8 else make.dtype, make.device)}
-            if keep
-            else {}
-        ),
+        **({"cache": KVPages.empty(pages, kv_heads, dim, QUANTISED.get(kv, make.dtype), make.device)} if keep else {}),
     }
 
 
-def case(tokens, heads, kv_heads, dim, rotary=None, in_order=False, keep=False, int8=False) -> Case:
+def case(tokens, heads, kv_heads, dim, rotary=None, in_order=False, keep=False, kv=None) -> Case:
     label = f"{tokens} tokens, {heads}/{kv_heads} heads of {dim}" + (f", rotary {rotary}" if rotary else "")
-    label += ", int8" if int8 else ""
+    label += f", {kv}" if kv else ""
     elements = tokens * (heads + 2 * kv_heads) * dim
     return Case(
         label,
-        lambda make: inputs(make, tokens, heads, kv_heads, dim, rotary, in_order, keep, int8),
-        bytes=lambda size: 2 * elements * size,  # of int8: what is read, and more than what is written
+        lambda make: inputs(make, tokens, heads, kv_heads, dim, rotary, in_order, keep, kv),
+        bytes=lambda size: 2 * elements * size,  # of quantised pages: what is read, and more than what is written
         flops=3 * elements,
     )
 
@@ -91,7 +88,8 @@ SUITE = Suite(
         case(1, 9, 3, 64, in_order=True, keep=True),
         case(1, 32, 4, 64, in_order=True, keep=True),
         case(512, 9, 3, 64, in_order=True, keep=True),
-        case(512, 9, 3, 64, in_order=True, keep=True, int8=True),
+        case(512, 9, 3, 64, in_order=True, keep=True, kv="int8"),
+        case(512, 9, 3, 64, in_order=True, keep=True, kv="fp8"),
         case(64, 32, 8, 128, in_order=True, keep=True),
     ),
 )

@@ -11,6 +11,8 @@ from ..case import Case, Suite
 from .attention import CAUSAL, extra, learned, on_device, spec_of
 from .attention import plain as plain_attention
 
+QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
 
 def run(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, sinks=None, scales=None):
     spec = spec if sinks is None else AttentionSpec(**{**vars(spec), "sinks": sinks})
@@ -34,7 +36,7 @@ def plain(q, k_pages, v_pages, block_table, context_len, cu_q, spec=CAUSAL, sink
     return out
 
 
-def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0, sinks=False, int8=False):
+def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0, sinks=False, kv=None):
     pages = [-(-c // PAGE) for c in contexts]
     shuffled = torch.randperm(sum(pages) + 2, generator=make.generator).int()
     table = torch.full((len(contexts), max(pages, default=0) + 1), -1, dtype=torch.int32)  # -1: never read
@@ -43,7 +45,7 @@ def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0, sin
         table[b, :count] = shuffled[begin : begin + count]
     ends = torch.tensor([0, *queries]).cumsum(0).int()
     rows = (len(shuffled), kv_heads, PAGE, dim)
-    cache = KVPages.of(make.normal(*rows), make.normal(*rows), torch.int8 if int8 else None)
+    cache = KVPages.of(make.normal(*rows), make.normal(*rows), QUANTISED.get(kv))
     return {
         "q": make.normal(int(ends[-1]) + unclaimed, heads, dim),
         "k_pages": cache.k,
@@ -53,7 +55,7 @@ def inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed=0, sin
         "cu_q": ends.to(make.device),
         "spec": on_device(spec, make),
         **learned(make, heads, (), sinks),
-        **({"scales": cache.scales} if int8 else {}),
+        **({"scales": cache.scales} if kv else {}),
     }
 
 
@@ -65,19 +67,19 @@ def copied(inputs):
     return {**copy.deepcopy(others), "k_pages": cache.k, "v_pages": cache.v}
 
 
-def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, sinks=False, int8=False, plain=True, **fields) -> Case:
+def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, sinks=False, kv=None, plain=True, **fields) -> Case:
     spec = spec_of(heads, **fields)
     pairs = sum(n * c - (n * (n - 1) // 2 if spec.causal else 0) for n, c in zip(queries, contexts, strict=True))
-    words = extra(spec) + (" sinks" if sinks else "") + (" int8" if int8 else "")
+    words = extra(spec) + (" sinks" if sinks else "") + (f" {kv}" if kv else "")
     words += " exact" if spec.exact else ""
     brief = ", ".join(f"{n}@{c}" for n, c in zip(queries, contexts, strict=True))
     if len(queries) >= 16 and len({*queries}) == len({*contexts}) == 1:
         brief = f"{len(queries)} x {queries[0]}@{contexts[0]}"
     return Case(
         f"{brief} H{heads}/{kv_heads} D{dim}{words}",
-        lambda make: inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed, sinks, int8),
+        lambda make: inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed, sinks, kv),
         bytes=lambda size: (
-            2 * sum(queries) * heads * dim * size + 2 * sum(contexts) * kv_heads * (dim + 4 if int8 else dim * size)
+            2 * sum(queries) * heads * dim * size + 2 * sum(contexts) * kv_heads * (dim + 4 if kv else dim * size)
         ),
         flops=4 * heads * dim * pairs,
         plain=plain,
@@ -106,19 +108,27 @@ SUITE = Suite(
         case([2, 3], [50, 290], 6, 2, 32, alibi=True, sinks=True),
         case([4], [300], 4, 4, 16, causal=False, window=40),
         case([], [], 2, 1, 16, unclaimed=1),
-        case([1, 1], [1500, 20], 9, 3, 64, int8=True),
-        case([1], [1100], 32, 4, 80, int8=True),
-        case([130, 7], [130, 600], 6, 2, 48, int8=True, window=100, softcap=3.0),
-        case([3, 0, 2], [40, 17, 0], 4, 4, 16, unclaimed=2, int8=True, sinks=True),
+        case([1, 1], [1500, 20], 9, 3, 64, kv="int8"),
+        case([1], [1100], 32, 4, 80, kv="int8"),
+        case([130, 7], [130, 600], 6, 2, 48, kv="int8", window=100, softcap=3.0),
+        case([3, 0, 2], [40, 17, 0], 4, 4, 16, unclaimed=2, kv="int8", sinks=True),
+        case([1, 1], [1500, 20], 9, 3, 64, kv="fp8"),
+        case([1], [1100], 32, 4, 80, kv="fp8"),
+        case([130, 7], [130, 600], 6, 2, 48, kv="fp8", window=100, softcap=3.0),
+        case([3, 0, 2], [40, 17, 0], 4, 4, 16, unclaimed=2, kv="fp8", sinks=True),
+        case([1, 20], [300, 20], 6, 2, 32, kv="fp8", alibi=True, exact=True),
     ),
     benchmark=(
         case([1], [4096], 32, 4, 64),
-        case([1], [4096], 32, 4, 64, int8=True),
+        case([1], [4096], 32, 4, 64, kv="int8"),
+        case([1], [4096], 32, 4, 64, kv="fp8"),
+        case([1], [4096], 32, 4, 64, kv="fp8", exact=True),
         case([1], [4096], 32, 4, 128),
         case([1], [4096], 32, 8, 128, exact=True, window=1024, softcap=30.0),
         case([1], [128], 9, 3, 64),
         case([1] * 16, [512] * 16, 9, 3, 64),
-        case([1] * 16, [512] * 16, 9, 3, 64, int8=True),
+        case([1] * 16, [512] * 16, 9, 3, 64, kv="int8"),
+        case([1] * 16, [512] * 16, 9, 3, 64, kv="fp8"),
         case([512], [512], 9, 3, 64),
     ),
     gpu=(
@@ -126,7 +136,9 @@ SUITE = Suite(
             case([1] * batch, [keys] * batch, 32, 8, 128, plain=False)
             for batch, keys in ((1, 4096), (1, 32768), (16, 4096), (64, 4096), (128, 1024))
         ),
-        case([1] * 16, [4096] * 16, 32, 8, 128, plain=False, int8=True),
+        case([1] * 16, [4096] * 16, 32, 8, 128, plain=False, kv="int8"),
+        case([1] * 16, [4096] * 16, 32, 8, 128, plain=False, kv="fp8"),
+        case([1] * 16, [4096] * 16, 32, 8, 128, plain=False, kv="fp8", exact=True),
         case([1] * 16, [4096] * 16, 32, 8, 128, plain=False, exact=True),
     ),
 )

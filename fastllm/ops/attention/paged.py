@@ -1,15 +1,15 @@
 """paged_attention: attention of packed sequences over a paged KV cache: a decode step, a chunk of a prefill, or a mix.
 
-Shapes: q [T, H, D], the sequences' new tokens one after another; cache: KVPages with Hk heads, of q's dtype or int8; block_table
-[B, max_pages] int32, the page of each 16 tokens; context_len [B] int32, the keys of each sequence, its new tokens
-(appended already) included; cu_q [B + 1] int32, where each sequence's tokens begin in q. Result [T, H, D]. Query i of n
-in a sequence stands at position context_len - n + i. Rows of q that no sequence claims are zeros, as are rows of a
-sequence with context_len 0.
+Shapes: q [T, H, D], the sequences' new tokens one after another; cache: KVPages with Hk heads, of q's dtype or
+quantised; block_table [B, max_pages] int32, the page of each 16 tokens; context_len [B] int32, the keys of each
+sequence, its new tokens (appended already) included; cu_q [B + 1] int32, where each sequence's tokens begin in q.
+Result [T, H, D]. Query i of n in a sequence stands at position context_len - n + i. Rows of q that no sequence claims
+are zeros, as are rows of a sequence with context_len 0.
 
-The spec's bias and dropout are not for decoding. Dtypes: float32, bfloat16, float16, one for q and the cache. q may be a
-view of a fused qkv. Arithmetic: that of ops.attention, bit for bit. Of an int8 cache a score is the chain over its integers
-times scale times the key's own scale, and a weight is multiplied by its value's scale: the bits depend on neither page order,
-chunks nor threads there either. Entries of the block table and slots of a page past
+The spec's bias and dropout are not for decoding. Dtypes: float32, bfloat16, float16, one for q and the cache. q may be
+a view of a fused qkv. Arithmetic: that of ops.attention, bit for bit. Of a quantised cache a score is the chain over
+its bytes as numbers, times scale times the key's own scale, and a weight is multiplied by its value's scale: the bits
+depend on neither page order, chunks nor threads there either. Entries of the block table and slots of a page past
 context_len are never used, whatever they hold.
 Lengths are read when the kernel runs: a plan may replay with new ones. A length below 0 or beyond the block table, or a
 page outside the cache, raises IndexError; on a GPU, which a check would make wait, it makes its sequence NaN.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ... import _C
 from .._op import DTYPES, Op, check, check_dtype, pointer
-from ..kv_cache import PAGE, KVPages, check_pages
+from ..kv_cache import PAGE, PAGE_DTYPES, KVPages, check_pages
 from ..rope import unit_stride
 from . import dense
 from .dense import as_float
@@ -40,7 +40,7 @@ def reference(
     causal: bool, window: int, scale: float, softcap: float, exact: bool,
 ) -> Tensor:  # fmt: skip
     settings = Settings(causal, window, scale, softcap, 0.0, 0, 0, exact)
-    k_pages, v_pages, _ = KVPages(k_pages, v_pages, scales).floats()
+    k_pages, v_pages, _ = KVPages(k_pages, v_pages, scales).as_numbers().floats()
     pieces, ends, done = [], cu_q.tolist(), 0
     for b, keys in enumerate(context_len.tolist()):
         pages = block_table[b, : -(-keys // PAGE)].long()
@@ -78,7 +78,7 @@ def cpu(
             pointer(scales), block_table.shape[0], rows, heads, k_pages.shape[1], dim, k_pages.shape[0],
             block_table.shape[1], block_table.stride(0), q.stride(0), q.stride(1),
             k_pages.stride(0), v_pages.stride(0), 0 if scales is None else scales.stride(0),
-            DTYPES[q.dtype], causal, window, scale, softcap,
+            DTYPES[q.dtype], PAGE_DTYPES[k_pages.dtype], causal, window, scale, softcap,
         )  # fmt: skip
         if status:
             raise IndexError(
@@ -139,4 +139,4 @@ def paged_attention(
     spec.check_tensors("paged_attention", q, q.shape[1])
     s = spec.settings(q.shape[2])
     shaping = (spec.alibi, spec.sinks, s.causal, s.window, s.scale, s.softcap, s.exact)
-    return forward(q, *cache, block_table, context_len, cu_q, *shaping)
+    return forward(q, *cache.as_bits(), block_table, context_len, cu_q, *shaping)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._dot import accumulate
+from .._e4m3 import decode
 from .._triton import multiprocessors, tl, triton
 from ..kv_cache import PAGE
 from ..rope import unit_stride
@@ -74,6 +75,8 @@ def part(
             own = scales + page * scale_page + key % PAGE
             k_scale = tl.load(own, mask=(key < keys) & known, other=0.0)
             v_scale = tl.load(own + PAGE, mask=(key < keys) & known, other=0.0)
+            if k.dtype == tl.uint8:
+                k, v, k_scale, v_scale = decode(k), decode(v), k_scale * 256.0, v_scale * 256.0
             k, v = k.to(tl.float32).to(q.dtype), v.to(tl.float32).to(q.dtype)  # exact
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if BYTES:
