@@ -75,8 +75,9 @@ def stored(x, inverse, out, BYTES: tl.constexpr):
     if BYTES:
         x = tl.where(inverse > 0, x.to(tl.float32) * inverse, 0.0)
         if out.dtype.element_ty == tl.uint8:
-            return encode(x)
-        return ((x + 12582912.0) - 12582912.0).to(tl.int8)
+            x = encode(x)
+        else:
+            x = (x + 12582912.0) - 12582912.0
     return x.to(out.dtype.element_ty)
 
 

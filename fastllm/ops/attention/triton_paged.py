@@ -241,7 +241,7 @@ def gpu(
     kv_heads = k_pages.shape[1]
     group = heads // kv_heads
     few = rows <= batch * max(1, 16 // group)  # about one token a sequence
-    size = sizes(DECODE if few and not exact else EXACT, dim, q.dtype)
+    size = sizes(DECODE, dim, q.dtype) if few and not exact else sizes(EXACT, dim, q.dtype, heavy=scales is not None)
     members = min(group, size.rows)  # heads of a block
     tokens = size.rows // members
     blocks = max(batch, triton.cdiv(rows, tokens)) * kv_heads * triton.cdiv(group, members)

@@ -219,6 +219,7 @@ def fitting(name: str, device: torch.device, plain: bool) -> Table:
 
 
 def sizes(table: Table, dim: int, dtype: torch.dtype, heavy: bool = False) -> Sizes:
-    """The table's entry; heavy, with a bias or dropout, that of heads four times as wide, which leaves registers for them."""
+    """The table's entry; heavy, with a bias, dropout or a scale for each key, that of heads four times as wide, which leaves
+    registers for them."""
     entries = table[torch.float32 if dtype == torch.float32 else torch.bfloat16]
     return next(size for limit, size in sorted(entries.items()) if dim * (4 if heavy else 1) <= limit)
