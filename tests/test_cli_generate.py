@@ -176,6 +176,7 @@ class Terminal(io.StringIO):
         ([PROMPT, "--logprobs", 2], 2, "--logprobs 2: they are part of --json; add it"),
         ([PROMPT, "--dtype", "half"], 2, "dtype='half'; allowed: 'auto', 'float32'"),
         ([PROMPT, "--quantize", "int2"], 2, "quantize='int2'; allowed: None, 'int8', 'int4'"),
+        ([PROMPT, "--kv-dtype", "int4"], 2, "kv_dtype='int4'; allowed: 'auto', 'int8', 'fp8'"),
         ([PROMPT, "--top-k", "many"], 2, "--top-k.*integer"),
         ([PROMPT, "--no-such-flag"], 2, "No such option"),
         ([PROMPT, "again"], 2, "unexpected extra argument"),

@@ -74,10 +74,7 @@ def stored(x, inverse, out, BYTES: tl.constexpr):
     """x as what `out` holds. BYTES: x * inverse, to nearest, ties to even; 0 where inverse is."""
     if BYTES:
         x = tl.where(inverse > 0, x.to(tl.float32) * inverse, 0.0)
-        if out.dtype.element_ty == tl.uint8:
-            x = encode(x)
-        else:
-            x = (x + 12582912.0) - 12582912.0
+        x = encode(x) if out.dtype.element_ty == tl.uint8 else (x + 12582912.0) - 12582912.0
     return x.to(out.dtype.element_ty)
 
 

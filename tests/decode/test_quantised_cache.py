@@ -1,16 +1,18 @@
 """A quantised KV cache: within it a request has the same bits whatever stands beside it, and text and scores stay close."""
 
+from dataclasses import replace
 from functools import cache
 
 import _tiny
 import pytest
+import torch
 from _assets import asset
 from _engine import GREEDY, PROMPT, SAMPLED, Made, engine, mixed, steps
 from _paged import check
 
 from fastllm import LLM, SamplingParams
 from fastllm.decode.cache import KVCache, page_bytes
-from fastllm.decode.limits import KV_DTYPES
+from fastllm.decode.limits import KV_DTYPES, Limits
 
 KINDS = pytest.mark.parametrize("kind", ["int8", "fp8"])
 
@@ -71,6 +73,10 @@ def test_arguments(tmp_path, kind):
     path = _tiny.folder(tmp_path / "model")
     with pytest.raises(ValueError, match="kv_dtype='int4'; allowed: 'auto', 'int8', 'fp8'"):
         LLM(path, kv_dtype="int4")
+    with pytest.raises(
+        ValueError, match=f"kv_dtype='{kind}' takes heads of a multiple of 16.* have 24; allowed: 'auto'"
+    ):
+        Limits(kv_dtype=kind).pages(replace(_tiny.CONFIG, head_dim=24), KV_DTYPES[kind], torch.device("cpu"))
     one = page_bytes(_tiny.CONFIG, KV_DTYPES[kind])
     assert LLM(path, kv_dtype=kind, kv_bytes=64 * one).engine.cache.pages == 64
 
@@ -81,10 +87,10 @@ def real(kv_dtype: str) -> LLM:
     return LLM(path, kv_dtype=kv_dtype)
 
 
-@KINDS
-def test_a_real_model(kind):
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.02), ("fp8", 0.05)])
+def test_a_real_model(kind, bound):
     """Keys and values of 8 bits with a scale a head cost little: the perplexity of what it writes, and what it writes."""
     out = real(kind).generate("The capital of France is", SamplingParams(max_new_tokens=24, temperature=0.0))[0]
     assert out.text.startswith(" Paris")
     ids = out.prompt_token_ids + out.token_ids
-    assert real(kind).perplexity([ids])[0] == pytest.approx(real("auto").perplexity([ids])[0], rel=0.02)
+    assert real(kind).perplexity([ids])[0] == pytest.approx(real("auto").perplexity([ids])[0], rel=bound)

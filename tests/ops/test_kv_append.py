@@ -155,7 +155,7 @@ def test_quantised_pages_the_same_alone_and_with_one_thread(kind):
             ops.kv_append(k[i : i + 1], v[i : i + 1], alone, slot[i : i + 1], position[i : i + 1], table)
     finally:
         _C.set_thread_limit(previous)
-    assert all((a == b).all() for a, b in zip(together, alone, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(together.as_bits(), alone.as_bits(), strict=True))
     skipped = torch.ones(320, dtype=torch.bool)
     skipped[slot[slot >= 0]] = False
     assert (together.scales.permute(0, 3, 1, 2).reshape(320, -1)[skipped] == 0).all()
@@ -192,6 +192,18 @@ def test_compile_and_opcheck():
                 given,
             )
             torch.library.opcheck(OPS["kv_append"].raw, arguments)
+
+
+@KINDS
+def test_compile_into_quantised_pages(kind):
+    q, k, v, position, table = draw(tokens=3)
+    compiled, eager = (KVPages.empty(2, 2, 64, QUANTISED[kind]) for _ in range(2))
+    arguments = torch.tensor([3, -1, 20]), position, table, q
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(ops.kv_append, fullgraph=True)(k, v, compiled, *arguments)
+    ops.kv_append(k, v, eager, *arguments)
+    assert all(torch.equal(a, b) for a, b in zip(compiled.as_bits(), eager.as_bits(), strict=True))
 
 
 def test_the_cache_takes_no_gradient():
