@@ -10,11 +10,10 @@ import pytest
 import torch
 from _sample_rows import FIELDS, HARD_PENALTIES, hard_rows, penalised
 
-from fastllm import _C, ops
+from fastllm import _C
 from fastllm.bench.case import Make
 from fastllm.bench.cases.lora_linear import QUANTISED as LORA_QUANTISED
 from fastllm.bench.cases.lora_linear import SUITE as LORA
-from fastllm.bench.cases.paged_attention import QUANTISED as PAGES
 from fastllm.bench.cases.quant_linear import FORMATS as QUANTISED
 from fastllm.bench.cases.quant_linear import GROUPED, random_weight
 from fastllm.bench.cases.sample import PENALTIES, SUITE, USUAL
@@ -117,23 +116,6 @@ def test_advance_where_it_does_not_fit():
     assert state.history_len.tolist() == [3, 1, 1, 0] and state.position.tolist() == [6, 6, 5, 5]
     assert state.history.tolist() == [[0, 0], [8, 0], [0, 0], [0, 0]] and next_ids.tolist() == [7, 8, 0, 0]
     assert position.tolist() == [4, 32, 3, 3] and slot.tolist() == [5 * 16 + 4, -1, -1, -1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", PAGES)
-@pytest.mark.parametrize("rotary", [48, 20])
-def test_quantised_pages(kind, dtype, rotary):
-    """Bytes and scales, of zeros, of numbers that are too small, and of a row with an infinity too."""
-    make = Make(dtype=dtype, seed=6)
-    k, v, q = make.normal(50, 3, 48), make.normal(50, 3, 48), make.normal(50, 6, 48)
-    k[3, 1, 4], v[4, 0], v[5, 1, 2], k[6], v[7, 1] = NAN, 0, -INF, k[6] * 1e-36, -0.0
-    v[8, 2] *= 1e-3
-    slot, position = torch.randperm(64)[:50], torch.arange(50)
-    table = ops.rope_table(50, 48)[:, :rotary].contiguous()
-    ours, cpu = (ops.KVPages.empty(4, 3, 48, PAGES[kind]) for _ in range(2))
-    op = OPS["kv_append"]
-    rotated = [f(k, v, *c.as_bits(), slot, position, table, q) for f, c in ((op.triton, ours), (op.cpu, cpu))]
-    assert_same_bits((rotated[0], *ours.as_bits()), (rotated[1], *cpu.as_bits()))
 
 
 @pytest.mark.parametrize("form", [*QUANTISED, *GROUPED])
