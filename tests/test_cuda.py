@@ -1,5 +1,6 @@
 """The CUDA C++ kernels without a GPU: compiled for this processor by tests/cuda_host they run against the CPU's kernels, bit for
-bit. With one (`pytest -m gpu`): the same tests on it, and the kernels under compute-sanitizer."""
+bit, and attention, whose arithmetic is the matrix unit's, against its formula. With one (`pytest -m gpu`): the same tests on it,
+and the kernels under compute-sanitizer."""
 
 import dataclasses
 import os
@@ -14,30 +15,40 @@ import torch
 from _build import ROOT, need, python, run
 
 from fastllm import _C, info
+from fastllm.bench.cases.attention import SUITE as ATTENTION_SUITE
 from fastllm.bench.cases.sample import SUITE
 from fastllm.bench.measure import other_kernels, within
 from fastllm.ops import _cuda
 from fastllm.ops._op import OPS, Kernel
 
 HERE = Path(__file__).parent
-BITS = HERE / "_cuda_bits.py"
+BITS, ATTENTION = HERE / "_cuda_bits.py", HERE / "_cuda_attention.py"
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
 FLAGS += ["-march=native", "-I", HERE / "cuda_host", "-x", "c++"]  # native: an fma is one instruction
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="contexts and shared libraries of Linux")
 
 
-def bits_on(**environment: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(BITS)]
+def passes(file: Path, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    return done.stdout
+    assert "passed" in done.stdout
 
 
-def test_kernels_have_the_bits_of_the_cpu(tmp_path):
-    library = tmp_path / "cuda_host.so"
+@pytest.fixture(scope="module")
+def host_library(tmp_path_factory):
+    library = tmp_path_factory.mktemp("cuda_host") / "cuda_host.so"
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     run(need("g++", "g++"), *FLAGS, "-shared", "-fPIC", *sources, "-o", library)
-    assert "passed" in bits_on(FASTLLM_CUDA_HOST=str(library))
+    return str(library)
+
+
+def test_kernels_have_the_bits_of_the_cpu(host_library):
+    passes(BITS, FASTLLM_CUDA_HOST=host_library)
+
+
+def test_attention_has_the_values_of_its_formula(host_library):
+    passes(ATTENTION, FASTLLM_CUDA_HOST=host_library)
 
 
 # ------------------------------------------------------------------------------------------------ what the processor finds
@@ -76,6 +87,32 @@ def test_shared_memory_ends_where_it_ends(faults):
     assert faults("beyond").returncode < 0
 
 
+HOPPER_FAULTS = {  # by name: what at least one order of events shows
+    "sound": "^0 wrong",
+    "parity": "a barrier that not all threads reach",
+    "bytes": "a block ends with bytes that a barrier did not announce",
+    "early": "^[1-9][0-9]* wrong",  # a tile read before it is there
+    "unfenced": "a product without wgmma.fence",
+    "unwaited": "^[1-9][0-9]* wrong",  # sums read while their product runs
+    "overwritten": "^[1-9][0-9]* wrong",  # a tile given back while a product reads it
+    "rewritten": "a product's left side was written while it ran",
+    "swizzle": "a descriptor without 128-byte swizzling",
+    "stride": "^[1-9][0-9]* wrong",
+    "left": "a block ends with bytes|a barrier that not all threads reach",
+    "arrivals": "a barrier that not all threads reach",
+    "registers": "a barrier that not all threads reach",
+}
+
+
+def test_faults_of_copies_and_products(tmp_path):
+    program = tmp_path / "faults"
+    run(need("g++", "g++"), *FLAGS, HERE / "cuda_host/hopper_faults.cu", "-o", program)
+    for fault, message in HOPPER_FAULTS.items():
+        seen = [run(program, fault, seed).stdout for seed in range(8)]
+        found = [text for text in seen if re.search(message, text)]
+        assert found if fault != "sound" else len(found) == len(seen), (fault, seen)
+
+
 # ------------------------------------------------------------------------------------------------------------ the switch
 
 
@@ -84,14 +121,14 @@ def test_names_of_the_switch(monkeypatch):
     for words, names in {
         "": set(),
         "sample": {"sample"},
-        " sample, quant_linear,": set(_cuda.OPS),
+        " sample, quant_linear,": {"sample", "quant_linear"},
         "all": set(_cuda.OPS),
     }.items():
         monkeypatch.setenv(_cuda.VARIABLE, words)
         assert _cuda.wanted.__wrapped__() == names
     monkeypatch.setenv(_cuda.VARIABLE, "sample,softmax")
     with pytest.raises(
-        ValueError, match=r"FASTLLM_CUDA_KERNELS names softmax; allowed: quant_linear, sample, or all alone"
+        ValueError, match=r"FASTLLM_CUDA_KERNELS names softmax; allowed: attention, quant_linear, sample, or all alone"
     ):
         _cuda.wanted.__wrapped__()
 
@@ -164,6 +201,29 @@ def test_a_benchmark_times_both(monkeypatch):
     assert not dict(other_kernels(suite, "cpu"))
 
 
+def test_a_benchmark_times_attention_three_ways(monkeypatch):
+    """cuDNN's, Triton's and CUDA C++'s, whichever is chosen."""
+    op, calls = OPS["attention"], []
+    monkeypatch.setattr(op, "cuda", lambda *arguments: calls.append("CUDA C++"))
+    monkeypatch.setattr(
+        op, "triton", lambda *a: calls.append("cuDNN" if torch.backends.cuda.cudnn_sdp_enabled() else "Triton")
+    )
+    monkeypatch.setattr(_cuda, "library", lambda: (True, "there"))
+    suite = dataclasses.replace(ATTENTION_SUITE, run=lambda n: op.kernel("cuda").infer(*range(n)))
+    for chosen in (Kernel(op.triton, op.triton_name, "chosen"), Kernel(op.cuda, op.cuda_name, "chosen")):
+        monkeypatch.setitem(op._kernels, "cuda", chosen)
+        for name, context in other_kernels(suite, "cuda"):
+            within(context, lambda n: suite.run(n=n))(16)
+            assert calls.pop() == name
+        suite.run(n=16)
+        assert calls.pop() == ("cuDNN" if chosen.infer is op.triton else "CUDA C++")
+        assert {name for name, _ in other_kernels(suite, "cuda")} | {"cuDNN", "CUDA C++"} == {
+            "Triton",
+            "cuDNN",
+            "CUDA C++",
+        }
+
+
 def test_a_launch_without_a_device_is_an_error():
     """Not a crash, and the process goes on."""
     script = """
@@ -196,19 +256,22 @@ def test_a_record_is_counted():
 
 
 @pytest.mark.gpu
-def test_kernels_on_a_gpu():
-    bits_on(FASTLLM_CUDA_HOST="")
+@pytest.mark.parametrize("file", [BITS, ATTENTION], ids=lambda p: p.stem)
+def test_kernels_on_a_gpu(file):
+    passes(file, FASTLLM_CUDA_HOST="")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool):
-    """Of every kernel some tests: `compute-sanitizer --tool TOOL python -m pytest tests/_cuda_bits.py` runs all of them."""
+    """Of every kernel some tests: `compute-sanitizer --tool TOOL python -m pytest tests/_cuda_bits.py tests/_cuda_attention.py`
+    runs all of them."""
     program = shutil.which("compute-sanitizer") or pytest.skip(
         "compute-sanitizer is not on the path: it comes with CUDA's toolkit"
     )
-    chosen = "hard_rows or penalties or distribution or by_rows or two_halves"
-    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", BITS, "-k", chosen]
+    chosen = "hard_rows or penalties or distribution or by_rows or two_halves or stay or strides"
+    tests = [sys.executable, "-m", "pytest", BITS, ATTENTION, "-k", chosen]
+    command = [program, "--tool", tool, "--error-exitcode", "9", *tests]
     done = run(*command, check=False, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

@@ -1,5 +1,6 @@
 """One row of a benchmark: a case of a suite in one dtype and one direction, ours beside its rivals and the ceiling."""
 
+import contextlib
 import dataclasses
 import functools
 import zlib
@@ -11,7 +12,7 @@ import torch
 
 from .. import _C
 from ..ops import _cuda
-from ..ops._op import OPS
+from ..ops._op import OPS, Kernel, Op
 from ..ops.attention import cudnn
 from .case import Case, Make, Suite, as_tuple
 from .ceiling import Ceiling, ceilings
@@ -107,8 +108,11 @@ def other_kernels(suite: Suite, device: str) -> Iterator[tuple[str, Callable[[],
     op = OPS.get(suite.op)
     if device != "cuda" or op is None:
         return
+    triton = op.triton_name
     if suite.op == "attention":
-        yield "Triton", cudnn.switched_off
+        alone = op.gpu_kernel(False, "beside the chosen one")
+        yield "Triton", lambda: without_cudnn(op, device, alone)
+        triton = "cuDNN"  # which its launcher calls
     if op.cuda is None:
         return
     cuda = op.kernel(device).name != op.cuda_name
@@ -117,7 +121,13 @@ def other_kernels(suite: Suite, device: str) -> Iterator[tuple[str, Callable[[],
         yield "CUDA C++", f"not here: {why}"
         return
     other = op.gpu_kernel(cuda, "beside the chosen one")
-    yield "CUDA C++" if cuda else op.triton_name, lambda: op.using(device, other)
+    yield "CUDA C++" if cuda else triton, lambda: op.using(device, other)
+
+
+@contextlib.contextmanager
+def without_cudnn(op: Op, device: str, kernel: Kernel) -> Iterator[None]:
+    with op.using(device, kernel), cudnn.switched_off():
+        yield
 
 
 def measure(job: Job, settings: Settings, compiled: bool) -> Row:

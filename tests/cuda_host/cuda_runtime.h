@@ -9,7 +9,7 @@
 // - shared memory that nobody has written: it is filled with bytes that depend on the seed;
 // - accesses beyond shared memory: it ends where a page ends.
 // What it cannot show: time; races that two orders of whole stretches between barriers do not tell apart; the order in which
-// memory becomes visible; asynchronous copies, TMA and WGMMA; a block that leaves while its neighbours still read its memory.
+// memory becomes visible; a block that leaves while its neighbours still read its memory. What sm_90a adds is in cuda.h.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -22,7 +22,9 @@
 
 #include <algorithm>
 #include <deque>
+#include <functional>
 #include <map>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -82,7 +84,9 @@ struct Block {
   uint3 index;
   unsigned rank;    // in its cluster
   char* shared;
+  int64_t shared_bytes;
   int threads;
+  std::shared_ptr<void> hopper;    // of cuda.h
   Meeting meeting;
   int sum[2];       // of __syncthreads_or and its like
   std::vector<Warp> warps;
@@ -101,13 +105,16 @@ constexpr int64_t kStack = 64 << 10;
 
 struct Machine {
   std::mt19937_64 random;
-  int capability = 9, shared_limit = 227 << 10;
+  int capability = 9, shared_limit = 227 << 10, multiprocessors = 132;
   std::string message;
   std::map<const void*, int> shared_allowed;
   // of the launch that runs
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
   std::vector<Fiber*> ready;
+  std::vector<std::function<void()>> beside;    // what copies and products have to do, at some time
+  unsigned haste = 2;                           // one step of those in so many
+  std::string (*fault_of)(Block&) = nullptr;    // what is wrong with a block that has ended
   std::vector<char*> stacks;
   Meeting meeting;    // of the cluster
   Fiber* self = nullptr;
@@ -170,17 +177,26 @@ inline void resume(Fiber& f) {
 // registers hold.
 __attribute__((noinline)) inline bool run_cluster() {
   std::vector<Fiber*>& ready = machine.ready;
-  ready.clear();
+  ready.clear(), machine.beside.clear(), machine.message.clear();
   for (Fiber& f : machine.fibers) ready.push_back(&f);
   machine.left = int(ready.size());
   if (sigsetjmp(machine.scheduler, 0) == 2) return false;
+  while (!machine.beside.empty() && (ready.empty() || machine.random() % machine.haste == 0)) {
+    std::swap(machine.beside[machine.random() % machine.beside.size()], machine.beside.back());
+    const std::function<void()> next = std::move(machine.beside.back());
+    machine.beside.pop_back();
+    if (!machine.left) return machine.message = "a block ends before its copies and products do", false;
+    next();
+  }
   if (!ready.empty()) {
     std::swap(ready[machine.random() % ready.size()], ready.back());
     Fiber* next = ready.back();
     ready.pop_back();
     resume(*next);
   }
-  if (!machine.left) return true;
+  for (Block& b : machine.blocks)
+    if (!machine.left && machine.fault_of && machine.message.empty()) machine.message = machine.fault_of(b);
+  if (!machine.left) return machine.message.empty();
   machine.message = "a barrier that not all threads reach: " + std::to_string(machine.left) + " wait, and " +
                     std::to_string(int(machine.fibers.size()) - machine.left) + " have left";
   return false;
@@ -207,7 +223,10 @@ inline char* shared() { return machine.self->block->shared; }
 }  // namespace cuda_host
 
 #define CUDA_HOST_API extern "C" inline __attribute__((visibility("default"), used))
-CUDA_HOST_API void cuda_host_seed(uint64_t seed) { cuda_host::machine.random.seed(seed); }
+CUDA_HOST_API void cuda_host_seed(uint64_t seed) {
+  cuda_host::machine.random.seed(seed), cuda_host::machine.haste = 1u << seed % 4 * 3;
+}
+CUDA_HOST_API void cuda_host_multiprocessors(int count) { cuda_host::machine.multiprocessors = count; }
 // The device that the library sees: its compute capability's first number, and how much shared memory a block may have.
 CUDA_HOST_API void cuda_host_device(int capability, int shared) {
   cuda_host::machine.capability = capability, cuda_host::machine.shared_limit = shared;
@@ -215,7 +234,8 @@ CUDA_HOST_API void cuda_host_device(int capability, int shared) {
 
 // ---------------------------------------------------------------------------------------------------------- the runtime
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInsufficientDriver = 35,
+                   cudaErrorNoKernelImageForDevice = 209, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
@@ -244,7 +264,7 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* d) { return *d = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
-  *value = what == cudaDevAttrMultiProcessorCount      ? 132
+  *value = what == cudaDevAttrMultiProcessorCount      ? cuda_host::machine.multiprocessors
            : what == cudaDevAttrComputeCapabilityMajor ? cuda_host::machine.capability
                                                        : cuda_host::machine.shared_limit;
   return cudaSuccess;
@@ -283,6 +303,7 @@ template <class F> cudaError_t launch(const cudaLaunchConfig_t& c, const void* k
     for (unsigned b = 0; b < cluster.x; ++b) {
       Block& block = m.blocks[b];
       block.index = {which % wide * cluster.x + b, which / wide, 0}, block.rank = b, block.shared = memory[b].data;
+      block.shared_bytes = int64_t(c.dynamicSmemBytes);
       block.threads = threads;
       block.warps.resize(size_t(threads + 31) / 32);
       memset(block.shared, int(m.random() & 0xff), c.dynamicSmemBytes);

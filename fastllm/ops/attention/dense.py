@@ -29,7 +29,7 @@ from ... import _C
 from .._dropout import threshold
 from .._op import DTYPES, Op, check, check_dtype, check_like, pointer
 from ..rope import unit_stride
-from . import cudnn
+from . import cudnn, hopper
 from .reference import reference, reference_backward
 from .spec import CAUSAL, AttentionSpec
 from .triton_backward import gpu_backward
@@ -173,6 +173,8 @@ forward = Op(
     cpu=cpu,
     triton=gpu,
     triton_reason=cudnn.REASON,
+    cuda=hopper.cuda,
+    cuda_name=hopper.NAME,
     save=_save,
     backward=_backward,
 )

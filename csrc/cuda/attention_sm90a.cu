@@ -1,0 +1,377 @@
+// attention forward on sm_90a: dense, 16-bit, heads of 64 and 128, causal or full, with a window or without.
+//
+// A block has 64 rows of a head for each of its consumer warpgroups, and one warpgroup more, whose first thread keeps the copy
+// engine busy: rows of q, then keys and values in rings of tiles. A consumer multiplies q by a tile of keys while its products of
+// the tile before with the values still run; consumers take turns at the matrix unit, so that one makes weights of its scores
+// while another multiplies. Tiles are walked from the last to the first; those that some row does not see whole are masked.
+// A weight is exp2 of the score less the highest so far, rounded to 16 bits before its product; its sum is not.
+//
+// Blocks stay: as many as multiprocessors, each takes its share of the work, longest rows first, to and fro, so that shares are
+// of one size. Heads whose keys and values fit the L2 cache together come together.
+#include "../records/attention.h"
+#include "hopper.cuh"
+
+#if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FASTLLM_SM90A    // on another architecture the kernels are empty, and nobody launches them
+#endif
+
+namespace fastllm {
+namespace {
+
+constexpr int kGroupThreads = 128, kGroupRows = 64;    // of a warpgroup
+constexpr int64_t kCache = 32 << 20;                   // of the L2 cache, what keys and values may fill
+
+struct Problem {
+  void* out;     // [batch, queries, heads, dim]
+  float* lse;    // [batch, heads, queries], or null
+  int queries, keys, heads, group;
+  int causal, window;    // 0: none
+  int blocks, work;      // blocks of rows of a head; of all heads
+  int together;          // heads that come together
+  float scale;           // in base 2
+
+  // The keys that a row sees.
+  __device__ __forceinline__ int from(int row) const {
+    const int first = row + keys - queries - window + 1;
+    return window && first > 0 ? first : 0;
+  }
+  __device__ __forceinline__ int to(int row) const {
+    const int at = row + keys - queries, end = causal ? at + 1 : window ? at + window : keys;
+    return end < keys ? end : keys;
+  }
+};
+
+// Rows of a head, and the tiles of keys that they see.
+struct Work {
+  int first, begin, end, head, batch;
+};
+
+struct Ring {
+  int stage = 0;
+  uint32_t phase = 0;
+  template <int kStages> __device__ __forceinline__ void next() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+template <int kHeadDim, int kGroups, int kTileKeys, int kSteps, bool kIsHalf> struct Shape {
+  static constexpr int kDim = kHeadDim, kConsumers = kGroups, kKeys = kTileKeys, kStages = kSteps;
+  static constexpr bool kHalf = kIsHalf;
+  static constexpr int kRows = kConsumers * kGroupRows, kThreads = (kConsumers + 1) * kGroupThreads;
+  static constexpr int kBlocks = kDim / 64;    // of 64 columns: the copy engine's boxes
+  static constexpr int kAtStart = 65536 / kThreads / 8 * 8;    // registers of a thread
+  static constexpr int kProducer = kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumer = (kAtStart * (kConsumers + 1) - kProducer) / kConsumers / 8 * 8;
+
+  struct Shared {    // at a multiple of 1024 bytes
+    uint16_t q[kBlocks][kRows][64];
+    uint16_t k[kStages][kBlocks][kKeys][64], v[kStages][kBlocks][kKeys][64];
+    uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  };
+  static_assert(kRows <= 256 && kKeys <= 256 && kKeys % 16 == 0, "boxes of the copy engine; whole products");
+
+  static __device__ __forceinline__ bool work(const Problem& p, int round, Work& w) {
+    const int wide = int(gridDim.x), mine = int(blockIdx.x), at = round * wide + (round & 1 ? wide - 1 - mine : mine);
+    if (at >= p.work) return false;
+    const int section = at / (p.together * p.blocks), begin = section * p.together, inside = at - begin * p.blocks;
+    const int all = p.work / p.blocks, heads = all - begin < p.together ? all - begin : p.together;
+    const int head = begin + inside % heads;
+    w.first = (p.blocks - 1 - inside / heads) * kRows, w.head = head % p.heads, w.batch = head / p.heads;
+    const int last = (w.first + kRows < p.queries ? w.first + kRows : p.queries) - 1;
+    w.begin = p.from(w.first) / kKeys, w.end = (p.to(last) + kKeys - 1) / kKeys;
+    return true;
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------- producer
+
+template <int kBlocks, int kRows>
+__device__ __forceinline__ void load(uint16_t (&to)[kBlocks][kRows][64], uint64_t& full, uint64_t& empty, uint32_t phase,
+                                     const CUtensorMap& map, int row, int head, int batch) {
+  const uint32_t barrier = shared_address(&full);
+  barrier_wait(shared_address(&empty), phase ^ 1);    // the first time all are empty
+  barrier_expect(barrier, sizeof to);
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) tma_load(shared_address(to[i]), &map, barrier, i * 64, row, head, batch);
+}
+
+template <class S>
+__device__ __forceinline__ void produce(typename S::Shared& s, const Problem& p, const CUtensorMap& q_map,
+                                        const CUtensorMap& k_map, const CUtensorMap& v_map) {
+  Ring q, k, v;
+  Work w;
+  for (int round = 0; S::work(p, round, w); ++round) {
+    if (w.end <= w.begin) continue;
+    const int head = w.head / p.group;
+    load(s.q, s.q_full, s.q_empty, q.phase, q_map, w.first, w.head, w.batch);
+    q.next<1>();
+    for (int n = w.end - 1; n >= w.begin - 1; --n) {    // values one tile behind the keys: the order of their use
+      if (n >= w.begin) {
+        load(s.k[k.stage], s.k_full[k.stage], s.k_empty[k.stage], k.phase, k_map, n * S::kKeys, head, w.batch);
+        k.next<S::kStages>();
+      }
+      if (n < w.end - 1) {
+        load(s.v[v.stage], s.v_full[v.stage], s.v_empty[v.stage], v.phase, v_map, (n + 1) * S::kKeys, head, w.batch);
+        v.next<S::kStages>();
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------- consumer
+// A thread holds two rows of its warpgroup's, eight apart: of each 8 columns a pair, d[column / 8 * 4 + row * 2 + i].
+
+template <class S> __device__ __forceinline__ void issue_scores(float (&scores)[S::kKeys / 2], uint32_t q, uint32_t k) {
+  const uint64_t a = tile_descriptor(q), b = tile_descriptor(k);
+#pragma unroll
+  for (int i = 0; i < S::kDim / 16; ++i) {    // 16 columns are 32 bytes of a row
+    const int block = i / 4, inside = i % 4 * 32;
+    wgmma<S::kKeys, S::kHalf>(scores, a + (block * S::kRows * 128 + inside) / 16, b + (block * S::kKeys * 128 + inside) / 16, i > 0);
+  }
+}
+template <class S>
+__device__ __forceinline__ void issue_values(float (&out)[S::kDim / 2], const uint32_t (&weights)[S::kKeys / 16][4], uint32_t v) {
+  const uint64_t b = tile_descriptor(v, S::kKeys * 128);
+#pragma unroll
+  for (int i = 0; i < S::kKeys / 16; ++i) wgmma<S::kDim, S::kHalf>(out, weights[i], b + i * (16 * 128 / 16));
+}
+
+// Scores beyond [from, to) of a thread's two rows, in columns of the tile.
+template <int kCount>
+__device__ __forceinline__ void mask(float (&scores)[kCount], const int (&from)[2], const int (&to)[2]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int column = i / 4 * 8 + i % 2 + int(threadIdx.x % 4) * 2, row = i / 2 % 2;
+    if (column < from[row] || column >= to[row]) scores[i] = -infinity();
+  }
+}
+
+struct Running {
+  float top[2] = {-infinity(), -infinity()};    // the highest score
+  float sum[2] = {0, 0};                        // of the thread's own weights
+
+  // Scores to weights; fade: what is left of earlier ones.
+  template <int kCount> __device__ __forceinline__ void weigh(float (&scores)[kCount], float scale, float (&fade)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float high = top[row];
+#pragma unroll
+      for (int i = row * 2; i < kCount; i += 4) high = fmaxf(high, fmaxf(scores[i], scores[i + 1]));
+      high = fmaxf(high, __shfl_xor_sync(kWhole, high, 1));
+      high = fmaxf(high, __shfl_xor_sync(kWhole, high, 2));
+      const float base = high == -infinity() ? 0 : high * scale;
+      fade[row] = exp2_fast(fmaf(top[row], scale, -base));
+      top[row] = high;
+      float part[2] = {0, 0};
+#pragma unroll
+      for (int i = row * 2; i < kCount; i += 4)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) part[c] += scores[i + c] = exp2_fast(fmaf(scores[i + c], scale, -base));
+      sum[row] = fmaf(sum[row], fade[row], part[0] + part[1]);
+    }
+  }
+};
+
+// The weights as the left side of a product: 16 columns are four pairs.
+template <bool kHalf, int kCount>
+__device__ __forceinline__ void round_weights(uint32_t (&weights)[kCount / 8][4], const float (&scores)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) weights[i / 4][i % 4] = pack<kHalf>(scores[i * 2], scores[i * 2 + 1]);
+}
+
+// word[i] of the quad's lane q to lane i's word[q].
+__device__ __forceinline__ void transpose(uint32_t (&word)[4]) {
+#pragma unroll
+  for (int with = 1; with < 4; with *= 2) {
+    const bool upper = threadIdx.x & unsigned(with);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & with) continue;
+      const uint32_t got = __shfl_xor_sync(kWhole, upper ? word[i] : word[i + with], with);
+      (upper ? word[i] : word[i + with]) = got;
+    }
+  }
+}
+
+// The end of a row: a lane has eight columns of it beside each other.
+template <class S>
+__device__ __forceinline__ void write(const Problem& p, const Work& w, const Running& running, const float (&out)[S::kDim / 2],
+                                      int first) {
+  const int lane = int(threadIdx.x % 32);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = first + r * 8;
+    float sum = running.sum[r];
+    sum += __shfl_xor_sync(kWhole, sum, 1);
+    sum += __shfl_xor_sync(kWhole, sum, 2);
+    const float part = sum == 0 ? 0 : 1 / sum;
+    const int64_t at = ((int64_t(w.batch) * p.queries + row) * p.heads + w.head) * S::kDim;
+#pragma unroll
+    for (int g = 0; g < S::kDim / 32; ++g) {
+      uint32_t word[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int j = (g * 4 + i) * 4 + r * 2;
+        word[i] = pack<S::kHalf>(out[j] * part, out[j + 1] * part);
+      }
+      transpose(word);
+      if (row < p.queries)
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + at + (g * 4 + lane % 4) * 8) = {word[0], word[1], word[2], word[3]};
+    }
+    if (p.lse && row < p.queries && lane % 4 == 0)
+      p.lse[(int64_t(w.batch) * p.heads + w.head) * p.queries + row] =
+          (running.top[r] * p.scale + log2f(sum)) * 0.6931471805599453f;
+  }
+}
+
+template <class S> __device__ __forceinline__ void consume(typename S::Shared& s, const Problem& p) {
+  const int warp = __shfl_sync(kWhole, int(threadIdx.x / 32), 0) - 4;    // of the consumers; the same in all lanes, and known so
+  const int group = warp / 4, lane = int(threadIdx.x % 32);
+  const uint32_t q_tile = shared_address(s.q[0][group * kGroupRows]);
+  const int turn = 1 + group, next_turn = 1 + (group + 1) % S::kConsumers;
+  auto release = [&](uint64_t& empty) {
+    if (lane == 0) barrier_arrive(shared_address(&empty));
+  };
+  Ring q, k, v;
+  Work w;
+  if (group == S::kConsumers - 1) numbered_arrive(next_turn, 2 * kGroupThreads);    // the first group begins
+  for (int round = 0; S::work(p, round, w); ++round) {
+    const int group_first = w.first + group * kGroupRows, group_last = group_first + kGroupRows - 1;
+    const int first = group_first + warp % 4 * 16 + lane / 4;
+    const int all_from = p.from(group_last), all_to = p.to(group_first);
+    const int from[2] = {p.from(first), p.from(first + 8)}, to[2] = {p.to(first), p.to(first + 8)};
+    Running running;
+    float out[S::kDim / 2], scores[S::kKeys / 2], fade[2];
+    uint32_t weights[S::kKeys / 16][4];
+#pragma unroll
+    for (int i = 0; i < S::kDim / 2; ++i) out[i] = 0;
+    auto weigh = [&](int n) {
+      const int at = n * S::kKeys;
+      if (at < all_from || at + S::kKeys > all_to) {
+        const int tile_from[2] = {from[0] - at, from[1] - at}, tile_to[2] = {to[0] - at, to[1] - at};
+        mask(scores, tile_from, tile_to);
+      }
+      running.weigh(scores, p.scale, fade);
+    };
+    if (w.end > w.begin) {
+      barrier_wait(shared_address(&s.q_full), q.phase);
+      q.next<1>();
+      barrier_wait(shared_address(&s.k_full[k.stage]), k.phase);
+      wgmma_fence();
+      issue_scores<S>(scores, q_tile, shared_address(s.k[k.stage]));
+      wgmma_commit();
+      wgmma_wait<0>();
+      settle(scores);
+      release(s.k_empty[k.stage]);
+      k.next<S::kStages>();
+      if (w.end - 1 == w.begin) release(s.q_empty);
+      weigh(w.end - 1);
+      round_weights<S::kHalf>(weights, scores);
+      for (int n = w.end - 2; n >= w.begin; --n) {
+        barrier_wait(shared_address(&s.k_full[k.stage]), k.phase);
+        numbered_wait(turn, 2 * kGroupThreads);
+        wgmma_fence();
+        issue_scores<S>(scores, q_tile, shared_address(s.k[k.stage]));
+        wgmma_commit();
+        barrier_wait(shared_address(&s.v_full[v.stage]), v.phase);
+        wgmma_fence();
+        issue_values<S>(out, weights, shared_address(s.v[v.stage]));
+        wgmma_commit();
+        numbered_arrive(next_turn, 2 * kGroupThreads);
+        wgmma_wait<1>();
+        settle(scores);
+        release(s.k_empty[k.stage]);
+        k.next<S::kStages>();
+        if (n == w.begin) release(s.q_empty);
+        weigh(n);
+        wgmma_wait<0>();
+        settle(out), settle(weights);
+        release(s.v_empty[v.stage]);
+        v.next<S::kStages>();
+#pragma unroll
+        for (int i = 0; i < S::kDim / 2; ++i) out[i] *= fade[i / 2 % 2];
+        round_weights<S::kHalf>(weights, scores);
+      }
+      barrier_wait(shared_address(&s.v_full[v.stage]), v.phase);
+      wgmma_fence();
+      issue_values<S>(out, weights, shared_address(s.v[v.stage]));
+      wgmma_commit();
+      wgmma_wait<0>();
+      settle(out), settle(weights);
+      release(s.v_empty[v.stage]);
+      v.next<S::kStages>();
+    }
+    write<S>(p, w, running, out, first);
+  }
+  if (group == 0) numbered_wait(turn, 2 * kGroupThreads);    // for the arrival that nobody has taken
+}
+
+// ------------------------------------------------------------------------------------------------------------ the kernel
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    attention_kernel(const Problem p, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                     const __grid_constant__ CUtensorMap v_map) {
+#ifdef FASTLLM_SM90A
+  char* memory = &shared_memory<char>();
+  auto& s = *reinterpret_cast<typename S::Shared*>(memory + (-shared_address(memory) & 1023));
+  if (threadIdx.x == 0) {
+    barrier_init(shared_address(&s.q_full), 1), barrier_init(shared_address(&s.q_empty), S::kConsumers * 4);
+    for (int i = 0; i < S::kStages; ++i) {
+      barrier_init(shared_address(&s.k_full[i]), 1), barrier_init(shared_address(&s.k_empty[i]), S::kConsumers * 4);
+      barrier_init(shared_address(&s.v_full[i]), 1), barrier_init(shared_address(&s.v_empty[i]), S::kConsumers * 4);
+    }
+    barriers_ready();
+  }
+  __syncthreads();
+  if (threadIdx.x < kGroupThreads) {
+    give_registers<S::kProducer>();
+    if (threadIdx.x == 0) produce<S>(s, p, q_map, k_map, v_map);
+  } else {
+    take_registers<S::kConsumer>();
+    consume<S>(s, p);
+  }
+#endif
+}
+
+template <class S> int launch_shape(const AttentionArgs& a, void* stream) {
+  CUtensorMap q, k, v;
+  const int64_t queries[4] = {a.dim, a.queries, a.heads, a.batch}, keys[4] = {a.dim, a.keys, a.kv_heads, a.batch};
+  const int64_t q_strides[3] = {a.q_row, a.q_head, a.q_batch};
+  const int64_t k_strides[3] = {a.k_row, a.k_head, a.k_batch}, v_strides[3] = {a.v_row, a.v_head, a.v_batch};
+  if (const int e = tensor_map(&q, a.q, S::kHalf, queries, q_strides, S::kRows)) return e;
+  if (const int e = tensor_map(&k, a.k, S::kHalf, keys, k_strides, S::kKeys)) return e;
+  if (const int e = tensor_map(&v, a.v, S::kHalf, keys, v_strides, S::kKeys)) return e;
+  const int64_t blocks = (a.queries + S::kRows - 1) / S::kRows, work = blocks * a.heads * a.batch;
+  if (work > INT32_MAX) return int(cudaErrorInvalidValue);
+  const int64_t fit = kCache / (a.keys * a.dim * 4) * (a.heads / a.kv_heads), heads = a.heads * a.batch;
+  const int64_t far = a.queries + a.keys;    // a window that reaches as far hides nothing
+  Problem p = {};
+  p.out = a.out, p.lse = a.lse;
+  p.queries = int(a.queries), p.keys = int(a.keys), p.heads = int(a.heads), p.group = int(a.heads / a.kv_heads);
+  p.causal = a.causal != 0, p.window = int(a.window < far ? a.window : far);
+  p.blocks = int(blocks), p.work = int(work), p.together = int(fit < 1 ? 1 : fit < heads ? fit : heads);
+  p.scale = float(a.scale * 1.4426950408889634);
+  const int64_t multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  return launch(attention_kernel<S>, work < multiprocessors ? work : multiprocessors, S::kThreads,
+                sizeof(typename S::Shared) + 1024, 1, stream, p, q, k, v);
+}
+
+template <bool kHalf> int launch_dim(const AttentionArgs& a, void* stream) {
+  if (a.dim == 64) return launch_shape<Shape<64, 3, 128, 4, kHalf>>(a, stream);
+  if (a.causal || a.window) return launch_shape<Shape<128, 2, 128, 2, kHalf>>(a, stream);
+  return launch_shape<Shape<128, 2, 176, 2, kHalf>>(a, stream);
+}
+
+}  // namespace
+
+// What it takes, ops/attention/hopper.py says.
+int attention(const AttentionArgs& a, char*, void* stream) {
+  const bool plain = !a.cu_q && !a.bias && !a.alibi && !a.sinks && a.softcap == 0 && a.p == 0 && a.scale > 0;
+  const bool fits = (a.dim == 64 || a.dim == 128) && a.dtype != kFloat32 && a.queries < 1 << 30 && a.keys < 1 << 30;
+  if (!plain || !fits || !a.batch || !a.queries || !a.keys || !a.heads) return int(cudaErrorInvalidValue);
+  if (attribute(cudaDevAttrComputeCapabilityMajor) != 9) return int(cudaErrorNoKernelImageForDevice);
+  return a.dtype == kFloat16 ? launch_dim<true>(a, stream) : launch_dim<false>(a, stream);
+}
+
+}  // namespace fastllm
