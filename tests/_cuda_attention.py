@@ -96,6 +96,12 @@ def test_blocks_that_stay(spec, dim, multiprocessors):
     check(*draw(2, 300, 260, 4, 2, dim, torch.bfloat16), spec, multiprocessors=multiprocessors)
 
 
+@pytest.mark.parametrize("dim", hopper.DIMS)
+def test_heads_in_sections(dim):
+    """More keys and values than the L2 cache holds: some heads come after the others."""
+    check(*draw(1, 130, 4000, 36, 36, dim, torch.bfloat16), AttentionSpec(window=64))
+
+
 def test_strides():
     """Views of one tensor, heads before tokens, a gap between rows."""
     make = torch.Generator().manual_seed(1)

@@ -101,6 +101,7 @@ HOPPER_FAULTS = {  # by name: what at least one order of events shows
     "left": "a block ends with bytes|a barrier that not all threads reach",
     "arrivals": "a barrier that not all threads reach",
     "registers": "a barrier that not all threads reach",
+    "offset": "a matrix that begins within the swizzling's pattern",
 }
 
 
@@ -258,6 +259,8 @@ def test_a_record_is_counted():
 @pytest.mark.gpu
 @pytest.mark.parametrize("file", [BITS, ATTENTION], ids=lambda p: p.stem)
 def test_kernels_on_a_gpu(file):
+    if file is ATTENTION and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("attention in CUDA C++ is for compute capability 9.0")
     passes(file, FASTLLM_CUDA_HOST="")
 
 

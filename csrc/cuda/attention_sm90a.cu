@@ -126,7 +126,8 @@ template <class S> __device__ __forceinline__ void issue_scores(float (&scores)[
 #pragma unroll
   for (int i = 0; i < S::kDim / 16; ++i) {    // 16 columns are 32 bytes of a row
     const int block = i / 4, inside = i % 4 * 32;
-    wgmma<S::kKeys, S::kHalf>(scores, a + (block * S::kRows * 128 + inside) / 16, b + (block * S::kKeys * 128 + inside) / 16, i > 0);
+    const int in_q = block * S::kRows * 128 + inside, in_k = block * S::kKeys * 128 + inside;
+    wgmma<S::kKeys, S::kHalf>(scores, a + in_q / 16, b + in_k / 16, i > 0);
   }
 }
 template <class S>
@@ -204,7 +205,7 @@ __device__ __forceinline__ void write(const Problem& p, const Work& w, const Run
     float sum = running.sum[r];
     sum += __shfl_xor_sync(kWhole, sum, 1);
     sum += __shfl_xor_sync(kWhole, sum, 2);
-    const float part = sum == 0 ? 0 : 1 / sum;
+    const float part = sum == 0 ? 0 : reciprocal_fast(sum);    // else at least 1
     const int64_t at = ((int64_t(w.batch) * p.queries + row) * p.heads + w.head) * S::kDim;
 #pragma unroll
     for (int g = 0; g < S::kDim / 32; ++g) {
@@ -215,12 +216,12 @@ __device__ __forceinline__ void write(const Problem& p, const Work& w, const Run
         word[i] = pack<S::kHalf>(out[j] * part, out[j + 1] * part);
       }
       transpose(word);
-      if (row < p.queries)
-        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + at + (g * 4 + lane % 4) * 8) = {word[0], word[1], word[2], word[3]};
+      uint16_t* to = static_cast<uint16_t*>(p.out) + at + (g * 4 + lane % 4) * 8;
+      if (row < p.queries) *reinterpret_cast<uint4*>(to) = {word[0], word[1], word[2], word[3]};
     }
     if (p.lse && row < p.queries && lane % 4 == 0)
       p.lse[(int64_t(w.batch) * p.heads + w.head) * p.queries + row] =
-          (running.top[r] * p.scale + log2f(sum)) * 0.6931471805599453f;
+          (running.top[r] * p.scale + log2_fast(sum)) * 0.6931471805599453f;
   }
 }
 

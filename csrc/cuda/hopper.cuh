@@ -1,8 +1,8 @@
 // What sm_90a has beyond CUDA C++, one function an instruction: barriers in shared memory, the copy engine (TMA), matrix products
 // of a warpgroup (WGMMA), registers that pass between warpgroups. For a processor tests/cuda_host/cuda.h has the same functions.
 //
-// Shared memory is named by its 32-bit address. A product runs on while its threads go on: what it reads or writes in registers is
-// theirs again after wgmma_wait, and `settle` keeps the compiler from reading it earlier.
+// Shared memory is named by its 32-bit address. A product runs on while its threads go on: what it reads or writes in
+// registers is theirs again after wgmma_wait, and `settle` keeps the compiler from reading it earlier.
 #pragma once
 #include <cuda.h>
 
@@ -45,8 +45,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 // A box of a tensor of four dimensions, from (c0, c1, c2, c3) on; what lies outside is zeros.
 __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2, int c3) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+      ::"r"(to), "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
 
@@ -145,9 +145,20 @@ template <bool kHalf> __device__ __forceinline__ uint32_t pack(float low, float 
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
 }
+// To 2 ulp, log2 near 1 to 2^-22; without the branches for subnormals.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -167,8 +178,8 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, int beside
 
 // --------------------------------------------------------------------------------------------------------- tensor maps
 
-// For boxes of [1, 1, rows, 64] of a 16-bit tensor [d3, d2, d1, d0] with unit stride in d0. Through the driver, which is asked for
-// by name: the library links none.
+// For boxes of [1, 1, rows, 64] of a 16-bit tensor [d3, d2, d1, d0] with unit stride in d0. The driver makes it, and is asked for
+// it by name: the library links none.
 inline int tensor_map(CUtensorMap* map, const void* base, bool half, const int64_t (&sizes)[4], const int64_t (&strides)[3],
                       int rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);

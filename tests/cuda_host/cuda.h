@@ -1,11 +1,11 @@
-// sm_90a on a processor: the functions of csrc/cuda/hopper.cuh, and of the driver's API what a tensor map takes. Written from NVIDIA's
-// documents alone ("PTX ISA" 9.0, of which sections are named, and "CUDA Driver API"), sharing nothing with the kernels.
+// sm_90a on a processor: the functions of csrc/cuda/hopper.cuh, and of the driver's API what a tensor map takes. Written from
+// NVIDIA's documents alone ("PTX ISA" 9.0, whose sections are named, and "CUDA Driver API"), sharing nothing with the kernels.
 //
-// Copies and products run beside the threads, at a moment that is drawn, as early or as late as they may. What it finds, besides what
-// cuda_runtime.h does:
+// Copies and products run beside the threads, at a moment that is drawn, as early or as late as they may. What it finds,
+// besides what cuda_runtime.h does:
 // - a wait for a phase that never ends: a wrong parity, count of arrivals or number of bytes;
 // - a tile that is overwritten while a product still reads it, or read before it is there: a copy that begins leaves NaN;
-// - accumulators that are read before their product has been waited for: they hold NaN; operands written meanwhile; a fence left out;
+// - sums that are read before their product has been waited for: they hold NaN; operands written meanwhile; a fence left out;
 // - wrong descriptors, swizzles and fragments, and boxes beyond a tensor's end;
 // - bytes and arrivals that are left over when a block ends;
 // - registers that warpgroups ask of each other and that nobody has.
@@ -15,7 +15,7 @@
 
 #define __grid_constant__
 
-// -------------------------------------------------------------------------------- CUDA Driver API, "Tensor Map Object Management"
+// --------------------------------------------------------------------- CUDA Driver API, "Tensor Map Object Management"
 
 using cuuint32_t = uint32_t;
 using cuuint64_t = uint64_t;
@@ -64,7 +64,7 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** fou
 namespace cuda_host {
 namespace hopper {
 
-// ------------------------------------------------------------------------------------------------------- a block's own state
+// ------------------------------------------------------------------------------------------------- a block's own state
 
 struct Barrier {
   int count, pending;
@@ -161,8 +161,9 @@ inline std::string fault_of(Block& b) {
   return "";
 }
 
-// ----------------------------------- 9.7.13.15 "mbarrier": phases, pending arrivals, tx-count; a wait by parity ends with its phase
+// ------------------------------------------------- "Parallel Synchronization and Communication Instructions: mbarrier"
 
+// A phase ends when no arrival and no byte is missing; a wait names the parity of the phase whose end it waits for.
 inline Barrier& barrier(Block& b, uint32_t address) {
   const auto found = state(b).barriers.find(address);
   if (found == state(b).barriers.end()) fail("a barrier that nobody has initialised");
@@ -201,9 +202,10 @@ inline void barrier_wait(uint32_t address, uint32_t parity) {
   while ((m.phases & 1) == parity) sleep(m.waiting);
 }
 
-// ---------------------- 9.7.9.25.5.2 "cp.async.bulk.tensor", 5.5 "Tensors": boxes, zeros beyond the bounds, swizzling modes
+// ---------------------------------------- "Data Movement and Conversion Instructions: cp.async.bulk.tensor", "Tensors"
 
-// 128B mode: within eight rows of 128 bytes, 16-byte piece i of row r lies at piece i ^ r.
+// A box's elements beyond the tensor are zeros. 128B swizzling: of eight rows of 128 bytes, the 16-byte piece i of row r lies
+// at piece i ^ r.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 inline void tma_load(uint32_t to, const CUtensorMap* tensor, uint32_t barrier_at, int c0, int c1, int c2, int c3) {
@@ -236,8 +238,9 @@ inline void tma_load(uint32_t to, const CUtensorMap* tensor, uint32_t barrier_at
   });
 }
 
-// ------------------------------------------------------------------------- 9.7.13.1 "barrier": sync and arrive, in whole warps
+// --------------------------------------------- "Parallel Synchronization and Communication Instructions: bar, barrier"
 
+// In whole warps; those that arrive and those that wait are counted together.
 inline bool numbered_come(Numbered& n, int threads) {
   if (threads % 32 || threads < 32) fail("a barrier of no whole warps");
   if (n.arrived && n.threads != threads) fail("a barrier of two sizes");
@@ -256,8 +259,9 @@ inline void numbered_wait(int number, int threads) {
   if (!numbered_come(numbered(number), threads)) sleep(numbered(number).waiting);
 }
 
-// ------------------------------------------------------- 9.7.19 "setmaxnreg": inc waits until the block's pool has the registers
+// ---------------------------------------------------------------------------- "Miscellaneous Instructions: setmaxnreg"
 
+// An increase waits until the block has the registers to spare.
 template <int kRegisters> void give_registers() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "24 to 256, by 8");
   State& s = state();
@@ -274,7 +278,7 @@ template <int kRegisters> void take_registers() {
   s.spare -= kRegisters - own, own = kRegisters;
 }
 
-// --------------------------------------------------------------------- 9.7.15 "Asynchronous Warpgroup Level Matrix Instructions"
+// --------------------------------------- 9.7.15 "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions"
 
 inline float number(uint16_t bits, bool half) {
   if (!half) return __int_as_float(int(uint32_t(bits) << 16));
@@ -283,14 +287,15 @@ inline float number(uint16_t bits, bool half) {
   return float(h);
 }
 
-// 9.7.15.5.1.2.2 "Matrix Descriptor Format", 9.7.15.5.1.2.1 "Strides", 9.7.15.5.1.2.1.3 "Canonical Layouts", 128B swizzling, T = 8.
+// 9.7.15.5.1.2.2 "Matrix Descriptor Format", 9.7.15.5.1.2.1 "Strides" and "Canonical Layouts" for 128B swizzling, T = 8.
 struct Matrix {
   Block& block;
   uint32_t start, leading, stride;
   Matrix(Block& b, uint64_t d) : block(b) {
     start = uint32_t(d & 0x3fff) << 4, leading = uint32_t(d >> 16 & 0x3fff) << 4, stride = uint32_t(d >> 32 & 0x3fff) << 4;
     if (d >> 62 != 1) fail("a descriptor without 128-byte swizzling, which alone is here");
-    if (d & 0x3ffec000c000c000) fail("a descriptor with a base offset, or bits that mean nothing");
+    if (d & 0x3fffc000c000c000) fail("a descriptor with a base offset, or bits that mean nothing");
+    if (start & 0x380) fail("a matrix that begins within the swizzling's pattern of 1024 bytes, without a base offset");
   }
   uint16_t read(uint32_t offset) const {
     uint16_t bits;
@@ -362,8 +367,8 @@ inline void issue(Product p, float* d, const uint32_t* a) {
     if (all[at++] != descriptors) fail("warps of a warpgroup with two descriptors");
   }
   Product& q = w.queue[index];
-  if (q.a_at != p.a_at || q.b_at != p.b_at || q.cols != p.cols || q.add != p.add || q.group != p.group || q.a_shared != p.a_shared)
-    fail("lanes of a warp with two products");
+  const bool same = q.a_at == p.a_at && q.b_at == p.b_at && q.cols == p.cols && q.add == p.add && q.a_shared == p.a_shared;
+  if (!same || q.group != p.group) fail("lanes of a warp with two products");
   q.sums[l] = d, q.a[l] = a;
   if (a) memcpy(q.given[l], a, 16);
   Sums& sums = mine.sums[d];
@@ -412,7 +417,7 @@ template <int kCols, bool kHalf> void wgmma(float (&d)[kCols / 2], const uint32_
   issue(p, d, a);
 }
 
-// --------------------------------------------------------------------------------------------------------------- numbers
+// ------------------------------------------------------------------------------------------------------------- numbers
 
 template <bool kHalf> uint32_t rounded(float x) {
   if (kHalf) {
@@ -426,6 +431,8 @@ template <bool kHalf> uint32_t rounded(float x) {
 }
 template <bool kHalf> uint32_t pack(float low, float high) { return rounded<kHalf>(low) | rounded<kHalf>(high) << 16; }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float log2_fast(float x) { return log2f(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
 
 }  // namespace hopper
 }  // namespace cuda_host

@@ -1,5 +1,5 @@
-// Two products of whole numbers by the copy engine and the matrix unit of cuda.h, sound or with one fault: tests/test_cuda.py runs
-// them to see that the sound one is exact and that the faults are found.
+// Two products of whole numbers by the copy engine and the matrix unit of cuda.h, sound or with one fault: tests/test_cuda.py
+// runs them to see that the sound one is exact and that the faults are found.
 //   hopper_faults NAME SEED
 #include "../../csrc/cuda/hopper.cuh"
 
@@ -8,10 +8,11 @@ using namespace fastllm;
 namespace {
 
 enum Fault {
-  kSound, kParity, kBytes, kEarly, kUnfenced, kUnwaited, kOverwritten, kRewritten, kSwizzle, kStride, kLeft, kArrivals, kRegisters, kFaults
+  kSound, kParity, kBytes, kEarly, kUnfenced, kUnwaited, kOverwritten, kRewritten, kSwizzle, kStride, kLeft, kArrivals,
+  kRegisters, kOffset, kFaults
 };
 const char* const kNames[] = {"sound", "parity", "bytes", "early", "unfenced", "unwaited", "overwritten", "rewritten", "swizzle",
-                              "stride", "left", "arrivals", "registers"};
+                              "stride", "left", "arrivals", "registers", "offset"};
 constexpr int kRows = 64, kCols = 128, kDepth = 64;
 
 struct Tiles {
@@ -26,7 +27,7 @@ int right(int col, int k) { return (col * 5 + k * 2) % 9 - 4; }
 // c [64, 128] = a b^T, of which a [60, 64] has four rows too few; d [64, 64] = a v, a in registers.
 __global__ void products(Fault fault, CUtensorMap a_map, CUtensorMap b_map, CUtensorMap v_map, float* c, float* d) {
   char* memory = &shared_memory<char>();
-  Tiles& s = *reinterpret_cast<Tiles*>(memory + (-shared_address(memory) & 1023));
+  Tiles& s = *reinterpret_cast<Tiles*>(memory + (-shared_address(memory) & 1023) + (fault == kOffset ? 128 : 0));
   const uint32_t full = shared_address(&s.full), used = shared_address(&s.used);
   const int t = int(threadIdx.x), lane = t % 32, row = t / 32 * 16 + lane / 4;
   if (t == 0) {
@@ -58,7 +59,8 @@ __global__ void products(Fault fault, CUtensorMap a_map, CUtensorMap b_map, CUte
     own[i / 4][i % 4] = pack<false>(float(left(r, k)), float(left(r, k + 1)));
   }
   if (fault != kUnfenced) wgmma_fence();
-  uint64_t a = tile_descriptor(shared_address(s.a)), b = tile_descriptor(shared_address(s.b)), v = tile_descriptor(shared_address(s.v));
+  const uint64_t a = tile_descriptor(shared_address(s.a)), v = tile_descriptor(shared_address(s.v));
+  uint64_t b = tile_descriptor(shared_address(s.b));
   if (fault == kSwizzle) b &= ~(uint64_t(3) << 62);
   if (fault == kStride) b -= uint64_t(512 >> 4) << 32;
   for (int i = 0; i < 4; ++i) wgmma<kCols, false>(sums, a + unsigned(i * 2), b + unsigned(i * 2), i > 0);
@@ -92,7 +94,8 @@ int main(int count, char** words) {
   for (int i = 0; i < 3; ++i)
     if (tensor_map(&maps[i], from[i], false, sizes[i], strides, i == 1 ? kCols : 64)) return 3;
   static float c[kRows * kCols], d[kRows * 64];
-  const int e = launch(products, 1, 512, int64_t(sizeof(Tiles)) + 1024, 1, nullptr, Fault(fault), maps[0], maps[1], maps[2], &c[0], &d[0]);
+  const int64_t shared = int64_t(sizeof(Tiles)) + 1152;
+  const int e = launch(products, 1, 512, shared, 1, nullptr, Fault(fault), maps[0], maps[1], maps[2], &c[0], &d[0]);
   if (e) return printf("%s\n", cudaGetErrorString(cudaError_t(e))), 0;
   int wrong = 0;
   for (int row = 0; row < kRows; ++row)
