@@ -78,7 +78,10 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=[
         ((1, 300, 140, 1, 1), CAUSAL),  # rows that see no key
         ((2, 130, 375, 2, 1), FULL),
         ((1, 64, 700, 1, 1), FULL),
-        ((1, 400, 400, 1, 1), AttentionSpec(window=100)),
+        ((1, 130, 256, 1, 1), CAUSAL),  # the last key of a tile is hidden from one row
+        ((1, 70, 255, 1, 1), FULL),  # a tile without its last key
+        ((1, 70, 351, 1, 1), FULL),
+        ((1, 400, 400, 1, 1), AttentionSpec(window=255)),  # and without its first
         ((1, 260, 300, 1, 1), AttentionSpec(causal=False, window=70)),
         ((1, 150, 150, 1, 1), AttentionSpec(scale=3.0)),
     ],

@@ -41,11 +41,12 @@ struct Problem {
   }
 };
 
-// Rows of a head, and the tiles of keys that they see.
+// Rows of a head from `first` on, and the tiles [begin, end) of keys that they see.
 struct Work {
   int first, begin, end, head, batch;
 };
 
+// Where a producer or a consumer stands in a ring of tiles, and the parity of its barriers' phase.
 struct Ring {
   int stage = 0;
   uint32_t phase = 0;
@@ -58,8 +59,8 @@ template <int kHeadDim, int kGroups, int kTileKeys, int kSteps, bool kIsHalf> st
   static constexpr int kDim = kHeadDim, kConsumers = kGroups, kKeys = kTileKeys, kStages = kSteps;
   static constexpr bool kHalf = kIsHalf;
   static constexpr int kRows = kConsumers * kGroupRows, kThreads = (kConsumers + 1) * kGroupThreads;
-  static constexpr int kBlocks = kDim / 64;    // of 64 columns: the copy engine's boxes
-  static constexpr int kAtStart = 65536 / kThreads / 8 * 8;    // registers of a thread
+  static constexpr int kBlocks = kDim / 64;                    // of 64 columns: the copy engine's boxes
+  static constexpr int kAtStart = 65536 / kThreads / 8 * 8;    // registers of a thread, and what it has in its role
   static constexpr int kProducer = kConsumers == 2 ? 24 : 32;
   static constexpr int kConsumer = (kAtStart * (kConsumers + 1) - kProducer) / kConsumers / 8 * 8;
 
@@ -70,7 +71,8 @@ template <int kHeadDim, int kGroups, int kTileKeys, int kSteps, bool kIsHalf> st
   };
   static_assert(kRows <= 256 && kKeys <= 256 && kKeys % 16 == 0, "boxes of the copy engine; whole products");
 
-  static __device__ __forceinline__ bool work(const Problem& p, int round, Work& w) {
+  // The block's piece of a round; false: there is none left.
+  static __device__ __forceinline__ bool share(const Problem& p, int round, Work& w) {
     const int wide = int(gridDim.x), mine = int(blockIdx.x), at = round * wide + (round & 1 ? wide - 1 - mine : mine);
     if (at >= p.work) return false;
     const int section = at / (p.together * p.blocks), begin = section * p.together, inside = at - begin * p.blocks;
@@ -100,7 +102,7 @@ __device__ __forceinline__ void produce(typename S::Shared& s, const Problem& p,
                                         const CUtensorMap& k_map, const CUtensorMap& v_map) {
   Ring q, k, v;
   Work w;
-  for (int round = 0; S::work(p, round, w); ++round) {
+  for (int round = 0; S::share(p, round, w); ++round) {
     if (w.end <= w.begin) continue;
     const int head = w.head / p.group;
     load(s.q, s.q_full, s.q_empty, q.phase, q_map, w.first, w.head, w.batch);
@@ -236,7 +238,7 @@ template <class S> __device__ __forceinline__ void consume(typename S::Shared& s
   Ring q, k, v;
   Work w;
   if (group == S::kConsumers - 1) numbered_arrive(next_turn, 2 * kGroupThreads);    // the first group begins
-  for (int round = 0; S::work(p, round, w); ++round) {
+  for (int round = 0; S::share(p, round, w); ++round) {
     const int group_first = w.first + group * kGroupRows, group_last = group_first + kGroupRows - 1;
     const int first = group_first + warp % 4 * 16 + lane / 4;
     const int all_from = p.from(group_last), all_to = p.to(group_first);
@@ -344,9 +346,9 @@ template <class S> int launch_shape(const AttentionArgs& a, void* stream) {
   if (const int e = tensor_map(&k, a.k, S::kHalf, keys, k_strides, S::kKeys)) return e;
   if (const int e = tensor_map(&v, a.v, S::kHalf, keys, v_strides, S::kKeys)) return e;
   const int64_t blocks = (a.queries + S::kRows - 1) / S::kRows, work = blocks * a.heads * a.batch;
-  if (work > INT32_MAX) return int(cudaErrorInvalidValue);
+  if (work >= 1 << 30) return int(cudaErrorInvalidValue);
   const int64_t fit = kCache / (a.keys * a.dim * 4) * (a.heads / a.kv_heads), heads = a.heads * a.batch;
-  const int64_t far = a.queries + a.keys;    // a window that reaches as far hides nothing
+  const int64_t far = a.queries > a.keys ? a.queries : a.keys;    // a window as wide hides nothing
   Problem p = {};
   p.out = a.out, p.lse = a.lse;
   p.queries = int(a.queries), p.keys = int(a.keys), p.heads = int(a.heads), p.group = int(a.heads / a.kv_heads);

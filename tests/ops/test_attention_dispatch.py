@@ -1,10 +1,11 @@
-"""Which calls of attention on a GPU go to cuDNN: a decision on shapes and features, taken without a GPU."""
+"""Which calls of attention on a GPU go to cuDNN, or to CUDA C++ where it is wanted: decisions on shapes and features, taken
+without a GPU."""
 
 import pytest
 import torch
 
 from fastllm.ops import AttentionSpec, Dropout
-from fastllm.ops.attention import cudnn
+from fastllm.ops.attention import cudnn, hopper
 
 
 class Cuda:
@@ -67,3 +68,53 @@ def test_torch_s_own_switch_counts():
 def test_without_cudnn_everything_goes_to_triton(monkeypatch):
     monkeypatch.setattr(cudnn, "_available", lambda index: False)
     assert refusal() == "no cuDNN attention on this GPU"
+
+
+# ------------------------------------------------------------------------------------------------------ CUDA C++, sm_90a
+
+
+def hopper_refusal(q=None, k=None, v=None, cu_q=None, **fields):
+    q = torch.empty(2, 512, 16, 128, dtype=torch.bfloat16) if q is None else q
+    k = torch.empty(2, 512, 4, 128, dtype=torch.bfloat16) if k is None else k
+    spec = AttentionSpec(**fields)
+    return hopper.refusal(
+        q, k, k if v is None else v, cu_q, spec.bias, spec.alibi, spec.sinks, spec.settings(q.shape[3])
+    )
+
+
+def test_hopper_takes_dense_heads_of_64_and_128():
+    assert hopper_refusal() is None
+    assert hopper_refusal(causal=False, window=100) is None
+    assert hopper_refusal(torch.empty(1, 1, 2, 64).half(), torch.empty(1, 700, 1, 64).half()) is None
+    qkv = torch.empty(2, 100, 8, 64).bfloat16()
+    assert hopper_refusal(qkv[:, :, :4], qkv[:, :, 4:6], qkv[:, :, 6:]) is None
+
+
+@pytest.mark.parametrize(("call", "reason"), [
+    ({"q": torch.empty(2, 512, 16, 128)}, "float32"),
+    ({"q": torch.empty(2, 512, 16, 96).half()}, "head dim 96: 64 or 128"),
+    ({"q": torch.empty(0, 512, 16, 128).half()}, "nothing to do"),
+    ({"cu_q": torch.tensor([0, 512])}, "packed"),
+    ({"exact": True, "softcap": 5.0, "dropout": Dropout(0.1, 1)}, "softcap, dropout, exact"),
+    ({"bias": torch.zeros(1, 1, 1, 512)}, "bias"),
+    ({"alibi": torch.ones(16), "sinks": torch.ones(16)}, "alibi, sinks"),
+    ({"scale": -1.0}, "scale -1.0: above 0"),
+    ({"v": torch.empty(2, 512, 4, 132).half()[..., :128]}, "v with strides"),
+    ({"k": torch.empty(1, 512, 4, 128).half().expand(2, -1, -1, -1)}, "k with strides (0, "),
+    ({"q": torch.empty(2 * 512 * 16 * 128 + 1).half()[1:].view(2, 512, 16, 128)}, "q with strides"),
+])  # fmt: skip
+def test_hopper_leaves_the_rest(call, reason):
+    assert reason in hopper_refusal(**call)
+
+
+def test_hopper_is_one_architecture(monkeypatch):
+    """On another GPU it says what it needs."""
+    monkeypatch.setattr(hopper, "capability", lambda index: (8, 0))
+    q = torch.empty(1, 8, 1, 64, dtype=torch.bfloat16)
+    on_gpu = Cuda(*q.shape)
+    on_gpu.stride, on_gpu.data_ptr = q.stride, q.data_ptr
+    settings = AttentionSpec().settings(64)
+    said = hopper.refusal(on_gpu, q, q, None, None, None, None, settings)
+    assert said == "compute capability 8.0: 9.0, for WGMMA and TMA"
+    monkeypatch.setattr(hopper, "capability", lambda index: (9, 0))
+    assert hopper.refusal(on_gpu, q, q, None, None, None, None, settings) is None
