@@ -8,6 +8,7 @@ Paths in its rules are relative, so a copied tree keeps its objects.
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -44,9 +45,21 @@ def find_nvcc() -> str | None:
     candidates = [f"{home}/bin/nvcc" for home in homes if home] + [shutil.which("nvcc")]
     candidates += [f"{path}/nvidia/cu13/bin/nvcc" for path in sys.path]  # the nvidia-cuda-nvcc package
     nvcc = next((c for c in candidates if c and os.access(c, os.X_OK)), None)
-    if mode == "1" and not nvcc:
-        sys.exit("FASTLLM_CUDA=1, but there is no nvcc; set CUDA_HOME or install the CUDA toolkit.")
-    return nvcc
+    missing = "there is no nvcc" if not nvcc else too_old(nvcc)
+    if missing and mode == "1":
+        sys.exit(f"FASTLLM_CUDA=1, but {missing}; set CUDA_HOME or install the CUDA toolkit, 12.0 or later.")
+    if nvcc and missing:
+        print(f"no CUDA library: {missing}")
+    return None if missing else nvcc
+
+
+def too_old(nvcc: str) -> str:
+    """Why this nvcc is no help; empty where it is. sm_90a came with CUDA 12."""
+    version = subprocess.check_output([nvcc, "--version"], text=True)
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    if not release:
+        return f"`{nvcc} --version` names no release"
+    return "" if int(release[1]) >= 12 else f"{nvcc} is of CUDA {release[1]}.{release[2]}"
 
 
 def gencode(nvcc: str, spec: str) -> str:

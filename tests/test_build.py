@@ -204,6 +204,30 @@ def test_fastllm_cuda_is_auto_0_or_1(monkeypatch):
         setup.find_nvcc()
 
 
+@pytest.mark.parametrize(
+    "version, why",
+    [
+        ("Cuda compilation tools, release 11.8, V11.8.89", r"/nvcc is of CUDA 11\.8"),
+        ("something else", "names no release"),
+        ("Cuda compilation tools, release 12.0, V12.0.76", ""),
+    ],
+)
+def test_an_old_nvcc_is_named_and_not_used(monkeypatch, tmp_path, capsys, version, why):
+    setup = setup_module()
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho '{version}'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FASTLLM_CUDA", "auto")
+    assert setup.find_nvcc() == (None if why else str(nvcc))
+    assert re.search(f"no CUDA library: .*{why}" if why else "^$", capsys.readouterr().out)
+    monkeypatch.setenv("FASTLLM_CUDA", "1")
+    if why:
+        with pytest.raises(SystemExit, match=f"FASTLLM_CUDA=1, but .*{why}; .* 12.0 or later"):
+            setup.find_nvcc()
+
+
 def test_a_build_that_cannot_be_says_so_in_one_sentence(monkeypatch, tmp_path):
     setup = setup_module()
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
