@@ -35,7 +35,9 @@ from ._op import _is_compiling as is_compiling
 PAGE = 16  # tokens; csrc/records/kv_append.h: kPage
 # Dtypes of quantised pages: (L, rows below which count as zeros); csrc/cpu/page_bytes.h: PageBytes
 QUANTISED = {torch.int8: (127, 1e-35), torch.float8_e4m3fn: (448, 1e-32)}
-PAGE_DTYPES = DTYPES | {torch.int8: 3, torch.uint8: 4}  # as an op's schema takes them; csrc/common.h: DType
+# As an op's schema takes them, fp8 as its bits, and as Inductor of torch 2.6 hands it over, which drops the view.
+# csrc/common.h: DType
+PAGE_DTYPES = DTYPES | {torch.int8: 3, torch.uint8: 4, torch.float8_e4m3fn: 4}
 COLUMNS = {"cpu"}  # the kinds of device whose kernels want keys as columns
 
 
