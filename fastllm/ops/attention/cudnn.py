@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .spec import Settings
+from .spec import Settings, beyond_plain
 
 REASON = "cuDNN through torch: dense 16-bit, causal or full, no bias, window, cap, sinks, dropout; Triton: all else"
 MAX_DIM = 128  # of cuDNN's backward
@@ -29,20 +29,12 @@ def refusal(
 ) -> str | None:
     """Why cuDNN does not take this call; None when it does. The same for a forward and its backward."""
     queries, keys, dim = q.shape[1], k.shape[1], q.shape[3]
-    features = {"bias": bias is not None, "alibi": alibi is not None, "sinks": sinks is not None}
-    features |= {"window": s.window > 0, "softcap": s.softcap > 0, "dropout": s.p > 0}
     if q.device.type != "cuda":
         return f"device {q.device.type}"
-    if q.dtype == torch.float32:
-        return "float32"
-    if s.exact:
-        return "exact"
-    if 0 in q.shape or 0 in k.shape:
-        return "nothing to do"
-    if cu_q is not None:
-        return "packed sequences"
-    if any(features.values()):
-        return ", ".join(name for name, used in features.items() if used)
+    if (reason := beyond_plain(q, k, cu_q, bias, alibi, sinks, s)) is not None:
+        return reason
+    if s.window > 0:
+        return "window"
     if dim % 8 or dim > MAX_DIM:
         return f"head dim {dim}: multiples of 8 up to {MAX_DIM}"
     if queries < 2 or keys < 2:

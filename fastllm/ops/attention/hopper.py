@@ -11,7 +11,7 @@ from .. import _cuda
 from .._dropout import threshold
 from .._op import DTYPES, pointer
 from ..rope import unit_stride
-from .spec import Settings
+from .spec import Settings, beyond_plain
 from .triton_forward import gpu
 
 NAME = "CUDA C++ (sm_90: dense 16-bit, heads of 64 and 128, no bias, cap, sinks, dropout; else cuDNN or Triton)"
@@ -30,18 +30,10 @@ def refusal(
     s: Settings,
 ) -> str | None:
     """Why this kernel does not take the call; None when it does."""
-    features = {"bias": bias is not None, "alibi": alibi is not None, "sinks": sinks is not None}
-    features |= {"softcap": s.softcap > 0, "dropout": s.p > 0, "exact": s.exact}
-    if q.dtype == torch.float32:
-        return "float32"
+    if (reason := beyond_plain(q, k, cu_q, bias, alibi, sinks, s)) is not None:
+        return reason
     if q.shape[3] not in DIMS:  # a head is one or two boxes of the copy engine, and its sums must fit the registers
         return f"head dim {q.shape[3]}: {' or '.join(map(str, DIMS))}"
-    if 0 in q.shape or 0 in k.shape:
-        return "nothing to do"
-    if cu_q is not None:
-        return "packed sequences"
-    if any(features.values()):
-        return ", ".join(name for name, used in features.items() if used)
     if s.scale <= 0:
         return f"scale {s.scale}: above 0"
     if max(q.shape[1], k.shape[1]) >= MOST:

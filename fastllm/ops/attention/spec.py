@@ -121,3 +121,24 @@ def check_device(op: str, name: str, tensor: Tensor, q: Tensor) -> None:
 
 
 CAUSAL = AttentionSpec()
+
+
+def beyond_plain(
+    q: Tensor,
+    k: Tensor,
+    cu_q: Tensor | None,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    sinks: Tensor | None,
+    s: Settings,
+) -> str | None:
+    """What of a call a kernel of dense 16-bit attention lacks, whoever wrote it; None where there is nothing of it."""
+    features = {"bias": bias is not None, "alibi": alibi is not None, "sinks": sinks is not None}
+    features |= {"softcap": s.softcap > 0, "dropout": s.p > 0, "exact": s.exact}
+    if q.dtype == torch.float32:
+        return "float32"
+    if 0 in q.shape or 0 in k.shape:
+        return "nothing to do"
+    if cu_q is not None:
+        return "packed sequences"
+    return ", ".join(name for name, used in features.items() if used) or None
