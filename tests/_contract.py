@@ -16,6 +16,7 @@ from fastllm import _C
 
 LANES, CHAINS = 16, 4  # csrc/cpu/simd.h: lanes of a vector; accumulators of a row reduction
 TILE = 256  # keys of one attention tile, at absolute positions
+LINEAR_CHAIN = 128  # csrc/cpu/gemm.h: k of one chain of a linear
 FIXED_POINT = 40  # bits after the point of a sampling weight
 
 
@@ -136,11 +137,14 @@ def softmax(x: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] by weight [N, K]: one FMA chain per output, K ascending from zero; then the bias."""
-    acc = x.new_zeros(*x.shape[:-1], weight.shape[0])
-    for k in range(weight.shape[1]):
-        acc = fma(x[..., k, None], weight[:, k], acc)
-    return acc if bias is None else acc + bias
+    """x [..., K] by weight [N, K]: FMA chains over LINEAR_CHAIN k each, K ascending from zero, added in order; then the bias."""
+    total = x.new_zeros(*x.shape[:-1], weight.shape[0])
+    for begin in range(0, weight.shape[1], LINEAR_CHAIN):
+        acc = torch.zeros_like(total)
+        for k in range(begin, min(begin + LINEAR_CHAIN, weight.shape[1])):
+            acc = fma(x[..., k, None], weight[:, k], acc)
+        total = total + acc if begin else acc
+    return total if bias is None else total + bias
 
 
 def rope_table(positions: int, dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
-// Products in the order of the contract: one FMA chain per output element, K ascending, starting from zero. Tiles over rows and
-// columns are free, so one row and a thousand give the same bits. Weights are read in panels of 16 output columns: a vector of
-// the panel times a broadcast of x feeds 16 chains. A weight that is not in panels is packed on the way, panel by panel.
+// Products in the order of the contract: an output element is the sum, in order, of FMA chains over kChain k each, K ascending,
+// starting from zero. Tiles over rows and columns are free, so one row and a thousand give the same bits. Weights are read in
+// panels of 16 output columns: a vector of the panel times a broadcast of x feeds 16 chains. A weight that is not in panels is
+// packed on the way, panel by panel.
 //
-// A product takes hooks: where its chains start, what continues them after the last k, and what is changed while packing.
+// A product takes hooks: where its first chains start, what is added after the last k, and what is changed while packing.
 #pragma once
 #include "panels.h"
 #include "rms_norm.h"
@@ -21,8 +22,9 @@ constexpr int kTileRows = 2, kTilePanels = 1;
 constexpr int kStreams = 2;
 #endif
 constexpr int tile_rows(int panels) { return kTileRows * kTilePanels / panels; }
+constexpr int64_t kChain = 128;        // one chain over all of K would lose two to four times as much in rounding
 constexpr int64_t kRowBlock = 96;      // rows of x that stay in L2 while the panels pass
-constexpr int64_t kDepthBlock = 2048;  // of K: two panels of this depth stay in L2 while the rows pass
+constexpr int64_t kDepthBlock = 2048;  // of K, whole chains: two panels of this depth stay in L2 while the rows pass
 constexpr int64_t kFewRows = 4;        // up to here each thread makes its own normalised rows and needs no barrier
 
 // The plain product. A product whose hooks say kPacks never meets panels: its streams of few rows need not be compiled.
@@ -60,6 +62,32 @@ template <int R, int P> FL_INLINE void multiply(vf (&acc)[R][P], const Tile& t, 
       FL_UNROLL
       for (int p = 0; p < P; ++p) acc[r][p] = fma(v, w[p], acc[r][p]);
     }
+  }
+}
+
+// acc = the product over k in [0, depth): chains of kChain k, added up in order in `sum` [R][P][16]. The first goes on from acc;
+// or, where the sum goes on, acc is not read and all are added to the sum.
+template <int R, int P>
+FL_INLINE void sum_chains(vf (&acc)[R][P], Tile t, int64_t depth, float* sum, bool goes_on = false) {
+  for (int64_t k = 0; k < depth; k += kChain) {
+    const bool adds = k || goes_on;
+    if (adds) {
+      FL_UNROLL
+      for (int r = 0; r < R; ++r)
+        FL_UNROLL
+        for (int p = 0; p < P; ++p) {
+          if (k) store(sum + (r * P + p) * kLanes, acc[r][p]);
+          acc[r][p] = set1(0);
+        }
+    }
+    multiply<R, P>(acc, t, depth - k < kChain ? depth - k : kChain);
+    t.x += kChain;
+    for (int p = 0; p < P; ++p) t.panel[p] += kChain * kLanes;
+    if (!adds) continue;
+    FL_UNROLL
+    for (int r = 0; r < R; ++r)
+      FL_UNROLL
+      for (int p = 0; p < P; ++p) acc[r][p] = load(sum + (r * P + p) * kLanes) + acc[r][p];
   }
 }
 
@@ -123,8 +151,9 @@ void stream(const LinearArgs& a, const Hooks& hooks, const float* x, int64_t x_s
       t.panel[p] = static_cast<const float*>(a.weight) + panel[p] * a.depth * kLanes;
     }
     vf acc[R][P];
+    alignas(64) float sum[R * P * kLanes];
     hooks.start(acc, row, panel);
-    multiply<R, P>(acc, t, a.depth);
+    sum_chains<R, P>(acc, t, a.depth, sum);
     finish_all(a, hooks, acc, row, panel);
   }
   if constexpr (P == 6)
@@ -150,20 +179,13 @@ void stream_rows(const LinearArgs& a, const Hooks& hooks, const float* x, int64_
   }
 }
 
-// R rows against P panels over one block of the depth; partial chains rest in `rest` between blocks.
+// R rows against P panels over one block of the depth; the sums rest in `rest` between blocks.
 template <int R, int P, class Hooks>
 FL_INLINE void tile(const LinearArgs& a, const Hooks& hooks, const Tile& t, float* rest, int64_t row, const int64_t (&panel)[P], int64_t k,
                     int64_t depth) {
   vf acc[R][P];
-  if (k) {
-    FL_UNROLL
-    for (int r = 0; r < R; ++r)
-      FL_UNROLL
-      for (int p = 0; p < P; ++p) acc[r][p] = load(rest + (r * P + p) * kLanes);
-  } else {
-    hooks.start(acc, row, panel);
-  }
-  multiply<R, P>(acc, t, depth);
+  if (!k) hooks.start(acc, row, panel);
+  sum_chains<R, P>(acc, t, depth, rest, k != 0);
   if (k + depth == a.depth) return finish_all(a, hooks, acc, row, panel);
   FL_UNROLL
   for (int r = 0; r < R; ++r)

@@ -1,7 +1,7 @@
 // lora_linear: y = gain * (x W^T + s B^T) + bias, s = scale * drop(x) A^T, and its gradients but those of gain and bias.
 //
-// The contract: s[t, r] is one chain over k, then times scale; y's chain runs over k, then over r: acc = fma(s[t, r], B[n, r], acc).
-// Every gradient is one chain too (dx over r, masked, then over n; dA and dB over the rows), so that no result depends on the
+// The contract: s[t, r] is gemm.h's sum over k, then times scale; y's sum goes on over r: acc = fma(s[t, r], B[n, r], acc).
+// Every gradient has gemm.h's order too (dx over r, masked, then over n; dA and dB over the rows), so that no result depends on the
 // number of threads.
 #include "lora.h"
 

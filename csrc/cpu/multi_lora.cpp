@@ -92,13 +92,18 @@ void shrink_row(const MultiLoraArgs& a, const Panels& panels, const float* x, fl
   for (int64_t n = 0; n < panels.rank; n += kLanes) {
     const float *w = panels.at + n * depth, *then = next.at + n * depth;
     const int64_t ahead = lines < n / kLanes * depth ? 0 : lines - n / kLanes * depth < depth ? lines - n / kLanes * depth : depth;
-    vf acc = set1(0);
-    for (int64_t k = 0; k < ahead; ++k) {
-      prefetch(then + k * kLanes);
-      acc = fma(set1(x[k]), load(w + k * kLanes), acc);
+    vf sum = set1(0);
+    for (int64_t k = 0; k < depth;) {
+      const int64_t begin = k, end = depth - k < kChain ? depth : k + kChain;
+      vf acc = set1(0);
+      for (; k < end && k < ahead; ++k) {
+        prefetch(then + k * kLanes);
+        acc = fma(set1(x[k]), load(w + k * kLanes), acc);
+      }
+      for (; k < end; ++k) acc = fma(set1(x[k]), load(w + k * kLanes), acc);
+      sum = begin ? sum + acc : acc;
     }
-    for (int64_t k = ahead; k < depth; ++k) acc = fma(set1(x[k]), load(w + k * kLanes), acc);
-    store(s + n, acc * set1(panels.scale), first(panels.rank - n));
+    store(s + n, sum * set1(panels.scale), first(panels.rank - n));
   }
 }
 

@@ -2,8 +2,9 @@
 
 x [..., K], weight [N, K] or `Panels` of it, bias [N], y [..., N]. float32; bfloat16 and float16 are widened to float32
 first (a copy), norm(x) is rounded as `ops.rms_norm` rounds it, and y once, at the end.
-The contract: every output element is one chain of fused multiply-adds, k ascending, starting from zero; then + bias,
-then + residual. One row alone and the same row among a thousand give the same bits, on any number of threads.
+The contract: every output element is a sum of chains of fused multiply-adds over 128 k each, k ascending, each starting
+from zero, added in order; then + bias, then + residual. One row alone and the same row among a thousand give the same
+bits, on any number of threads.
 
 A transformer block needs four linears, with these around them, so that no pass over memory is spent on them:
 - norm, eps: x is normalised first, exactly as `ops.rms_norm(x, norm, eps)`;

@@ -9,8 +9,8 @@ and the backward multiplies by the one that comes: three products in all, and on
 backward makes the logits again, with the upstream gradient of each row: four products, exact.
 What needs no gradient costs nothing: no dW for a frozen head, no block kept in inference. Ignored rows leave before the
 products (on a CPU; on a GPU asking how many there are would stall the stream).
-Rounding: on a CPU logits are fp32, one chain of fused multiply-adds each, so that a row's loss has the same bits in any
-batch; on a GPU a block's logits are rounded to the inputs' dtype. dW and dbias are added up in fp32, block after block.
+Rounding: on a CPU logits are fp32, summed as by ops.linear, so that a row's loss has the same bits in any batch; on a
+GPU a block's logits are rounded to the inputs' dtype. dW and dbias are added up in fp32, block after block.
 """
 
 import torch

@@ -7,10 +7,10 @@ x [..., K], A [R, K], B [N, R], bias and magnitude [N], y [..., N], of one dtype
 is a tensor [N, K] of that dtype, `Panels`, or a `QWeight` (then x is float32, and rounded to 8 bits for W alone).
 Dropout is drawn from counters, row: the flat index of x's rows, column: of K (`_dropout.py`); never stored.
 
-The contract: s = scale * (drop(x) A^T), one chain of fused multiply-adds over k in float32 and one product, in float32;
-y's own chain goes on after its k (its groups, for a QWeight) with acc = fma(s[r], B[n, r], acc), r ascending; then times
-magnitude / norm, then + bias, rounded once. `multi_lora` gives the same bits, so training and serving agree. drop(x) is
-not rounded. On a GPU the base comes from cuBLAS, rounded, and s is added to it and rounded again.
+The contract: s = scale * (drop(x) A^T), summed as by ops.linear, in float32; y's sum goes on after its k (its groups,
+for a QWeight) with acc = fma(s[r], B[n, r], acc), r ascending; then times magnitude / norm, then + bias, rounded once.
+`multi_lora` gives the same bits, so training and serving agree. drop(x) is not rounded. On a GPU the base comes from
+cuBLAS, rounded, and s is added to it and rounded again.
 
 Backward, an op of its own, with g = magnitude / norm and dz = g * dy: ds = scale * dz B; dx = dz W + mask * (ds A);
 dA = ds^T drop(x); dB = dz^T s; dbias = sum dy; dmagnitude = sum dy * z / norm, for which z, the product before g, is

@@ -83,8 +83,8 @@ SUITE = Suite(
     reference=plain,
     gradients=("x", "weight", "bias", "norm", "residual"),
     rows=("x", "residual"),
-    error=12.0,  # K terms in one chain; torch adds partial sums, of 16 or more, as the processor suits
-    gradient_error=8.0,  # swiglu's reads what the chain gave; a frozen weight's dx is a chain itself
+    error=3.0,  # sums over K in chains of 128; how torch adds depends on the processor
+    gradient_error=3.0,
     correct=(
         *(
             case(*shape, cols=cols, packed=packed)

@@ -71,8 +71,8 @@ SUITE = Suite(
     reference=with_frozen(plain),
     gradients=("x", "weight", "bias"),
     rows=("x", "target", "token_weight"),
-    error=8.0,  # logits are one chain of additions each: see ops.linear
-    gradient_error=4.0,
+    error=3.0,  # sums over K in chains of 128; how torch adds depends on the processor
+    gradient_error=3.0,
     correct=(
         *(case(*shape) for shape in ((1, 1, 1), (3, 7, 5), (5, 33, 130), (70, 40, 300))),
         *(

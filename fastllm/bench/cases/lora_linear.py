@@ -104,8 +104,8 @@ SUITE = Suite(
     reference=plain,
     gradients=("x", "a", "b", "bias", "magnitude"),
     rows=("x",),
-    error=8.0,  # one chain over k and the rank
-    gradient_error=8.0,  # one chain each
+    error=3.0,  # sums over K in chains of 128; how torch adds depends on the processor
+    gradient_error=3.0,
     correct=(
         *(
             case(*shape, cols=cols, rank=rank)

@@ -82,7 +82,7 @@ SUITE = Suite(
     run=run,
     reference=plain,
     rows=("x", "adapter_id", "residual"),
-    error=8.0,  # one chain over k and the rank
+    error=3.0,  # sums over K in chains of 128; how torch adds depends on the processor
     correct=(
         *(
             case(*shape, cols=cols, ranks=ranks, packed=packed)

@@ -50,8 +50,8 @@ SUITE = Suite(
     reference=plain,
     gradients=("x", "weight"),
     rows=("x", "target", "kept"),
-    error=8.0,  # logits are one chain of additions each: see ops.linear
-    gradient_error=4.0,
+    error=3.0,  # sums over K in chains of 128; how torch adds depends on the processor
+    gradient_error=3.0,
     correct=(
         *(case(*shape) for shape in ((1, 1, 1), (3, 7, 5), (5, 33, 130), (70, 40, 300), (4, 16, 5003), (0, 8, 9))),
         case(6, 24, 1030, temperature=0.7),
