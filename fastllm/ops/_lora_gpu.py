@@ -167,7 +167,7 @@ def sum_over_rows(q: Tensor, s: Tensor, p: float = 0.0, seed: int = 0, call: int
     partial = torch.empty((splits, cols, rank), dtype=torch.float32, device=q.device)
     gradient_kernel[(blocks, splits, triton.cdiv(rank, rank_block(rank)))](
         partial, q, s, rows, cols, rank, q.stride(0), kept, *mask,
-        DROP=drop, M=32, N=64, R=rank_block(rank), num_warps=4,
+        DROP=drop, M=16 if q.dtype == torch.float32 else 32, N=64, R=rank_block(rank), num_warps=4,
     )  # fmt: skip
     return partial.sum(0)
 
