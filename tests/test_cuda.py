@@ -28,8 +28,11 @@ FLAGS += ["-march=native", "-I", HERE / "cuda_host", "-x", "c++"]  # native: an 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="contexts and shared libraries of Linux")
 
 
-def passes(file: Path, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
+ON_A_GPU = ("-m", "gpu or not gpu")  # all tests, and conftest.py hides no GPU from them
+
+
+def passes(file: Path, *options: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file), *options]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "passed" in done.stdout
@@ -261,19 +264,19 @@ def test_a_record_is_counted():
 def test_kernels_on_a_gpu(file):
     if file is ATTENTION and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("attention in CUDA C++ is for compute capability 9.0")
-    passes(file, FASTLLM_CUDA_HOST="")
+    passes(file, *ON_A_GPU, FASTLLM_CUDA_HOST="")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool):
-    """Of every kernel some tests: `compute-sanitizer --tool TOOL python -m pytest tests/_cuda_bits.py tests/_cuda_attention.py`
-    runs all of them."""
+    """Of every kernel some tests: `compute-sanitizer --tool TOOL python -m pytest -m "gpu or not gpu" tests/_cuda_bits.py
+    tests/_cuda_attention.py` runs all of them."""
     program = shutil.which("compute-sanitizer") or pytest.skip(
         "compute-sanitizer is not on the path: it comes with CUDA's toolkit"
     )
     chosen = "hard_rows or penalties or distribution or by_rows or two_halves or stay or strides"
-    tests = [sys.executable, "-m", "pytest", BITS, ATTENTION, "-k", chosen]
+    tests = [sys.executable, "-m", "pytest", BITS, ATTENTION, *ON_A_GPU, "-k", chosen]
     command = [program, "--tool", tool, "--error-exitcode", "9", *tests]
     done = run(*command, check=False, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -6,7 +6,7 @@
 
 namespace fastllm {
 
-constexpr int kCudaAbi = 3;
+constexpr int kCudaAbi = 4;
 
 enum CudaKernel : int {
 #define CUDA_KERNEL(name, Args) kCuda_##name,

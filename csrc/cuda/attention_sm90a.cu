@@ -6,8 +6,9 @@
 // while another multiplies. Tiles are walked from the last to the first; those that some row does not see whole are masked.
 // A weight is exp2 of the score less the highest so far, rounded to 16 bits before its product; its sum is not.
 //
-// Blocks stay: as many as multiprocessors, each takes its share of the work, longest rows first, to and fro, so that shares are
-// of one size. Heads whose keys and values fit the L2 cache together come together.
+// Blocks stay: as many as multiprocessors. Each takes the next piece of work when it has room for it, by a counter that all
+// share, longest rows first; its producer is ahead of its consumers by a piece. Heads whose keys and values fit the L2 cache
+// together come together.
 #include "../records/attention.h"
 #include "hopper.cuh"
 
@@ -28,6 +29,7 @@ struct Problem {
   int causal, window;    // 0: none
   int blocks, work;      // blocks of rows of a head; of all heads
   int together;          // heads that come together
+  int* taken;            // pieces of work, beyond the first of each block
   float scale;           // in base 2
 
   // The keys that a row sees.
@@ -41,7 +43,7 @@ struct Problem {
   }
 };
 
-// Rows of a head from `first` on, and the tiles [begin, end) of keys that they see.
+// Rows of a head from `first` on, and the tiles [begin, end) of keys that they see; first -1: there is none left.
 struct Work {
   int first, begin, end, head, batch;
 };
@@ -61,27 +63,28 @@ template <int kHeadDim, int kGroups, int kTileKeys, int kSteps, bool kIsHalf> st
   static constexpr int kRows = kConsumers * kGroupRows, kThreads = (kConsumers + 1) * kGroupThreads;
   static constexpr int kBlocks = kDim / 64;                    // of 64 columns: the copy engine's boxes
   static constexpr int kAtStart = 65536 / kThreads / 8 * 8;    // registers of a thread, and what it has in its role
-  static constexpr int kProducer = kConsumers == 2 ? 24 : 32;
+  static constexpr int kProducer = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumer = (kAtStart * (kConsumers + 1) - kProducer) / kConsumers / 8 * 8;
 
   struct Shared {    // at a multiple of 1024 bytes
     uint16_t q[kBlocks][kRows][64];
     uint16_t k[kStages][kBlocks][kKeys][64], v[kStages][kBlocks][kKeys][64];
     uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+    uint64_t work_full, work_empty;
+    Work work;    // the piece that the producer has taken
   };
   static_assert(kRows <= 256 && kKeys <= 256 && kKeys % 16 == 0, "boxes of the copy engine; whole products");
 
-  // The block's piece of a round; false: there is none left.
-  static __device__ __forceinline__ bool share(const Problem& p, int round, Work& w) {
-    const int wide = int(gridDim.x), mine = int(blockIdx.x), at = round * wide + (round & 1 ? wide - 1 - mine : mine);
-    if (at >= p.work) return false;
+  static __device__ __forceinline__ Work piece(const Problem& p, int at) {
+    Work w = {-1, 0, 0, 0, 0};
+    if (at >= p.work) return w;
     const int section = at / (p.together * p.blocks), begin = section * p.together, inside = at - begin * p.blocks;
     const int all = p.work / p.blocks, heads = all - begin < p.together ? all - begin : p.together;
     const int head = begin + inside % heads;
     w.first = (p.blocks - 1 - inside / heads) * kRows, w.head = head % p.heads, w.batch = head / p.heads;
     const int last = (w.first + kRows < p.queries ? w.first + kRows : p.queries) - 1;
     w.begin = p.from(w.first) / kKeys, w.end = (p.to(last) + kKeys - 1) / kKeys;
-    return true;
+    return w;
   }
 };
 
@@ -100,9 +103,15 @@ __device__ __forceinline__ void load(uint16_t (&to)[kBlocks][kRows][64], uint64_
 template <class S>
 __device__ __forceinline__ void produce(typename S::Shared& s, const Problem& p, const CUtensorMap& q_map,
                                         const CUtensorMap& k_map, const CUtensorMap& v_map) {
-  Ring q, k, v;
-  Work w;
-  for (int round = 0; S::share(p, round, w); ++round) {
+  Ring q, k, v, works;
+  for (int at = int(blockIdx.x), next = 0;; at = next) {
+    const Work w = S::piece(p, at);
+    barrier_wait(shared_address(&s.work_empty), works.phase ^ 1);
+    s.work = w;
+    barrier_arrive(shared_address(&s.work_full));
+    works.next<1>();
+    if (w.first < 0) return;
+    next = int(gridDim.x) + atomicAdd(p.taken, 1);
     if (w.end <= w.begin) continue;
     const int head = w.head / p.group;
     load(s.q, s.q_full, s.q_empty, q.phase, q_map, w.first, w.head, w.batch);
@@ -235,10 +244,15 @@ template <class S> __device__ __forceinline__ void consume(typename S::Shared& s
   auto release = [&](uint64_t& empty) {
     if (lane == 0) barrier_arrive(shared_address(&empty));
   };
-  Ring q, k, v;
-  Work w;
+  Ring q, k, v, works;
   if (group == S::kConsumers - 1) numbered_arrive(next_turn, 2 * kGroupThreads);    // the first group begins
-  for (int round = 0; S::share(p, round, w); ++round) {
+  for (;;) {
+    barrier_wait(shared_address(&s.work_full), works.phase);
+    const Work w = s.work;
+    barrier_arrive(shared_address(&s.work_empty));    // each for itself: what one has read, another does not vouch for
+    __syncwarp();
+    works.next<1>();
+    if (w.first < 0) break;
     const int group_first = w.first + group * kGroupRows, group_last = group_first + kGroupRows - 1;
     const int first = group_first + warp % 4 * 16 + lane / 4;
     const int all_from = p.from(group_last), all_to = p.to(group_first);
@@ -324,6 +338,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       barrier_init(shared_address(&s.k_full[i]), 1), barrier_init(shared_address(&s.k_empty[i]), S::kConsumers * 4);
       barrier_init(shared_address(&s.v_full[i]), 1), barrier_init(shared_address(&s.v_empty[i]), S::kConsumers * 4);
     }
+    barrier_init(shared_address(&s.work_full), 1), barrier_init(shared_address(&s.work_empty), S::kConsumers * kGroupThreads);
     barriers_ready();
   }
   __syncthreads();
@@ -337,7 +352,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 #endif
 }
 
-template <class S> int launch_shape(const AttentionArgs& a, void* stream) {
+template <class S> int launch_shape(const AttentionArgs& a, int* taken, void* stream) {
   CUtensorMap q, k, v;
   const int64_t queries[4] = {a.dim, a.queries, a.heads, a.batch}, keys[4] = {a.dim, a.keys, a.kv_heads, a.batch};
   const int64_t q_strides[3] = {a.q_row, a.q_head, a.q_batch};
@@ -350,31 +365,32 @@ template <class S> int launch_shape(const AttentionArgs& a, void* stream) {
   const int64_t fit = kCache / (a.keys * a.dim * 4) * (a.heads / a.kv_heads), heads = a.heads * a.batch;
   const int64_t far = a.queries > a.keys ? a.queries : a.keys;    // a window as wide hides nothing
   Problem p = {};
-  p.out = a.out, p.lse = a.lse;
+  p.out = a.out, p.lse = a.lse, p.taken = taken;
   p.queries = int(a.queries), p.keys = int(a.keys), p.heads = int(a.heads), p.group = int(a.heads / a.kv_heads);
   p.causal = a.causal != 0, p.window = int(a.window < far ? a.window : far);
   p.blocks = int(blocks), p.work = int(work), p.together = int(fit < 1 ? 1 : fit < heads ? fit : heads);
   p.scale = float(a.scale * 1.4426950408889634);
+  if (const cudaError_t e = cudaMemsetAsync(taken, 0, sizeof *taken, static_cast<cudaStream_t>(stream)); e != cudaSuccess) return int(e);
   const int64_t multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   return launch(attention_kernel<S>, work < multiprocessors ? work : multiprocessors, S::kThreads,
                 sizeof(typename S::Shared) + 1024, 1, stream, p, q, k, v);
 }
 
-template <bool kHalf> int launch_dim(const AttentionArgs& a, void* stream) {
-  if (a.dim == 64) return launch_shape<Shape<64, 3, 128, 4, kHalf>>(a, stream);
-  if (a.causal || a.window) return launch_shape<Shape<128, 2, 128, 2, kHalf>>(a, stream);
-  return launch_shape<Shape<128, 2, 176, 2, kHalf>>(a, stream);
+template <bool kHalf> int launch_dim(const AttentionArgs& a, int* taken, void* stream) {
+  if (a.dim == 64) return launch_shape<Shape<64, 3, 128, 4, kHalf>>(a, taken, stream);
+  return launch_shape<Shape<128, 2, 128, 2, kHalf>>(a, taken, stream);
 }
 
 }  // namespace
 
-// What it takes, ops/attention/hopper.py says.
-int attention(const AttentionArgs& a, char*, void* stream) {
+// What it takes, ops/attention/hopper.py says. scratch: four bytes.
+int attention(const AttentionArgs& a, char* scratch, void* stream) {
   const bool plain = !a.cu_q && !a.bias && !a.alibi && !a.sinks && a.softcap == 0 && a.p == 0 && a.scale > 0;
   const bool fits = (a.dim == 64 || a.dim == 128) && a.dtype != kFloat32 && a.queries < 1 << 30 && a.keys < 1 << 30;
   if (!plain || !fits || !a.batch || !a.queries || !a.keys || !a.heads) return int(cudaErrorInvalidValue);
   if (attribute(cudaDevAttrComputeCapabilityMajor) != 9) return int(cudaErrorNoKernelImageForDevice);
-  return a.dtype == kFloat16 ? launch_dim<true>(a, stream) : launch_dim<false>(a, stream);
+  auto* taken = reinterpret_cast<int*>(scratch);
+  return a.dtype == kFloat16 ? launch_dim<true>(a, taken, stream) : launch_dim<false>(a, taken, stream);
 }
 
 }  // namespace fastllm

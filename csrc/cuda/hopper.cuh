@@ -89,10 +89,8 @@ template <int kCount> __device__ __forceinline__ void settle(uint32_t (&a)[kCoun
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define LIST_64 TEN() TEN(1) TEN(2) "%30, %31"
 #define LIST_128 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63"
-#define LIST_176 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) "%80, %81, %82, %83, %84, %85, %86, %87"
 #define SUMS_64(d) EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24)
 #define SUMS_128(d) SUMS_64(d), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48), EIGHT(d, 56)
-#define SUMS_176(d) SUMS_128(d), EIGHT(d, 64), EIGHT(d, 72), EIGHT(d, 80)
 
 // d [64, kCols] (+)= a [64, 16] b [16, kCols], both in shared memory along k. kHalf: float16, else bfloat16.
 #define BOTH_SHARED(cols, type, at_a, at_b, at_add)                                                                       \
@@ -102,11 +100,9 @@ template <int kCount> __device__ __forceinline__ void settle(uint32_t (&a)[kCoun
                : "l"(a), "l"(b), "r"(int(add)))
 template <int kCols, bool kHalf>
 __device__ __forceinline__ void wgmma(float (&d)[kCols / 2], uint64_t a, uint64_t b, bool add) {
-  static_assert(kCols == 128 || kCols == 176, "these are written out");
+  static_assert(kCols == 128, "this is written out");
   if constexpr (kCols == 128 && kHalf) BOTH_SHARED(128, "f16", 64, 65, 66);
   if constexpr (kCols == 128 && !kHalf) BOTH_SHARED(128, "bf16", 64, 65, 66);
-  if constexpr (kCols == 176 && kHalf) BOTH_SHARED(176, "f16", 88, 89, 90);
-  if constexpr (kCols == 176 && !kHalf) BOTH_SHARED(176, "bf16", 88, 89, 90);
 }
 
 // d [64, kCols] += a [64, 16] b [16, kCols], a in registers, b in shared memory along its columns.
@@ -128,10 +124,8 @@ __device__ __forceinline__ void wgmma(float (&d)[kCols / 2], const uint32_t (&a)
 #undef A_IN_REGISTERS
 #undef LIST_64
 #undef LIST_128
-#undef LIST_176
 #undef SUMS_64
 #undef SUMS_128
-#undef SUMS_176
 #undef TEN
 #undef EIGHT
 

@@ -76,5 +76,5 @@ def cuda(
         out.data_ptr(), pointer(lse), q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, 0, 0, 0, 0, *sizes, *strides,
         *(0,) * 6, DTYPES[q.dtype], 0, causal, window, seed, call, threshold(p), scale, softcap, p,
     )  # fmt: skip
-    _cuda.launch("attention", record, None, q.device)
+    _cuda.launch("attention", record, torch.empty(1, dtype=torch.int32, device=q.device), q.device)
     return out, lse
