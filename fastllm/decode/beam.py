@@ -112,8 +112,14 @@ def generate(
     """The best hypotheses of each source, best first.
 
     source, mask: as Seq2Seq takes them, or what `encode` or `encode_lists` made of them. Weights that `pack_weights` packed
-    make it quicker on a CPU. ValueError where prompt and new tokens do not fit the model's positions.
+    make it quicker on a CPU. ValueError where prompt and new tokens do not fit the model's positions; TypeError for any
+    other source.
     """
+    if not isinstance(source, (Tensor, Memory)):
+        raise TypeError(
+            f"beam.generate: source is a {type(source).__name__}; it must be a tensor of ids [B, S], or what the model's "
+            "`encode` made of one, or `encode_lists` of lists of ids"
+        )
     p = params or BeamParams()
     prompt = list(p.prompt) or [model.config.start_id]
     for token in (*prompt, *p.suppress):

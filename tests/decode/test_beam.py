@@ -174,4 +174,6 @@ def test_requests_that_are_refused():
         generate(model, source, params=BeamParams(prompt=[5]))
     with pytest.raises(ValueError, match="32 tokens, the model has 30 positions; ask for fewer"):
         generate(model, source, params=BeamParams(max_new_tokens=32))
+    with pytest.raises(TypeError, match="source is a list; it must be a tensor of ids"):
+        generate(model, [[2, 3]])
     assert generate(model, source[:0], params=BeamParams(max_new_tokens=3)) == []
