@@ -3,7 +3,7 @@ declares, and with the newest that pip finds.
 
     pip install "fastllm[wheel]" && python .ci/check_wheel.py
     python .ci/check_wheel.py dist/fastllm-0.1.0-cp311-cp311-linux_x86_64.whl --torch 2.8.0 --torch 2.9.1
-    python .ci/check_wheel.py WHEEL --env venv-with-a-torch-of-its-own -- -x -k rms_norm
+    python .ci/check_wheel.py WHEEL --env venv-with-a-torch-of-its-own -- -x -k rms_norm    # behind --: pytest's options
 
 pip takes torch from where it is set up to take it: PIP_INDEX_URL or PIP_FIND_LINKS with a CPU build saves several GB. Each
 environment is of the Python that runs this script; the tests are those of this checkout, the package is the wheel's.
@@ -112,14 +112,16 @@ def main() -> None:
     parser.add_argument("wheel", nargs="?", type=Path, help="built from this checkout where left out")
     parser.add_argument("--torch", action="append", help="a release to check; by default the oldest and the newest")
     parser.add_argument("--env", action="append", default=[], type=Path, help="an environment that has its torch")
-    arguments, options = parser.parse_known_args()
+    words = sys.argv[1:]
+    own, options = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    arguments = parser.parse_args(own)  # what stands behind -- is pytest's
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         wheel = arguments.wheel.resolve() if arguments.wheel else build(work / "built")
         wheel = audit(wheel, work / "audited")
         torches = arguments.torch or ([] if arguments.env else [oldest(wheel), ""])
         made = [environment(work / f"torch-{torch or 'newest'}", torch) for torch in torches]
-        rows = [check(env, wheel, [o for o in options if o != "--"]) for env in [*arguments.env, *made]]
+        rows = [check(env, wheel, options) for env in [*arguments.env, *made]]
         print(f"\n{wheel.name}, {wheel.stat().st_size:,} bytes")
     print("torch            passed  failed  skipped  import s")
     for row in rows:
