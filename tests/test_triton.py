@@ -112,10 +112,9 @@ def launches(monkeypatch) -> tuple[dict[Launch, object], set[str]]:
             tuple(aligned),
             tuple(sorted(options.items())),
         )
-        # Integers that are 1 or multiples of 16 are compiled in too, and how many rows or heads share a block of one size: the
-        # first launch of a kernel stands for the others.
+        # Integers that are 1 or multiples of 16 are compiled in too; the first launch of a kernel stands for the others.
         pointers = tuple(t for _, t in launch.signature if t.startswith("*"))
-        named = tuple(c for c in launch.constants if c[0].isupper() and c[0] not in ("BATCH", "GROUP", "TOKENS"))
+        named = tuple(c for c in launch.constants if c[0].isupper())
         found.setdefault((launch.kernel, pointers, named, launch.options), (launch, kernel))
         ran.update(within)
 
