@@ -75,7 +75,7 @@ def chain(acc, s, b):
 @pytest.mark.parametrize("rank", [1, 3, 16, 40])
 @pytest.mark.parametrize("rows", [1, 3, 5, 30])
 def test_bits_of_the_contract(rows, rank, form):
-    x, weight, a, b = draw(rows, 96, 35, rank, form)
+    x, weight, a, b = draw(rows, 288, 35, rank, form)  # K of two chains and a part of one
     bias, magnitude, scale = torch.randn(35), torch.rand(35) + 0.5, torch.tensor(0.3)
     s = scale * _contract.linear(x, a, None)
     low = chain(base(x, weight), s, b)

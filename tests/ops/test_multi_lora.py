@@ -41,8 +41,8 @@ def alone(x, weight, adapter, bias=None):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 13, 60, 130])
 def test_each_row_has_the_bits_of_its_adapter_alone(rows, dora, form):
-    pool, each = adapters(35, 96, [16, 1, 3, 40], dora)
-    weight, x, bias = draw_weight(35, 96, form), torch.randn(rows, 96), torch.randn(35)
+    pool, each = adapters(35, 288, [16, 1, 3, 40], dora)  # K of two chains and a part of one
+    weight, x, bias = draw_weight(35, 288, form), torch.randn(rows, 288), torch.randn(35)
     ids = torch.randint(-1, 4, (rows,))
     y = ops.multi_lora(x, weight, pool, ids, bias)
     none = (ops.quant_linear if isinstance(weight, QWeight) else ops.linear)(x, weight, bias)
