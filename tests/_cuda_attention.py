@@ -38,12 +38,19 @@ def run(q, k, v, spec, seed=0, multiprocessors=132):
     if HOST:
         host.cuda_host_seed(ctypes.c_uint64(seed))
         host.cuda_host_multiprocessors(multiprocessors)
-    assert hopper.refusal(q, k, v, None, None, None, None, spec.settings(q.shape[3])) is None
-    return hopper.cuda(q, k, v, *(None,) * 5, *spec.settings(q.shape[3]), train=True)
+    settings = spec.settings(q.shape[3])
+    assert hopper.refusal(q, k, v, None, None, None, None, settings) is None
+    return hopper.forward(q, k, v, settings, train=True)
 
 
-def error(x, wanted) -> float:
-    return float((x.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+def run_backward(dout, q, k, v, out, lse, spec, seed=0):
+    if HOST:
+        host.cuda_host_seed(ctypes.c_uint64(seed))
+    return hopper.backward(dout, q, k, v, out, lse, spec.settings(q.shape[3]))
+
+
+def error(x, wanted, least=1e-30) -> float:
+    return float((x.double() - wanted).norm() / wanted.norm().clamp(min=least))
 
 
 def check(q, k, v, spec, **options):
@@ -61,12 +68,34 @@ def check(q, k, v, spec, **options):
         assert torch.equal(out, again) and torch.equal(lse, lse_again)
 
 
+def check_gradients(q, k, v, spec, dout=None, seeds=SEEDS):
+    """As `check`; dq's last bits follow the order in which blocks add to it."""
+    if dout is None:
+        dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(9)).to(q.dtype).to(DEVICE)
+
+    def by_torch(*inputs):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        return torch.autograd.grad(plain(*leaves, spec), leaves, dout.to(inputs[0].dtype))
+
+    wanted, theirs = by_torch(*(t.double() for t in (q, k, v))), by_torch(q, k, v)
+    out, lse = run(q, k, v, spec)
+    first = run_backward(dout, q, k, v, out, lse, spec, seeds[0])
+    least = 1e-2 * float(dout.double().norm())  # a sum of one weight is 1, and its gradient nothing
+    for ours, other, best in zip(first, theirs, wanted, strict=True):
+        assert ours.isfinite().all() and error(ours, best, least) <= 2 * max(error(other, best, least), 1e-3)
+    for seed in seeds[1:]:
+        dq, dk, dv = run_backward(dout, q, k, v, out, lse, spec, seed)
+        assert torch.equal(dk, first[1]) and torch.equal(dv, first[2])
+        assert error(dq, first[0].double(), least) < 4e-3
+
+
 CAUSAL, FULL = AttentionSpec(), AttentionSpec(causal=False)
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+DIMS = pytest.mark.parametrize("dim", hopper.DIMS)
 
 
 @DTYPES
-@pytest.mark.parametrize("dim", hopper.DIMS)
+@DIMS
 @pytest.mark.parametrize(
     ("sizes", "spec"),
     [
@@ -91,7 +120,57 @@ def test_attention(sizes, spec, dim, dtype):
     check(*draw(*sizes, dim, dtype), spec)
 
 
-@pytest.mark.parametrize("dim", hopper.DIMS)
+@DTYPES
+@DIMS
+@pytest.mark.parametrize(
+    ("sizes", "spec"),
+    [
+        ((1, 128, 128, 1, 1), CAUSAL),
+        ((1, 1, 1, 1, 1), CAUSAL),
+        ((2, 200, 200, 4, 2), CAUSAL),
+        ((1, 300, 300, 1, 1), CAUSAL),
+        ((1, 90, 400, 2, 2), CAUSAL),
+        ((1, 300, 140, 1, 1), CAUSAL),  # rows that see no key
+        ((2, 130, 375, 3, 1), FULL),
+        ((1, 64, 129, 1, 1), FULL),  # one key in a block
+        ((1, 400, 400, 1, 1), AttentionSpec(window=255)),
+        ((1, 400, 130, 1, 1), AttentionSpec(causal=False, window=70)),  # keys that few rows see
+        ((1, 130, 400, 1, 1), AttentionSpec(causal=False, window=20)),  # a block of keys that none sees
+        ((1, 150, 150, 1, 1), AttentionSpec(scale=3.0)),
+    ],
+    ids=str,
+)
+def test_gradients(sizes, spec, dim, dtype):
+    check_gradients(*draw(*sizes, dim, dtype), spec)
+
+
+@DIMS
+def test_gradients_of_strides(dim):
+    """Views of one tensor; heads before tokens; a gradient that is the same for all rows."""
+    make = torch.Generator().manual_seed(1)
+    qkv = torch.randn(2, 150, 6, dim, generator=make).bfloat16().to(DEVICE)
+    views = qkv[:, :, :4], qkv[:, :, 4:5], qkv[:, :, 5:]
+    dout = torch.randn(2, 4, 150, dim, generator=make).bfloat16().to(DEVICE).transpose(1, 2)
+    check_gradients(*views, CAUSAL, dout, SEEDS[:2])
+    check_gradients(*views, CAUSAL, dout[:, :1].expand(2, 150, 4, dim), SEEDS[:2])
+
+
+@DIMS
+def test_gradients_of_odd_numbers(dim):
+    """A row with a NaN spreads to the keys that it sees, a row that sees none and one whose weights underflow do no harm."""
+    q, k, v = draw(1, 200, 130, 1, 1, dim, torch.bfloat16)
+    q[0, 199] *= 1e3
+    dout = torch.ones_like(q)
+    out, lse = run(q, k, v, CAUSAL)
+    dq, dk, dv = run_backward(dout, q, k, v, out, lse, CAUSAL)
+    assert all(t.isfinite().all() for t in (dq, dk, dv)) and not dq[0, :70].any()
+    dout[0, 150] = float("nan")  # at key 80
+    dq, dk, dv = run_backward(dout, q, k, v, out, lse, CAUSAL)
+    assert dq[0, 150].isnan().all() and dq[0, :128].isfinite().all()
+    assert dk[0, :81].isnan().all() and dv[0, :81].isnan().all()
+
+
+@DIMS
 @pytest.mark.parametrize("spec", [CAUSAL, FULL], ids=["causal", "full"])
 @pytest.mark.parametrize("multiprocessors", [1, 3])
 def test_blocks_that_stay(spec, dim, multiprocessors):
@@ -99,7 +178,7 @@ def test_blocks_that_stay(spec, dim, multiprocessors):
     check(*draw(2, 300, 260, 4, 2, dim, torch.bfloat16), spec, multiprocessors=multiprocessors)
 
 
-@pytest.mark.parametrize("dim", hopper.DIMS)
+@DIMS
 def test_heads_in_sections(dim):
     """More keys and values than the L2 cache holds: some heads come after the others."""
     check(*draw(1, 130, 4000, 36, 36, dim, torch.bfloat16), AttentionSpec(window=64))
@@ -113,7 +192,7 @@ def test_strides():
     check(*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in draw(2, 70, 200, 2, 2, 128, torch.float16)), CAUSAL)
 
 
-@pytest.mark.parametrize("dim", hopper.DIMS)
+@DIMS
 def test_odd_numbers(dim):
     """A NaN or an infinite score makes its row NaN; a row whose scores are all -inf is zeros; large scores stay finite."""
     q, k, v = draw(1, 200, 200, 1, 1, dim, torch.bfloat16)
@@ -129,8 +208,9 @@ def test_odd_numbers(dim):
     assert not out[0, torch.arange(100) != 5].any() and (lse[0, 0, :5] == -torch.inf).all() and out[0, 5].isnan().all()
 
 
-def test_the_op_runs_it_and_leaves_the_rest():
+def test_the_op_runs_it_and_leaves_the_rest(monkeypatch):
     """Through the op, whose kernel it is for a while; what it refuses goes on to Triton."""
+    monkeypatch.setattr(hopper, "ahead", lambda *_: True)  # of few keys, too, which cuDNN is faster at
     q, k, v = draw(1, 140, 140, 2, 1, 64, torch.bfloat16)
     op, kind = OPS["attention"], "cpu" if HOST else "cuda"
     kernel = op.gpu_kernel(True, "of a test")
@@ -143,3 +223,26 @@ def test_the_op_runs_it_and_leaves_the_rest():
         ops.attention(q, k, v).float().sum().backward()
         ops.attention(q, k, v, AttentionSpec(softcap=5.0))
     assert k.grad.isfinite().all()
+
+
+def test_a_graph_replays_it():
+    """The counter of a launch is cleared on the stream, so that a replay begins anew."""
+    if HOST:
+        pytest.skip("CUDA graphs are a GPU's")
+    sizes = (2, 700, 700, 4, 2, 128, torch.bfloat16)
+    inputs = draw(*sizes)
+    run(*inputs, CAUSAL)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = run(*inputs, CAUSAL)
+        gradients = run_backward(inputs[0], *inputs, out, lse, CAUSAL)
+    for seed in range(3):
+        fresh = draw(*sizes, seed)
+        for t, new in zip(inputs, fresh, strict=True):
+            t.copy_(new)
+        graph.replay()
+        wanted, wanted_lse = run(*fresh, CAUSAL)
+        assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse)
+        dq, dk, dv = run_backward(fresh[0], *fresh, wanted, wanted_lse, CAUSAL)
+        assert error(gradients[0], dq.double()) < 4e-3
+        assert torch.equal(gradients[1], dk) and torch.equal(gradients[2], dv)

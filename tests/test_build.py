@@ -324,21 +324,25 @@ def test_cuda_kernels_compile_without_spills(source, wanted, tmp_path):
         assert {u.arch for u in uses} >= {f"sm_{a}" for a in re.findall(r"(\d+a?)", wanted)}
 
 
-def test_attention_for_hopper_runs_on_its_units(tmp_path):
-    """Matrix products of a warpgroup, none waiting for another, the copy engine, registers passed on; no local memory."""
+@pytest.mark.parametrize(
+    ("source", "waits", "products"),
+    [("attention_sm90a", 16, ("64x128x16.F32", "64x64x16.F32")), ("attention_backward_sm90a", 18, ("64x64x16.F32",))],
+)
+def test_attention_for_hopper_runs_on_its_units(source, waits, products, tmp_path):
+    """Matrix products of a warpgroup, waited for where the source does and nowhere else, the copy engine, registers passed
+    on; no local memory."""
     setup = setup_module()
     nvcc = setup.find_nvcc() or pytest.skip("nvcc is not installed")
     triton = importlib.util.find_spec("triton")
     beside = [str(Path(triton.origin).parent / "backends/nvidia/bin")] if triton else []
     path = os.pathsep.join([os.environ["PATH"], *beside])
     cuobjdump = shutil.which("cuobjdump", path=path) or pytest.skip("cuobjdump is on no path, nor in Triton")
-    source, kernel = ROOT / "csrc/cuda/attention_sm90a.cu", tmp_path / "kernel.o"
-    run(nvcc, *setup.NVCC_FLAGS.split(), *setup.gencode(nvcc, "90a").split(), "-c", source, "-o", kernel)
+    code, kernel = ROOT / f"csrc/cuda/{source}.cu", tmp_path / "kernel.o"
+    run(nvcc, *setup.NVCC_FLAGS.split(), *setup.gencode(nvcc, "90a").split(), "-c", code, "-o", kernel)
     text = run(cuobjdump, "-sass", kernel).stdout
     words = Counter(re.findall(r"\b(HGMMA|HMMA|UTMALDG|USETMAXREG|LDL|STL|WARPGROUP\.DEPBAR)\b", text))
-    kernels = text.count("Function :")
     assert set(words) == {"HGMMA", "UTMALDG", "USETMAXREG", "WARPGROUP.DEPBAR"}
-    assert words["WARPGROUP.DEPBAR"] == 4 * kernels and words["USETMAXREG"] == 2 * kernels
-    for product in ("64x128x16.F32", "64x64x16.F32"):
+    assert words["WARPGROUP.DEPBAR"] == waits and words["USETMAXREG"] == 2 * 4  # of two head dims in two dtypes
+    for product in products:
         assert f"HGMMA.{product} " in text and f"HGMMA.{product}.BF16 " in text  # of float16 and bfloat16
     assert "].tnspB," in text

@@ -9,52 +9,23 @@
 // Blocks stay: as many as multiprocessors. Each takes the next piece of work when it has room for it, by a counter that all
 // share, longest rows first; its producer is ahead of its consumers by a piece. Heads whose keys and values fit the L2 cache
 // together come together.
-#include "../records/attention.h"
-#include "hopper.cuh"
-
-#if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define FASTLLM_SM90A    // on another architecture the kernels are empty, and nobody launches them
-#endif
+#include "attention.cuh"
 
 namespace fastllm {
 namespace {
 
-constexpr int kGroupThreads = 128, kGroupRows = 64;    // of a warpgroup
-constexpr int64_t kCache = 32 << 20;                   // of the L2 cache, what keys and values may fill
-
-struct Problem {
+struct Problem : Sight {
   void* out;     // [batch, queries, heads, dim]
   float* lse;    // [batch, heads, queries], or null
-  int queries, keys, heads, group;
-  int causal, window;    // 0: none
-  int blocks, work;      // blocks of rows of a head; of all heads
-  int together;          // heads that come together
-  int* taken;            // pieces of work, beyond the first of each block
-  float scale;           // in base 2
-
-  // The keys that a row sees.
-  __device__ __forceinline__ int from(int row) const {
-    const int first = row + keys - queries - window + 1;
-    return window && first > 0 ? first : 0;
-  }
-  __device__ __forceinline__ int to(int row) const {
-    const int at = row + keys - queries, end = causal ? at + 1 : window ? at + window : keys;
-    return end < keys ? end : keys;
-  }
+  int heads, group;
+  Order order;     // of the blocks of rows
+  int* taken;      // pieces of work, beyond the first of each block
+  float scale;     // in base 2
 };
 
 // Rows of a head from `first` on, and the tiles [begin, end) of keys that they see; first -1: there is none left.
 struct Work {
   int first, begin, end, head, batch;
-};
-
-// Where a producer or a consumer stands in a ring of tiles, and the parity of its barriers' phase.
-struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
-  template <int kStages> __device__ __forceinline__ void next() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
 };
 
 template <int kHeadDim, int kGroups, int kTileKeys, int kSteps, bool kIsHalf> struct Shape {
@@ -77,11 +48,9 @@ template <int kHeadDim, int kGroups, int kTileKeys, int kSteps, bool kIsHalf> st
 
   static __device__ __forceinline__ Work piece(const Problem& p, int at) {
     Work w = {-1, 0, 0, 0, 0};
-    if (at >= p.work) return w;
-    const int section = at / (p.together * p.blocks), begin = section * p.together, inside = at - begin * p.blocks;
-    const int all = p.work / p.blocks, heads = all - begin < p.together ? all - begin : p.together;
-    const int head = begin + inside % heads;
-    w.first = (p.blocks - 1 - inside / heads) * kRows, w.head = head % p.heads, w.batch = head / p.heads;
+    if (at >= p.order.work) return w;
+    const Place place = p.order.place(at);
+    w.first = (p.order.blocks - 1 - place.block) * kRows, w.head = place.head % p.heads, w.batch = place.head / p.heads;
     const int last = (w.first + kRows < p.queries ? w.first + kRows : p.queries) - 1;
     w.begin = p.from(w.first) / kKeys, w.end = (p.to(last) + kKeys - 1) / kKeys;
     return w;
@@ -89,16 +58,6 @@ template <int kHeadDim, int kGroups, int kTileKeys, int kSteps, bool kIsHalf> st
 };
 
 // ------------------------------------------------------------------------------------------------------------- producer
-
-template <int kBlocks, int kRows>
-__device__ __forceinline__ void load(uint16_t (&to)[kBlocks][kRows][64], uint64_t& full, uint64_t& empty, uint32_t phase,
-                                     const CUtensorMap& map, int row, int head, int batch) {
-  const uint32_t barrier = shared_address(&full);
-  barrier_wait(shared_address(&empty), phase ^ 1);    // the first time all are empty
-  barrier_expect(barrier, sizeof to);
-#pragma unroll
-  for (int i = 0; i < kBlocks; ++i) tma_load(shared_address(to[i]), &map, barrier, i * 64, row, head, batch);
-}
 
 template <class S>
 __device__ __forceinline__ void produce(typename S::Shared& s, const Problem& p, const CUtensorMap& q_map,
@@ -130,33 +89,6 @@ __device__ __forceinline__ void produce(typename S::Shared& s, const Problem& p,
 }
 
 // ------------------------------------------------------------------------------------------------------------- consumer
-// A thread holds two rows of its warpgroup's, eight apart: of each 8 columns a pair, d[column / 8 * 4 + row * 2 + i].
-
-template <class S> __device__ __forceinline__ void issue_scores(float (&scores)[S::kKeys / 2], uint32_t q, uint32_t k) {
-  const uint64_t a = tile_descriptor(q), b = tile_descriptor(k);
-#pragma unroll
-  for (int i = 0; i < S::kDim / 16; ++i) {    // 16 columns are 32 bytes of a row
-    const int block = i / 4, inside = i % 4 * 32;
-    const int in_q = block * S::kRows * 128 + inside, in_k = block * S::kKeys * 128 + inside;
-    wgmma<S::kKeys, S::kHalf>(scores, a + in_q / 16, b + in_k / 16, i > 0);
-  }
-}
-template <class S>
-__device__ __forceinline__ void issue_values(float (&out)[S::kDim / 2], const uint32_t (&weights)[S::kKeys / 16][4], uint32_t v) {
-  const uint64_t b = tile_descriptor(v, S::kKeys * 128);
-#pragma unroll
-  for (int i = 0; i < S::kKeys / 16; ++i) wgmma<S::kDim, S::kHalf>(out, weights[i], b + i * (16 * 128 / 16));
-}
-
-// Scores beyond [from, to) of a thread's two rows, in columns of the tile.
-template <int kCount>
-__device__ __forceinline__ void mask(float (&scores)[kCount], const int (&from)[2], const int (&to)[2]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const int column = i / 4 * 8 + i % 2 + int(threadIdx.x % 4) * 2, row = i / 2 % 2;
-    if (column < from[row] || column >= to[row]) scores[i] = -infinity();
-  }
-}
 
 struct Running {
   float top[2] = {-infinity(), -infinity()};    // the highest score
@@ -184,32 +116,10 @@ struct Running {
   }
 };
 
-// The weights as the left side of a product: 16 columns are four pairs.
-template <bool kHalf, int kCount>
-__device__ __forceinline__ void round_weights(uint32_t (&weights)[kCount / 8][4], const float (&scores)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) weights[i / 4][i % 4] = pack<kHalf>(scores[i * 2], scores[i * 2 + 1]);
-}
-
-// word[i] of the quad's lane q to lane i's word[q].
-__device__ __forceinline__ void transpose(uint32_t (&word)[4]) {
-#pragma unroll
-  for (int with = 1; with < 4; with *= 2) {
-    const bool upper = threadIdx.x & unsigned(with);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & with) continue;
-      const uint32_t got = __shfl_xor_sync(kWhole, upper ? word[i] : word[i + with], with);
-      (upper ? word[i] : word[i + with]) = got;
-    }
-  }
-}
-
-// The end of a row: a lane has eight columns of it beside each other.
+// The end of a row.
 template <class S>
 __device__ __forceinline__ void write(const Problem& p, const Work& w, const Running& running, const float (&out)[S::kDim / 2],
                                       int first) {
-  const int lane = int(threadIdx.x % 32);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = first + r * 8;
@@ -218,19 +128,8 @@ __device__ __forceinline__ void write(const Problem& p, const Work& w, const Run
     sum += __shfl_xor_sync(kWhole, sum, 2);
     const float part = sum == 0 ? 0 : reciprocal_fast(sum);    // else at least 1
     const int64_t at = ((int64_t(w.batch) * p.queries + row) * p.heads + w.head) * S::kDim;
-#pragma unroll
-    for (int g = 0; g < S::kDim / 32; ++g) {
-      uint32_t word[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int j = (g * 4 + i) * 4 + r * 2;
-        word[i] = pack<S::kHalf>(out[j] * part, out[j + 1] * part);
-      }
-      transpose(word);
-      uint16_t* to = static_cast<uint16_t*>(p.out) + at + (g * 4 + lane % 4) * 8;
-      if (row < p.queries) *reinterpret_cast<uint4*>(to) = {word[0], word[1], word[2], word[3]};
-    }
-    if (p.lse && row < p.queries && lane % 4 == 0)
+    store_row<S::kHalf>(static_cast<uint16_t*>(p.out) + at, row < p.queries, out, r, part);
+    if (p.lse && row < p.queries && threadIdx.x % 4 == 0)
       p.lse[(int64_t(w.batch) * p.heads + w.head) * p.queries + row] =
           (running.top[r] * p.scale + log2_fast(sum)) * 0.6931471805599453f;
   }
@@ -262,6 +161,9 @@ template <class S> __device__ __forceinline__ void consume(typename S::Shared& s
     uint32_t weights[S::kKeys / 16][4];
 #pragma unroll
     for (int i = 0; i < S::kDim / 2; ++i) out[i] = 0;
+    auto scores_of = [&](int stage) {
+      multiply_rows<S::kDim, S::kHalf>(scores, q_tile, sizeof s.q[0], shared_address(s.k[stage]), sizeof s.k[0][0]);
+    };
     auto weigh = [&](int n) {
       const int at = n * S::kKeys;
       if (at < all_from || at + S::kKeys > all_to) {
@@ -275,7 +177,7 @@ template <class S> __device__ __forceinline__ void consume(typename S::Shared& s
       q.next<1>();
       barrier_wait(shared_address(&s.k_full[k.stage]), k.phase);
       wgmma_fence();
-      issue_scores<S>(scores, q_tile, shared_address(s.k[k.stage]));
+      scores_of(k.stage);
       wgmma_commit();
       wgmma_wait<0>();
       settle(scores);
@@ -283,16 +185,16 @@ template <class S> __device__ __forceinline__ void consume(typename S::Shared& s
       k.next<S::kStages>();
       if (w.end - 1 == w.begin) release(s.q_empty);
       weigh(w.end - 1);
-      round_weights<S::kHalf>(weights, scores);
+      round_left<S::kHalf>(weights, scores);
       for (int n = w.end - 2; n >= w.begin; --n) {
         barrier_wait(shared_address(&s.k_full[k.stage]), k.phase);
         numbered_wait(turn, 2 * kGroupThreads);
         wgmma_fence();
-        issue_scores<S>(scores, q_tile, shared_address(s.k[k.stage]));
+        scores_of(k.stage);
         wgmma_commit();
         barrier_wait(shared_address(&s.v_full[v.stage]), v.phase);
         wgmma_fence();
-        issue_values<S>(out, weights, shared_address(s.v[v.stage]));
+        add_product<S::kHalf>(out, weights, shared_address(s.v[v.stage]));
         wgmma_commit();
         numbered_arrive(next_turn, 2 * kGroupThreads);
         wgmma_wait<1>();
@@ -307,11 +209,11 @@ template <class S> __device__ __forceinline__ void consume(typename S::Shared& s
         v.next<S::kStages>();
 #pragma unroll
         for (int i = 0; i < S::kDim / 2; ++i) out[i] *= fade[i / 2 % 2];
-        round_weights<S::kHalf>(weights, scores);
+        round_left<S::kHalf>(weights, scores);
       }
       barrier_wait(shared_address(&s.v_full[v.stage]), v.phase);
       wgmma_fence();
-      issue_values<S>(out, weights, shared_address(s.v[v.stage]));
+      add_product<S::kHalf>(out, weights, shared_address(s.v[v.stage]));
       wgmma_commit();
       wgmma_wait<0>();
       settle(out), settle(weights);
@@ -360,19 +262,14 @@ template <class S> int launch_shape(const AttentionArgs& a, int* taken, void* st
   if (const int e = tensor_map(&q, a.q, S::kHalf, queries, q_strides, S::kRows)) return e;
   if (const int e = tensor_map(&k, a.k, S::kHalf, keys, k_strides, S::kKeys)) return e;
   if (const int e = tensor_map(&v, a.v, S::kHalf, keys, v_strides, S::kKeys)) return e;
-  const int64_t blocks = (a.queries + S::kRows - 1) / S::kRows, work = blocks * a.heads * a.batch;
-  if (work >= 1 << 30) return int(cudaErrorInvalidValue);
-  const int64_t fit = kCache / (a.keys * a.dim * 4) * (a.heads / a.kv_heads), heads = a.heads * a.batch;
-  const int64_t far = a.queries > a.keys ? a.queries : a.keys;    // a window as wide hides nothing
-  Problem p = {};
-  p.out = a.out, p.lse = a.lse, p.taken = taken;
-  p.queries = int(a.queries), p.keys = int(a.keys), p.heads = int(a.heads), p.group = int(a.heads / a.kv_heads);
-  p.causal = a.causal != 0, p.window = int(a.window < far ? a.window : far);
-  p.blocks = int(blocks), p.work = int(work), p.together = int(fit < 1 ? 1 : fit < heads ? fit : heads);
+  Problem p = {sight(a.queries, a.keys, a.causal, a.window)};
+  const int64_t blocks = (a.queries + S::kRows - 1) / S::kRows, group = a.heads / a.kv_heads;
+  if (!order(&p.order, blocks, a.heads * a.batch, kCache / (a.keys * a.dim * 4) * group)) return int(cudaErrorInvalidValue);
+  p.out = a.out, p.lse = a.lse, p.taken = taken, p.heads = int(a.heads), p.group = int(group);
   p.scale = float(a.scale * 1.4426950408889634);
   if (const cudaError_t e = cudaMemsetAsync(taken, 0, sizeof *taken, static_cast<cudaStream_t>(stream)); e != cudaSuccess) return int(e);
   const int64_t multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  return launch(attention_kernel<S>, work < multiprocessors ? work : multiprocessors, S::kThreads,
+  return launch(attention_kernel<S>, p.order.work < multiprocessors ? p.order.work : multiprocessors, S::kThreads,
                 sizeof(typename S::Shared) + 1024, 1, stream, p, q, k, v);
 }
 

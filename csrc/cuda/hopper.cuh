@@ -50,6 +50,21 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, ui
       : "memory");
 }
 
+// Bytes that lie beside each other, at multiples of 16.
+__device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+// Products that begin after a barrier see what this thread has written to shared memory.
+__device__ __forceinline__ void shared_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Adds to four numbers in memory, each for itself; `to` at a multiple of 16 bytes.
+__device__ __forceinline__ void add_four(float* to, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(a), "f"(b),
+               "f"(c), "f"(d)
+               : "memory");
+}
+
 // ---------------------------------------------------------------------------------------------------- barriers by number
 // 1 to 15; 0 is __syncthreads. `threads` counts those that arrive and those that wait.
 
@@ -92,17 +107,21 @@ template <int kCount> __device__ __forceinline__ void settle(uint32_t (&a)[kCoun
 #define SUMS_64(d) EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24)
 #define SUMS_128(d) SUMS_64(d), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48), EIGHT(d, 56)
 
-// d [64, kCols] (+)= a [64, 16] b [16, kCols], both in shared memory along k. kHalf: float16, else bfloat16.
-#define BOTH_SHARED(cols, type, at_a, at_b, at_add)                                                                       \
+// d [64, kCols] (+)= a [64, 16] b [16, kCols], both in shared memory, along k or, where it says so, along their other side. kHalf:
+// float16, else bfloat16.
+#define BOTH_SHARED(cols, type, at_a, at_b, at_add, a_across, b_across)                                                   \
   asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #at_add ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #cols            \
-               "k16.f32." type "." type " {" LIST_##cols "}, %" #at_a ", %" #at_b ", p, 1, 1, 0, 0;\n\t}"                    \
+               "k16.f32." type "." type " {" LIST_##cols "}, %" #at_a ", %" #at_b ", p, 1, 1, %" #a_across ", %" #b_across    \
+               ";\n\t}"                                                                                                   \
                : SUMS_##cols(d)                                                                                          \
-               : "l"(a), "l"(b), "r"(int(add)))
-template <int kCols, bool kHalf>
+               : "l"(a), "l"(b), "r"(int(add)), "n"(int(kAcrossA)), "n"(int(kAcrossB)))
+template <int kCols, bool kHalf, bool kAcrossA = false, bool kAcrossB = false>
 __device__ __forceinline__ void wgmma(float (&d)[kCols / 2], uint64_t a, uint64_t b, bool add) {
-  static_assert(kCols == 128, "this is written out");
-  if constexpr (kCols == 128 && kHalf) BOTH_SHARED(128, "f16", 64, 65, 66);
-  if constexpr (kCols == 128 && !kHalf) BOTH_SHARED(128, "bf16", 64, 65, 66);
+  static_assert(kCols == 64 || kCols == 128, "these are written out");
+  if constexpr (kCols == 64 && kHalf) BOTH_SHARED(64, "f16", 32, 33, 34, 35, 36);
+  if constexpr (kCols == 64 && !kHalf) BOTH_SHARED(64, "bf16", 32, 33, 34, 35, 36);
+  if constexpr (kCols == 128 && kHalf) BOTH_SHARED(128, "f16", 64, 65, 66, 67, 68);
+  if constexpr (kCols == 128 && !kHalf) BOTH_SHARED(128, "bf16", 64, 65, 66, 67, 68);
 }
 
 // d [64, kCols] += a [64, 16] b [16, kCols], a in registers, b in shared memory along its columns.
@@ -138,6 +157,12 @@ template <bool kHalf> __device__ __forceinline__ uint32_t pack(float low, float 
   else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
+}
+template <bool kHalf> __device__ __forceinline__ float wide(uint32_t bits) {
+  if constexpr (!kHalf) return __int_as_float(int(bits << 16));
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(uint16_t(bits)));
+  return x;
 }
 // To 2 ulp, log2 near 1 to 2^-22; without the branches for subnormals.
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -12,7 +12,7 @@ import torch
 
 from .. import _C
 from ..ops import _cuda
-from ..ops._op import OPS, Kernel, Op
+from ..ops._op import OPS, Op
 from ..ops.attention import cudnn
 from .case import Case, Make, Suite, as_tuple
 from .ceiling import Ceiling, ceilings
@@ -110,8 +110,7 @@ def other_kernels(suite: Suite, device: str) -> Iterator[tuple[str, Callable[[],
         return
     triton = op.triton_name
     if suite.op == "attention":
-        alone = op.gpu_kernel(False, "beside the chosen one")
-        yield "Triton", lambda: without_cudnn(op, device, alone)
+        yield "Triton", lambda: without_cudnn(op, device)
         triton = "cuDNN"  # which its launcher calls
     if op.cuda is None:
         return
@@ -120,13 +119,22 @@ def other_kernels(suite: Suite, device: str) -> Iterator[tuple[str, Callable[[],
     if cuda and not used:
         yield "CUDA C++", f"not here: {why}"
         return
-    other = op.gpu_kernel(cuda, "beside the chosen one")
-    yield "CUDA C++" if cuda else triton, lambda: op.using(device, other)
+    yield "CUDA C++" if cuda else triton, lambda: switched(op, device, cuda)
 
 
 @contextlib.contextmanager
-def without_cudnn(op: Op, device: str, kernel: Kernel) -> Iterator[None]:
-    with op.using(device, kernel), cudnn.switched_off():
+def switched(op: Op, device: str, cuda: bool) -> Iterator[None]:
+    """An op, and its backward, in CUDA C++ or in Triton."""
+    with contextlib.ExitStack() as stack:
+        for one in (op, OPS.get(f"{op.name}_backward")):
+            if one is not None and one.cuda is not None:
+                stack.enter_context(one.using(device, one.gpu_kernel(cuda, "beside the chosen one")))
+        yield
+
+
+@contextlib.contextmanager
+def without_cudnn(op: Op, device: str) -> Iterator[None]:
+    with switched(op, device, cuda=False), cudnn.switched_off():
         yield
 
 

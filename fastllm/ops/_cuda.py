@@ -16,7 +16,7 @@ from ._op import pointer
 
 VARIABLE = "FASTLLM_CUDA_KERNELS"
 OPS = tuple(_C.cuda_kernels())
-CHOSEN = frozenset({"sample", "quant_linear"})  # on an H200, where a launcher does not leave a shape to Triton
+CHOSEN = frozenset({"attention", "attention_backward", "sample", "quant_linear"})  # but for what a launcher leaves
 
 
 def asked() -> bool:

@@ -1,11 +1,13 @@
 """Many tensors in one call (csrc/records/tensor_list.h): a table of their pointers, each tensor cut in blocks of BLOCK
 elements, and the blocks of all of them dealt out, to threads or to programs."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ._op import pointer
 from ._triton import tl, triton
 
 BLOCK = 16384  # elements; kListBlock
@@ -15,22 +17,42 @@ def blocks(tensors: Sequence[Tensor]) -> int:
     return sum(-(-t.numel() // BLOCK) for t in tensors)
 
 
+Rows = tuple[tuple[int, ...], ...]
+
+
+def rows(columns: Sequence[Sequence[Tensor | None]]) -> Rows:
+    """For each tensor a pointer for each column (0 for None), and the number of elements."""
+    return tuple((*map(pointer, row), row[0].numel()) for row in zip(*columns, strict=True))
+
+
 def table(columns: Sequence[Sequence[Tensor | None]]) -> Tensor:
-    """[tensors, columns + 1] int64: a pointer for each column (0 for None), and the number of elements."""
-    rows = [[*(0 if t is None else t.data_ptr() for t in row), row[0].numel()] for row in zip(*columns, strict=True)]
-    return torch.tensor(rows, dtype=torch.int64)
+    """[tensors, columns + 1] int64: the rows."""
+    return torch.tensor(rows(columns), dtype=torch.int64)
 
 
 def device_table(columns: Sequence[Sequence[Tensor | None]]) -> tuple[Tensor, Tensor, bool]:
-    """(the table, for each block its tensor * 2^32 + its number in the tensor, whether every pointer is 16-aligned); the
-    first two are views of one tensor, which goes to the device in one copy."""
-    rows = table(columns)
-    counts = torch.tensor([-(-t.numel() // BLOCK) for t in columns[0]], dtype=torch.int64)
+    """(the table, for each block its tensor * 2^32 + its number in the tensor, whether every pointer is 16-aligned).
+
+    Tables are kept: an optimizer's parameters stay where they are, and torch's allocator gives gradients the same places
+    step after step, so that most calls copy nothing to the device. No copy waits for it either.
+    """
+    found, device = rows(columns), columns[0][0].device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    aligned = all(p % 16 == 0 for row in found for p in row[:-1])
+    return _kept_table(found, device, stream), _kept_blocks(tuple(row[-1] for row in found), device, stream), aligned
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept_table(found: Rows, device: torch.device, stream: int) -> Tensor:
+    return torch.tensor(found, dtype=torch.int64).to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_blocks(lengths: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    counts = torch.tensor([-(-n // BLOCK) for n in lengths], dtype=torch.int64)
     tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
     number = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
-    whole = torch.cat((rows.flatten(), tensor << 32 | number)).to(columns[0][0].device)
-    aligned = not (rows[:, :-1] % 16).any().item()
-    return whole[: rows.numel()].view(rows.shape), whole[rows.numel() :], aligned
+    return (tensor << 32 | number).to(device, non_blocking=True)
 
 
 @triton.jit

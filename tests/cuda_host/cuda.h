@@ -83,7 +83,7 @@ struct Sums {
 };
 struct Product {
   int cols;
-  bool half, a_shared, add;
+  bool half, a_shared, a_across, b_across, add;    // across: along the other side than k
   uint64_t a_at, b_at;
   int group, arrived = 0;
   float* sums[32];
@@ -238,6 +238,24 @@ inline void tma_load(uint32_t to, const CUtensorMap* tensor, uint32_t barrier_at
   });
 }
 
+inline void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier_at) {
+  Block& b = block();
+  if (to % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("a copy of no multiples of 16 bytes");
+  barrier(b, barrier_at);
+  memset(at(b, to, bytes), 0xff, bytes);
+  machine.beside.push_back([=, &b] {
+    memcpy(at(b, to, bytes), from, bytes);
+    Barrier& m = barrier(b, barrier_at);
+    m.bytes -= bytes;
+    settle_phase(m);
+  });
+}
+inline void shared_written() {}
+inline void add_four(float* to, float a, float b, float c, float d) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) fail("four numbers at no multiple of 16 bytes");
+  to[0] += a, to[1] += b, to[2] += c, to[3] += d;
+}
+
 // --------------------------------------------- "Parallel Synchronization and Communication Instructions: bar, barrier"
 
 // In whole warps; those that arrive and those that wait are counted together.
@@ -318,11 +336,14 @@ inline void run_product(Block& b, unsigned warp) {
   const Matrix second(b, p.b_at);
   for (uint32_t k = 0; k < 16; ++k)
     for (uint32_t n = 0; n < uint32_t(p.cols); ++n)
-      right[k][n] = number(p.a_shared ? second.k_major(n, k) : second.mn_major(n, k), p.half);
+      right[k][n] = number(p.b_across ? second.mn_major(n, k) : second.k_major(n, k), p.half);
   if (p.a_shared) {
     const Matrix first(b, p.a_at);
     for (uint32_t row = 0; row < 16; ++row)
-      for (uint32_t k = 0; k < 16; ++k) left[row][k] = number(first.k_major(warp % 4 * 16 + row, k), p.half);
+      for (uint32_t k = 0; k < 16; ++k) {
+        const uint32_t m = warp % 4 * 16 + row;
+        left[row][k] = number(p.a_across ? first.mn_major(m, k) : first.k_major(m, k), p.half);
+      }
   } else {
     for (int l = 0; l < 32; ++l) {
       if (memcmp(p.a[l], p.given[l], 16)) fail("a product's left side was written while it ran");
@@ -367,7 +388,8 @@ inline void issue(Product p, float* d, const uint32_t* a) {
     if (all[at++] != descriptors) fail("warps of a warpgroup with two descriptors");
   }
   Product& q = w.queue[index];
-  const bool same = q.a_at == p.a_at && q.b_at == p.b_at && q.cols == p.cols && q.add == p.add && q.a_shared == p.a_shared;
+  const bool same = q.a_at == p.a_at && q.b_at == p.b_at && q.cols == p.cols && q.add == p.add && q.a_shared == p.a_shared &&
+                    q.a_across == p.a_across && q.b_across == p.b_across;
   if (!same || q.group != p.group) fail("lanes of a warp with two products");
   q.sums[l] = d, q.a[l] = a;
   if (a) memcpy(q.given[l], a, 16);
@@ -406,14 +428,16 @@ template <int kPending> void wgmma_wait() {
 }
 template <class T> void settle(T&) {}
 
-template <int kCols, bool kHalf> void wgmma(float (&d)[kCols / 2], uint64_t a, uint64_t b, bool add) {
+template <int kCols, bool kHalf, bool kAcrossA = false, bool kAcrossB = false>
+void wgmma(float (&d)[kCols / 2], uint64_t a, uint64_t b, bool add) {
   Product p = {};
-  p.cols = kCols, p.half = kHalf, p.a_shared = true, p.add = add, p.a_at = a, p.b_at = b;
+  p.cols = kCols, p.half = kHalf, p.a_shared = true, p.a_across = kAcrossA, p.b_across = kAcrossB;
+  p.add = add, p.a_at = a, p.b_at = b;
   issue(p, d, nullptr);
 }
 template <int kCols, bool kHalf> void wgmma(float (&d)[kCols / 2], const uint32_t (&a)[4], uint64_t b) {
   Product p = {};
-  p.cols = kCols, p.half = kHalf, p.add = true, p.b_at = b;
+  p.cols = kCols, p.half = kHalf, p.b_across = p.add = true, p.b_at = b;
   issue(p, d, a);
 }
 
@@ -430,6 +454,7 @@ template <bool kHalf> uint32_t rounded(float x) {
   return x != x ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
 template <bool kHalf> uint32_t pack(float low, float high) { return rounded<kHalf>(low) | rounded<kHalf>(high) << 16; }
+template <bool kHalf> float wide(uint32_t bits) { return number(uint16_t(bits), kHalf); }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }

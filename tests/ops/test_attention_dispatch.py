@@ -1,10 +1,10 @@
-"""Which calls of attention on a GPU go to cuDNN, or to CUDA C++ where it is wanted: decisions on shapes and features, taken
-without a GPU."""
+"""Which calls of attention on a GPU go to cuDNN, to CUDA C++ and to Triton: decisions on shapes and features, taken without
+a GPU."""
 
 import pytest
 import torch
 
-from fastllm.ops import AttentionSpec, Dropout
+from fastllm.ops import AttentionSpec, Dropout, _cuda
 from fastllm.ops.attention import cudnn, hopper
 
 
@@ -118,3 +118,45 @@ def test_hopper_is_one_architecture(monkeypatch):
     assert said == "compute capability 8.0: 9.0, for WGMMA and TMA"
     monkeypatch.setattr(hopper, "capability", lambda index: (9, 0))
     assert hopper.refusal(on_gpu, q, q, None, None, None, None, settings) is None
+
+
+def launched(monkeypatch, backward: bool, q: Cuda, k: Cuda, **fields) -> str:
+    """Who computes a call, or its gradients."""
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(hopper, name, lambda *_: ("CUDA C++",))
+    for name in ("gpu", "gpu_backward"):
+        monkeypatch.setattr(hopper, name, lambda *_: ("others",))
+    monkeypatch.setattr(hopper, "unit_stride", lambda x: x)
+    monkeypatch.setattr(hopper, "refusal", lambda *_: None)
+    q.new_empty = torch.empty
+    settings = AttentionSpec(**fields).settings(q.shape[3])
+    if not backward:
+        return hopper.cuda(q, k, k, *(None,) * 5, *settings)[0]
+    return hopper.cuda_backward(q, q, k, k, q, None, *(None,) * 5, False, *settings)[0]
+
+
+@pytest.mark.parametrize(("dim", "heads", "kv_heads", "keys", "fields", "forward", "backward"), [
+    (64, 32, 32, 1024, {}, "others", "others"),
+    (64, 32, 32, 2048, {}, "CUDA C++", "CUDA C++"),
+    (64, 32, 32, 2048, {"causal": False}, "CUDA C++", "others"),
+    (64, 32, 8, 512, {}, "others", "CUDA C++"),
+    (128, 32, 8, 4096, {}, "CUDA C++", "CUDA C++"),
+    (128, 32, 8, 16384, {}, "CUDA C++", "others"),
+    (128, 16, 16, 16384, {"causal": False}, "CUDA C++", "others"),
+    (128, 16, 16, 100, {"window": 50}, "CUDA C++", "CUDA C++"),  # cuDNN has no windows
+])  # fmt: skip
+def test_the_faster_one_runs(monkeypatch, dim, heads, kv_heads, keys, fields, forward, backward):
+    q, k = Cuda(2, keys, heads, dim), Cuda(2, keys, kv_heads, dim)
+    monkeypatch.delenv(_cuda.VARIABLE, raising=False)
+    assert launched(monkeypatch, False, q, k, **fields) == forward
+    assert launched(monkeypatch, True, q, k, **fields) == backward
+    monkeypatch.setenv(_cuda.VARIABLE, "attention")  # then whatever it can
+    assert launched(monkeypatch, False, q, k, **fields) == launched(monkeypatch, True, q, k, **fields) == "CUDA C++"
+
+
+def test_gradients_in_one_order_are_tritons(monkeypatch):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert launched(monkeypatch, True, Cuda(2, 4096, 16, 64), Cuda(2, 4096, 16, 64), window=100) == "others"
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -20,6 +20,7 @@ run. A value of NaN or infinity also reaches rows that do not see its key, if th
 
 Backward (Dao 2023, arXiv 2307.08691) computes the weights again from lse [B, H, Sq], the logarithm of each row's
 denominator (packed: [1, H, Tq]); its formula is in reference.py. Every sum has one order: the same bits with any threads.
+On a GPU cuDNN and CUDA C++ add up dq by atomics; under torch.use_deterministic_algorithms(True) Triton does, in one order.
 """
 
 import torch
@@ -188,6 +189,8 @@ backward = Op(
     cpu=cpu_backward,
     triton=gpu_backward,
     triton_reason=cudnn.REASON,
+    cuda=hopper.cuda_backward,
+    cuda_name=hopper.NAME,
 )
 
 # ---------------------------------------------------------------------------------------------------------- validation
