@@ -156,6 +156,13 @@ def test_gradients_of_strides(dim):
 
 
 @DIMS
+def test_gradients_of_low_scores(dim):
+    """Of -500: a weight of a key beyond the last, whose score would be 0, is beyond all numbers."""
+    q, k, v = draw(1, 70, 129, 1, 1, dim, torch.bfloat16)
+    check_gradients(q + 8, k - 8, v, FULL, seeds=SEEDS[:1])
+
+
+@DIMS
 def test_gradients_of_odd_numbers(dim):
     """A row with a NaN spreads to the keys that it sees, a row that sees none and one whose weights underflow do no harm."""
     q, k, v = draw(1, 200, 130, 1, 1, dim, torch.bfloat16)
