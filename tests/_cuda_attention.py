@@ -163,6 +163,14 @@ def test_gradients_of_low_scores(dim):
 
 
 @DIMS
+def test_gradients_at_the_edge_of_tiles(dim):
+    """The first row of a tile of rows does not see the last key of a warpgroup's, which would be all that it sees."""
+    q, k, v = draw(1, 130, 128, 1, 1, dim, torch.bfloat16)
+    k[0, 63::64] = 2
+    check_gradients(q.abs(), k, v, CAUSAL, seeds=SEEDS[:1])
+
+
+@DIMS
 def test_gradients_of_odd_numbers(dim):
     """A row with a NaN spreads to the keys that it sees, a row that sees none and one whose weights underflow do no harm."""
     q, k, v = draw(1, 200, 130, 1, 1, dim, torch.bfloat16)

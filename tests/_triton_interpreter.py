@@ -8,8 +8,8 @@ import _oracle
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
+from _interpreter import narrow, repair_bfloat16, repair_conditions, repair_patching, row_by_row, widen
+from triton.runtime.interpreter import InterpreterBuilder
 
 from fastllm import _C, ops
 from fastllm.ops import _triton, kv_cache
@@ -18,67 +18,9 @@ from fastllm.ops.attention import triton_paged, triton_tile
 from fastllm.ops.kv_append import reference
 from fastllm.ops.kv_cache import QUANTISED
 
-# ------------------------------------------------------------------------------------------ bfloat16 in the interpreter
-# The interpreter keeps bfloat16 as uint16 and computes on those integers: a sum adds bit patterns, and the conversion
-# from fp32 truncates. Here every operation on it widens to fp32, computes, and rounds to nearest even, as a GPU does.
-
-
-def widen(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def narrow(values: np.ndarray) -> np.ndarray:
-    values = np.ascontiguousarray(values, dtype=np.float32)
-    u = values.view(np.uint32)
-    rounded = (u + np.uint32(0x7FFF) + (u >> 16 & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
-
-
-def repair_bfloat16() -> None:
-    builder, handle, bf16 = interpreter.InterpreterBuilder, interpreter.TensorHandle, tl.bfloat16
-    convert = interpreter._convert_float
-
-    def convert_float(data, source, target, rounding):
-        if source == bf16 and target == tl.float32:
-            return widen(data).view(np.uint32).reshape(data.shape)
-        if source == tl.float32 and target == bf16:
-            return narrow(data.view(np.float32)).reshape(data.shape)
-        return convert(data, source, target, rounding)
-
-    def is_bf16(h) -> bool:
-        return isinstance(h, handle) and h.dtype.scalar == bf16 and h.data.dtype == np.uint16
-
-    def repaired(name: str):
-        original = getattr(builder, name)
-
-        def operation(self, *operands):
-            if not any(map(is_bf16, operands)) or (name == "binary_op" and "bitwise" in operands[-1].__name__):
-                return original(self, *operands)
-            out = original(self, *(handle(widen(h.data), tl.float32) if is_bf16(h) else h for h in operands))
-            return out if out.data.dtype != np.float32 or name == "create_dot" else handle(narrow(out.data), bf16)
-
-        return operation
-
-    interpreter._convert_float = convert_float
-    for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_dot"):
-        setattr(builder, name, repaired(name))
-
-
-def repair_conditions() -> None:
-    """A scalar condition that meets a block keeps its type; the interpreter makes it an integer, which no mask may be."""
-    splat = interpreter.InterpreterBuilder.create_splat
-
-    def create_splat(self, block, scalar):
-        is_condition = scalar.data.dtype == np.bool_
-        if not is_condition:
-            return splat(self, block, scalar)
-        return interpreter.TensorHandle(np.full(block.shape, scalar.data), tl.int1)
-
-    interpreter.InterpreterBuilder.create_splat = create_splat
-
-
 repair_bfloat16()
 repair_conditions()
+repair_patching()
 _triton.load()
 
 # ------------------------------------------------------------------------------------------------------------- the
@@ -152,6 +94,7 @@ def test_writes_only_its_outputs(suite, case, dtype):
 @pytest.mark.parametrize("room", [1, 40], ids=["whole", "split"])
 def test_exact_attention_has_the_same_bits_paged_and_dense(spec, room, monkeypatch):
     """Whatever the order of the pages, the chunks, and the programs that share the keys."""
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", row_by_row(InterpreterBuilder.create_dot))
     monkeypatch.setattr(triton_paged, "plan", lambda blocks, size, keys, step, exact, device: (
         (min(room, -(-keys // step)), -(-keys // step)) if room > 1 and keys > step else (1, 1)
     ))  # fmt: skip

@@ -132,7 +132,8 @@ def test_names_of_the_switch(monkeypatch):
         assert _cuda.wanted.__wrapped__() == names
     monkeypatch.setenv(_cuda.VARIABLE, "sample,softmax")
     with pytest.raises(
-        ValueError, match=r"FASTLLM_CUDA_KERNELS names softmax; allowed: attention, attention_backward, quant_linear, sample, or all alone"
+        ValueError,
+        match=r"FASTLLM_CUDA_KERNELS names softmax; allowed: attention, attention_backward, quant_linear, sample, or all alone",
     ):
         _cuda.wanted.__wrapped__()
 
