@@ -1,5 +1,6 @@
 // What attention's kernels for sm_90a share: which keys a row sees, the order of work, tiles from the copy engine, and
-// fragments. A thread of a warpgroup holds two of its 64 rows, eight apart: of each 8 columns a pair, d[column / 8 * 4 + row * 2 + i].
+// fragments. A thread of a warpgroup holds two of its 64 rows, eight apart: of each 8 columns a pair,
+// d[column / 8 * 4 + row * 2 + i].
 #pragma once
 #include "../records/attention.h"
 #include "hopper.cuh"

@@ -3,8 +3,9 @@
 // A block has 128 keys of a KV head, 64 for each of two consumer warpgroups, and walks the rows that see them, of all query heads
 // of that KV head; one warpgroup more has the thread that keeps the copy engine busy. Of a tile of rows a consumer computes
 //     p = exp2(scale k q^T - lse), ds = p (v dout^T - delta), dv += p dout, dk += ds q
-// with keys down and rows across, so that p and ds are left sides in its registers; both then multiply the ds of all 128 keys,
-// in shared memory, by k: 64 x 64 of dq each, added to sums in memory. Weights and ds are rounded to 16 bits before their products.
+// with keys down and rows across: p is a left side in its registers, ds goes to shared memory, where both consumers multiply that
+// of all 128 keys by k: 64 x 64 of dq each, added to sums in memory. p and ds are rounded to 16 bits before their products. The
+// next tile's k q^T runs under the end of a tile; no further, as ptxas lets no product run across the end of a loop.
 //
 // dq is the sum of what blocks add in the order in which they come: its last bits differ from run to run, those of dk and dv do
 // not. Around it two small kernels: one gives each row its lse and delta = rowsum(dout out), one rounds the sums.
@@ -103,7 +104,8 @@ template <class S> __device__ __forceinline__ void consume(typename S::Shared& s
     const int all_from = group_last < p.keys ? p.rows_from(group_last) : 1 << 30, all_to = p.rows_to(group_first);
     const uint32_t own_k = shared_address(s.k[0][group * kGroupRows]), own_v = shared_address(s.v[0][group * kGroupRows]);
     const uint64_t k_part = tile_descriptor(shared_address(s.k[S::kBlocks == 2 ? group : 0]));
-    float* sums = p.dq + (int64_t(w.batch) * p.kv_heads + w.head) * p.group * p.row_blocks * 2 * kPart + group * kPart + thread * 4;
+    float* sums = p.dq + (int64_t(w.batch) * p.kv_heads + w.head) * p.group * p.row_blocks * 2 * kPart;
+    sums += group * kPart + thread * 4;
     float weights[S::kRows / 2], gradients[S::kRows / 2], part[32];
     uint32_t p_left[S::kRows / 16][4];
     Ring ring;
@@ -183,7 +185,8 @@ template <class S> __device__ __forceinline__ void consume(typename S::Shared& s
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < S::kRows / 16; ++i)    // 16 rows: 32 bytes of a line of ds
-        wgmma<S::kDim, S::kHalf, false, true>(dk, own_ds + (i / 4 * sizeof s.ds[0][0] + i % 4 * 32) / 16, q_across + i * 128, true);
+        wgmma<S::kDim, S::kHalf, false, true>(dk, own_ds + (i / 4 * sizeof s.ds[0][0] + i % 4 * 32) / 16, q_across + i * 128,
+                                              true);
       wgmma_commit();
 #pragma unroll
       for (int i = 0; i < S::kKeys / 16; ++i)    // 16 keys: as many lines of 128 bytes
@@ -216,8 +219,9 @@ template <class S> __device__ __forceinline__ void consume(typename S::Shared& s
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
-    gradient_kernel(const GradientProblem p, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
-                    const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
+    gradient_kernel(const GradientProblem p, const __grid_constant__ CUtensorMap q_map,
+                    const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ CUtensorMap k_map,
+                    const __grid_constant__ CUtensorMap v_map) {
 #ifdef FASTLLM_SM90A
   char* memory = &shared_memory<char>();
   auto& s = *reinterpret_cast<typename S::Shared*>(memory + (-shared_address(memory) & 1023));
@@ -313,12 +317,13 @@ template <class S> int launch_shape(const AttentionBackwardArgs& a, char* scratc
   if (const cudaError_t e = cudaMemsetAsync(p.dq, 0, sums, static_cast<cudaStream_t>(stream)); e != cudaSuccess) return int(e);
   const int64_t count = all_heads * padded;
   int e = launch(row_kernel<S::kDim, S::kHalf>, (count * S::kDim / 8 + 127) / 128, 128, 0, 1, stream, rows,
-                 static_cast<const uint16_t*>(a.out), static_cast<const uint16_t*>(a.dout), a.lse, count, int(a.queries), int(padded),
-                 int(a.heads), a.dout_batch, a.dout_row, a.dout_head);
-  if (!e) e = launch(gradient_kernel<S>, p.order.work, S::kThreads, sizeof(typename S::Shared) + 1024, 1, stream, p, q, dout, k, v);
-  if (!e) e = launch(round_kernel<S>, all_heads * row_blocks * 2, kGroupThreads, 0, 1, stream, static_cast<uint16_t*>(a.dq), p.dq,
-                     int(a.queries), int(a.heads), int(row_blocks), p.scale);
-  return e;
+                 static_cast<const uint16_t*>(a.out), static_cast<const uint16_t*>(a.dout), a.lse, count, int(a.queries),
+                 int(padded), int(a.heads), a.dout_batch, a.dout_row, a.dout_head);
+  if (e) return e;
+  e = launch(gradient_kernel<S>, p.order.work, S::kThreads, sizeof(typename S::Shared) + 1024, 1, stream, p, q, dout, k, v);
+  if (e) return e;
+  return launch(round_kernel<S>, all_heads * row_blocks * 2, kGroupThreads, 0, 1, stream, static_cast<uint16_t*>(a.dq), p.dq,
+                int(a.queries), int(a.heads), int(row_blocks), p.scale);
 }
 
 template <bool kHalf> int launch_dim(const AttentionBackwardArgs& a, char* scratch, void* stream) {

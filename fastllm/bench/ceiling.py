@@ -117,17 +117,18 @@ def copy_ceiling() -> Ceiling:
 
 @functools.cache
 def matmul_ceiling(dtype: torch.dtype) -> Ceiling:
-    n = 4096
-    a, b = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
+    n, name = 4096, f"{str(dtype).removeprefix('torch.')} matmul"
+    a, b = (torch.randn(n, n, device="cuda").mul(40 if dtype == torch.int8 else 1).to(dtype) for _ in range(2))
+    if dtype == torch.int8:  # cuBLAS wants the second one by columns
+        return Ceiling(name, "GOP/s", 2 * n**3, lambda: torch._int_mm(a, b.t()), _gpu_seconds)
     out = torch.empty_like(a)
-    name = f"{str(dtype).removeprefix('torch.')} matmul"
     return Ceiling(name, "GFLOP/s", 2 * n**3, lambda: torch.mm(a, b, out=out), _gpu_seconds)
 
 
 def ceilings(device: str, dtype: torch.dtype, peak: str = "fma") -> tuple[Ceiling, Ceiling]:
     """(bandwidth, arithmetic) for a device, a dtype and the unit that a suite's flops run on: "fma" or "dot"."""
     if device == "cuda":
-        return copy_ceiling(), matmul_ceiling(dtype)
+        return copy_ceiling(), matmul_ceiling(torch.int8 if peak == "dot" else dtype)
     return read_ceiling(), dot_ceiling() if peak == "dot" else fma_ceiling()
 
 

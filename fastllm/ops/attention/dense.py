@@ -32,7 +32,7 @@ from .._op import DTYPES, Op, check, check_dtype, check_like, pointer
 from ..rope import unit_stride
 from . import cudnn, hopper
 from .reference import reference, reference_backward
-from .spec import CAUSAL, AttentionSpec
+from .spec import CAUSAL, AttentionSpec, extents
 from .triton_backward import gpu_backward
 from .triton_forward import gpu
 
@@ -68,12 +68,6 @@ def as_float(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-def _sizes(q: Tensor, k: Tensor, cu_q: Tensor | None) -> tuple[int, ...]:
-    """batch, queries, keys, heads, kv_heads, dim: of a packed call the sequences, and the rows of all."""
-    batch = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
-    return batch, q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]
-
-
 def _check_status(status: int, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, bias: Tensor | None) -> None:
     if status:
         limits = "" if bias is None else f" and the bias {tuple(bias.shape)}"
@@ -95,7 +89,7 @@ def cpu(
         added, bias_layout, bias_dtype = _bias_arguments(bias)
         status = _C.attention(
             out.data_ptr(), pointer(lse), q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(cu_q), pointer(cu_k),
-            pointer(added), pointer(alibi), pointer(sinks), *_sizes(q, k, cu_q),
+            pointer(added), pointer(alibi), pointer(sinks), *extents(q, k, cu_q),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_layout,
             DTYPES[q.dtype], bias_dtype, causal, window, seed, call, threshold(p), scale, softcap, p,
         )  # fmt: skip
@@ -124,7 +118,7 @@ def cpu_backward(
         status = _C.attention_backward(
             dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), pointer(wide_bias), pointer(wide_sinks),
             dout.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
-            pointer(cu_q), pointer(cu_k), pointer(added), pointer(alibi), pointer(sinks), *_sizes(q, k, cu_q),
+            pointer(cu_q), pointer(cu_k), pointer(added), pointer(alibi), pointer(sinks), *extents(q, k, cu_q),
             *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_layout,
             DTYPES[q.dtype], bias_dtype, causal, window, seed, call, threshold(p), scale, softcap, p,
         )  # fmt: skip

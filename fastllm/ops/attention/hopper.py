@@ -15,7 +15,7 @@ from .._dropout import threshold
 from .._op import DTYPES, pointer
 from ..rope import unit_stride
 from . import cudnn
-from .spec import Settings, beyond_plain
+from .spec import Settings, beyond_plain, extents
 from .triton_backward import gpu_backward
 from .triton_forward import gpu
 
@@ -97,15 +97,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, s: Settings, train: bool) -> tuple[
     if train:
         lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     record = (
-        out.data_ptr(), pointer(lse), q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, 0, 0, 0, 0, *sizes(q, k),
+        out.data_ptr(), pointer(lse), q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, 0, 0, 0, 0, *extents(q, k),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *plainly(q, s),
     )  # fmt: skip
     _cuda.launch("attention", record, torch.empty(1, dtype=torch.int32, device=q.device), q.device)
     return out, lse
-
-
-def sizes(q: Tensor, k: Tensor) -> tuple[int, ...]:
-    return q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]
 
 
 def plainly(q: Tensor, s: Settings) -> tuple:
@@ -140,7 +136,7 @@ def backward(
     scratch = torch.empty(rows * (2 + q.shape[3]), dtype=torch.float32, device=q.device)  # lse and delta; dq
     record = (
         dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), 0, 0, dout.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(),
-        out.data_ptr(), lse.data_ptr(), 0, 0, 0, 0, 0, *sizes(q, k),
+        out.data_ptr(), lse.data_ptr(), 0, 0, 0, 0, 0, *extents(q, k),
         *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *plainly(q, s),
     )  # fmt: skip
     _cuda.launch("attention_backward", record, scratch, q.device)

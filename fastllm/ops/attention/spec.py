@@ -123,6 +123,12 @@ def check_device(op: str, name: str, tensor: Tensor, q: Tensor) -> None:
 CAUSAL = AttentionSpec()
 
 
+def extents(q: Tensor, k: Tensor, cu_q: Tensor | None = None) -> tuple[int, ...]:
+    """batch, queries, keys, heads, kv_heads, dim, as a record has them: of a packed call the sequences, and the rows of all."""
+    batch = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
+    return batch, q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]
+
+
 def beyond_plain(
     q: Tensor,
     k: Tensor,
