@@ -68,7 +68,7 @@ def check(q, k, v, spec, **options):
         assert torch.equal(out, again) and torch.equal(lse, lse_again)
 
 
-def check_gradients(q, k, v, spec, dout=None, seeds=SEEDS):
+def check_gradients(q, k, v, spec, dout=None, seeds=(SEEDS[0], SEEDS[-1])):
     """As `check`; dq's last bits follow the order in which blocks add to it."""
     if dout is None:
         dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(9)).to(q.dtype).to(DEVICE)
@@ -151,8 +151,8 @@ def test_gradients_of_strides(dim):
     qkv = torch.randn(2, 150, 6, dim, generator=make).bfloat16().to(DEVICE)
     views = qkv[:, :, :4], qkv[:, :, 4:5], qkv[:, :, 5:]
     dout = torch.randn(2, 4, 150, dim, generator=make).bfloat16().to(DEVICE).transpose(1, 2)
-    check_gradients(*views, CAUSAL, dout, SEEDS[:2])
-    check_gradients(*views, CAUSAL, dout[:, :1].expand(2, 150, 4, dim), SEEDS[:2])
+    check_gradients(*views, CAUSAL, dout)
+    check_gradients(*views, CAUSAL, dout[:, :1].expand(2, 150, 4, dim))
 
 
 @DIMS
