@@ -8,7 +8,7 @@ from ... import ops
 from ...ops import AttentionSpec, KVPages
 from ...ops.kv_cache import PAGE
 from ..case import Case, Suite
-from .attention import CAUSAL, extra, learned, on_device, spec_of
+from .attention import CAUSAL, extra, learned, on_device, seen_pairs, spec_of
 from .attention import plain as plain_attention
 
 QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -69,7 +69,8 @@ def copied(inputs):
 
 def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, sinks=False, kv=None, plain=True, **fields) -> Case:
     spec = spec_of(heads, **fields)
-    pairs = sum(n * c - (n * (n - 1) // 2 if spec.causal else 0) for n, c in zip(queries, contexts, strict=True))
+    pairs = sum(seen_pairs(spec, n, c) for n, c in zip(queries, contexts, strict=True))
+    read = sum(min(c, (spec.window or c) + n - 1) for n, c in zip(queries, contexts, strict=True))  # keys
     words = extra(spec) + (" sinks" if sinks else "") + (f" {kv}" if kv else "")
     words += " exact" if spec.exact else ""
     brief = ", ".join(f"{n}@{c}" for n, c in zip(queries, contexts, strict=True))
@@ -79,7 +80,7 @@ def case(queries, contexts, heads, kv_heads, dim, unclaimed=0, sinks=False, kv=N
         f"{brief} H{heads}/{kv_heads} D{dim}{words}",
         lambda make: inputs(make, queries, contexts, heads, kv_heads, dim, spec, unclaimed, sinks, kv),
         bytes=lambda size: (
-            2 * sum(queries) * heads * dim * size + 2 * sum(contexts) * kv_heads * (dim + 4 if kv else dim * size)
+            2 * sum(queries) * heads * dim * size + 2 * read * kv_heads * (dim + 4 if kv else dim * size)
         ),
         flops=4 * heads * dim * pairs,
         plain=plain,
