@@ -39,7 +39,13 @@ def device_table(columns: Sequence[Sequence[Tensor | None]]) -> tuple[Tensor, Te
     found, device = rows(columns), columns[0][0].device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     aligned = all(p % 16 == 0 for row in found for p in row[:-1])
-    return _kept_table(found, device, stream), _kept_blocks(tuple(row[-1] for row in found), device, stream), aligned
+    tensors, owner = _kept_table(found, device, stream), _kept_blocks(tuple(row[-1] for row in found), device, stream)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _CAPTURED.append((tensors, owner))
+    return tensors, owner, aligned
+
+
+_CAPTURED: list[tuple[Tensor, Tensor]] = []  # what a CUDA graph reads whenever it is replayed: never given back
 
 
 @functools.lru_cache(maxsize=4096)

@@ -11,6 +11,7 @@ from fastllm import _C, ops
 from fastllm.bench.cases.adamw import SPEC, SUITE
 from fastllm.ops import AdamWSpec, AdamWState
 from fastllm.ops._op import OPS
+from fastllm.ops._tensor_list import BLOCK, device_table
 
 
 def drawn(*shape, dtype=torch.float32, moments=torch.float32):
@@ -179,3 +180,16 @@ def test_errors(arguments, error, message):
 def test_spec_errors(wrong):
     with pytest.raises(ValueError, match=f"AdamWSpec: {next(iter(wrong))} is"):
         AdamWSpec(**wrong)
+
+
+def test_tables_for_a_gpu_are_kept():
+    """Of the same tensors the same ones, which hold every pointer and every block."""
+    params, grads = [torch.ones(BLOCK + 1), torch.ones(3)], [torch.ones(BLOCK + 1), torch.ones(3)]
+    table, owner, aligned = device_table([params, grads])
+    again = device_table([params, grads])
+    assert again[0] is table and again[1] is owner and aligned is again[2] is True
+    assert table.tolist() == [[p.data_ptr(), g.data_ptr(), p.numel()] for p, g in zip(params, grads, strict=True)]
+    assert owner.tolist() == [0, 1, 1 << 32]
+    other = [torch.ones(BLOCK + 1), torch.ones(5)[1:4]]
+    table, owner_of_others, aligned = device_table([params, other])
+    assert table[:, 1].tolist() == [t.data_ptr() for t in other] and owner_of_others is owner and not aligned
