@@ -92,6 +92,15 @@ def check_gradients(q, k, v, spec, dout=None, seeds=(SEEDS[0], SEEDS[-1])):
 CAUSAL, FULL = AttentionSpec(), AttentionSpec(causal=False)
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 DIMS = pytest.mark.parametrize("dim", hopper.DIMS)
+BOTH_WAYS = [  # sizes and spec: forward, and gradients
+    ((1, 128, 128, 1, 1), CAUSAL),
+    ((1, 1, 1, 1, 1), CAUSAL),
+    ((2, 200, 200, 4, 2), CAUSAL),
+    ((1, 90, 400, 2, 2), CAUSAL),
+    ((1, 300, 140, 1, 1), CAUSAL),  # rows that see no key
+    ((1, 400, 400, 1, 1), AttentionSpec(window=255)),  # tiles without their first
+    ((1, 150, 150, 1, 1), AttentionSpec(scale=3.0)),
+]
 
 
 @DTYPES
@@ -99,20 +108,14 @@ DIMS = pytest.mark.parametrize("dim", hopper.DIMS)
 @pytest.mark.parametrize(
     ("sizes", "spec"),
     [
-        ((1, 128, 128, 1, 1), CAUSAL),
-        ((1, 1, 1, 1, 1), CAUSAL),
-        ((2, 200, 200, 4, 2), CAUSAL),
+        *BOTH_WAYS,
         ((1, 450, 450, 2, 1), CAUSAL),
-        ((1, 90, 400, 2, 2), CAUSAL),
-        ((1, 300, 140, 1, 1), CAUSAL),  # rows that see no key
         ((2, 130, 375, 2, 1), FULL),
         ((1, 64, 700, 1, 1), FULL),
         ((1, 130, 256, 1, 1), CAUSAL),  # the last key of a tile is hidden from one row
         ((1, 70, 255, 1, 1), FULL),  # a tile without its last key
         ((1, 70, 351, 1, 1), FULL),
-        ((1, 400, 400, 1, 1), AttentionSpec(window=255)),  # and without its first
         ((1, 260, 300, 1, 1), AttentionSpec(causal=False, window=70)),
-        ((1, 150, 150, 1, 1), AttentionSpec(scale=3.0)),
     ],
     ids=str,
 )
@@ -125,18 +128,12 @@ def test_attention(sizes, spec, dim, dtype):
 @pytest.mark.parametrize(
     ("sizes", "spec"),
     [
-        ((1, 128, 128, 1, 1), CAUSAL),
-        ((1, 1, 1, 1, 1), CAUSAL),
-        ((2, 200, 200, 4, 2), CAUSAL),
+        *BOTH_WAYS,
         ((1, 300, 300, 1, 1), CAUSAL),
-        ((1, 90, 400, 2, 2), CAUSAL),
-        ((1, 300, 140, 1, 1), CAUSAL),  # rows that see no key
         ((2, 130, 375, 3, 1), FULL),
         ((1, 64, 129, 1, 1), FULL),  # one key in a block
-        ((1, 400, 400, 1, 1), AttentionSpec(window=255)),
         ((1, 400, 130, 1, 1), AttentionSpec(causal=False, window=70)),  # keys that few rows see
         ((1, 130, 400, 1, 1), AttentionSpec(causal=False, window=20)),  # a block of keys that none sees
-        ((1, 150, 150, 1, 1), AttentionSpec(scale=3.0)),
     ],
     ids=str,
 )

@@ -86,8 +86,8 @@ def cuda(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     settings = Settings(causal, window, scale, softcap, p, seed, call, exact)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    refused = refusal(q, k, v, cu_q, bias, alibi, sinks, settings)
-    if refused is not None or not ahead(q, k, settings, FORWARD[q.shape[3], causal]):
+    refused = refusal(q, k, v, cu_q, bias, alibi, sinks, settings) is not None
+    if refused or not ahead(q, k, settings, FORWARD[q.shape[3], causal]):
         return gpu(q, k, v, cu_q, cu_k, bias, alibi, sinks, *settings)
     return forward(q, k, v, settings, train)
 
@@ -117,10 +117,9 @@ def cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     settings = Settings(causal, window, scale, softcap, p, seed, call, exact)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    refused = refusal(q, k, v, cu_q, bias, alibi, sinks, settings)
-    if refused is None and torch.are_deterministic_algorithms_enabled():
-        refused = "deterministic algorithms are asked for"
-    if refused is not None or not ahead(q, k, settings, BACKWARD[q.shape[3], causal, q.shape[2] > k.shape[2]]):
+    refused = refusal(q, k, v, cu_q, bias, alibi, sinks, settings) is not None
+    refused = refused or torch.are_deterministic_algorithms_enabled()
+    if refused or not ahead(q, k, settings, BACKWARD[q.shape[3], causal, q.shape[2] > k.shape[2]]):
         return gpu_backward(dout, q, k, v, out, lse, cu_q, cu_k, bias, alibi, sinks, bias_gradient, *settings)
     nothing = q.new_empty(0)
     return *backward(dout, q, k, v, out, lse, settings), nothing, nothing
