@@ -76,14 +76,15 @@ def repair_patching() -> None:
         interpreter._patch_lang = patch_once
 
 
-def row_by_row(create_dot):
-    """A product whose rows have the same bits whatever is above and below them, as a matrix unit's: BLAS may order its sums by
-    the number of rows."""
+def repair_products() -> None:
+    """Sums in the order of k, as a matrix unit's: BLAS orders them by the number of rows, the addresses and the processor, so that
+    neither a row alone nor the same call again need have the same bits."""
 
-    def create(self, a, b, d, *others):
-        handle = interpreter.TensorHandle
-        rows = ((handle(x.data[i : i + 1], x.dtype) for x in (a, d)) for i in range(len(a.data)))
-        products = [create_dot(self, one, b, sums, *others) for one, sums in rows]
-        return handle(np.concatenate([p.data for p in products]), products[0].dtype)
+    def create_dot(self, a, b, sums, *_):
+        left, right = (x.data.astype(sums.data.dtype) for x in (a, b))
+        chain = np.zeros_like(sums.data)
+        for k in range(left.shape[-1]):
+            chain += left[..., k, None] * right[..., k, None, :]
+        return interpreter.TensorHandle(chain + sums.data, sums.dtype.scalar)
 
-    return create
+    interpreter.InterpreterBuilder.create_dot = create_dot

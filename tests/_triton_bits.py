@@ -8,7 +8,7 @@ import math
 import _oracle
 import pytest
 import torch
-from _interpreter import repair_patching
+from _interpreter import repair_patching, repair_products
 from _sample_rows import FIELDS, HARD_PENALTIES, hard_rows, penalised
 
 from fastllm import _C
@@ -23,6 +23,7 @@ from fastllm.ops._op import OPS, Kernel
 from fastllm.ops.sample import SampleState
 
 repair_patching()
+repair_products()
 _triton.load()
 pytestmark = pytest.mark.skipif(_C.isa() == "generic", reason="the generic tier rounds an fma twice")
 INF, NAN = math.inf, math.nan

@@ -8,8 +8,7 @@ import _oracle
 import numpy as np
 import pytest
 import torch
-from _interpreter import narrow, repair_bfloat16, repair_conditions, repair_patching, row_by_row, widen
-from triton.runtime.interpreter import InterpreterBuilder
+from _interpreter import narrow, repair_bfloat16, repair_conditions, repair_patching, repair_products, widen
 
 from fastllm import _C, ops
 from fastllm.ops import _triton, kv_cache
@@ -18,6 +17,7 @@ from fastllm.ops.attention import triton_paged, triton_tile
 from fastllm.ops.kv_append import reference
 from fastllm.ops.kv_cache import QUANTISED
 
+repair_products()
 repair_bfloat16()
 repair_conditions()
 repair_patching()
@@ -94,7 +94,6 @@ def test_writes_only_its_outputs(suite, case, dtype):
 @pytest.mark.parametrize("room", [1, 40], ids=["whole", "split"])
 def test_exact_attention_has_the_same_bits_paged_and_dense(spec, room, monkeypatch):
     """Whatever the order of the pages, the chunks, and the programs that share the keys."""
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", row_by_row(InterpreterBuilder.create_dot))
     monkeypatch.setattr(triton_paged, "plan", lambda blocks, size, keys, step, exact, device: (
         (min(room, -(-keys // step)), -(-keys // step)) if room > 1 and keys > step else (1, 1)
     ))  # fmt: skip
