@@ -77,8 +77,8 @@ def repair_patching() -> None:
 
 
 def repair_products() -> None:
-    """Sums in the order of k, as a matrix unit's: BLAS orders them by the number of rows, the addresses and the processor, so that
-    neither a row alone nor the same call again need have the same bits."""
+    """Sums in the order of k, as a matrix unit's: BLAS orders them by the number of rows, the addresses and the processor, so
+    that neither a row alone nor the same call again need have the same bits."""
 
     def create_dot(self, a, b, sums, *_):
         left, right = (x.data.astype(sums.data.dtype) for x in (a, b))
