@@ -307,13 +307,14 @@ def evaluate(
     chat: Annotated[bool, typer.Option("--chat", help="A prompt is a user's message to a chat model.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Generate: tokens of a text at most.")] = 64,
     stop: Annotated[list[str] | None, typer.Option(help="Generate: text that ends one; repeatable.")] = None,
+    beams: Annotated[int, typer.Option(help="Generate: of an encoder-decoder, 1 to 10.")] = 1,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and completion.")] = None,
     threads: Annotated[int | None, typer.Option(help="[default: as torch has it]")] = None,
     device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
     json_path: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write all of it there.")] = None,
 ) -> None:
     """Measure a model on records: perplexity {"text"}, choice {"prompt", "choices", "answer"}, classify the same with one list of
-    choices or {"text", "label"}, generate {"prompt", "completion"}.
+    choices or {"text", "label"}, generate {"prompt", "completion"}, of an encoder-decoder {"source", "target"} too.
 
     A table on stdout. Choose by --split validation; read --split test once, for the model that was chosen.
     """
@@ -331,16 +332,11 @@ def evaluate(
     records = Documents(data, split=split, text=text, unit=unit)
     options = tasks.Options(
         limit=limit, window=window, stride=stride, shots=shots, seed=seed, max_new_tokens=max_new_tokens, chat=chat,
-        pool=Documents(pool, text=text) if pool else (), stop=[s.replace("\\n", "\n") for s in stop or ()],
+        pool=Documents(pool, text=text) if pool else (), stop=[s.replace("\\n", "\n") for s in stop or ()], beams=beams,
         prompt=tasks.PROMPT if prompt is None else prompt.replace("\\n", "\n"), adapter=adapter and str(adapter),
     )  # fmt: skip
-    from .llm import LLM
-
-    llm = LLM(
-        model, device=device, dtype=dtype, quantize=quantize, max_model_len=max_model_len, num_threads=threads
-    )  # fmt: skip
-    if adapter:
-        llm.load_adapter(str(adapter), adapter)
+    limits = {"device": device, "dtype": dtype, "max_model_len": max_model_len, "num_threads": threads}
+    llm = tasks.load(model, quantize=quantize, adapter=options.adapter, **limits)
     report = tasks.run(llm, task, records, options, watch=lambda count: _progress(f"{count} records"))
     _progress("")
     print(report.table())

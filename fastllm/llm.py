@@ -491,9 +491,13 @@ def _read_encoder(path: Path, quantize: str | None, device: str) -> "TextEncoder
     if not path.is_dir() or (architecture := architecture_of(read_json(path / "config.json"))) in FAMILIES:
         return None
     from .decode.embed import TextEncoder
-    from .models.hf_encoder import ARCHITECTURES
+    from .models import hf_encoder, hf_seq2seq
 
-    if architecture not in ARCHITECTURES:
+    if architecture in hf_seq2seq.ARCHITECTURES:
+        raise ValueError(
+            f"{path} is an encoder-decoder; fastllm.decode.text2text.Text2Text and `fastllm eval` generate by it"
+        )
+    if architecture not in hf_encoder.ARCHITECTURES:
         return None
     if device == "cuda":
         raise ValueError(f"LLM: device='cuda', but {path} is an encoder: `embed` runs on a CPU; allowed: 'auto', 'cpu'")

@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastllm import models
 from fastllm.data.chat import ChatTemplate
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.models.blocks import Embedding, Projection
 from fastllm.models.decoder import Decoder, DecoderConfig
 from fastllm.models.gguf import GGUFFile
+from fastllm.models.initial import initialise
+from fastllm.models.presets import build, preset
 from fastllm.ops import Panels
+from fastllm.train.pretrain import SPECIAL
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHARACTERS = [END, START, STOP, *map(chr, range(33, 127)), "Ġ", "Ċ", "Ã", "©"]
@@ -134,3 +138,17 @@ def decoder(config: DecoderConfig = CONFIG) -> Decoder:
             torch.nn.init.normal_(module.weight, std=1.5 * module.weight.shape[1] ** -0.5)
             module.pack(Panels.pack(module.weight, getattr(module, "swiglu", False)))
     return model
+
+
+def text2text(folder: Path, texts: list[str]) -> Path:
+    """A folder with a T5 and a tokenizer of these texts; its greedy answers differ from source to source."""
+    tokenizer = Tokenizer.train(texts, 400, **SPECIAL["seq2seq"])
+    model = initialise(build(preset("seq2seq", "nano", tokenizer)), 3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(4)
+        model.embedding.weight[tokenizer.eos_id].mul_(2)
+    tokenizer.save(folder)
+    models.save(model, folder)
+    return folder

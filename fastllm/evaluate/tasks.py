@@ -1,14 +1,21 @@
 """What `fastllm eval` runs: a task on a model and documents, the figures, and what they come from, record by record."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from .. import hub
 from ..data.instruct import Instructions, Task, choices
+from ..data.pairs import FORMS
 from ..data.sources import Document
-from ..llm import LLM
+from ..decode.beam import BeamParams
+from ..decode.text2text import Answer, Text2Text
+from ..llm import LLM, Completion
+from ..models.folder import architecture_of, read_json
+from ..models.hf_seq2seq import ARCHITECTURES
 from ..sampling_params import SamplingParams
 from . import choice, text
 from .perplexity import perplexity, pseudo_perplexity
@@ -23,7 +30,7 @@ class Options:
     """limit: records from the beginning, None: all. window, stride: of perplexity. shots: solved examples in front of each
     record that is classified, drawn by seed out of the records of `pool`, with {"text", "label"}. prompt: the wording of that
     question, with {text} and {options}; the label follows, behind a space. max_new_tokens, stop: of a text that is generated.
-    chat: the prompt is a user's message. batch: records that are given to the model together."""
+    beams: of an encoder-decoder. chat: the prompt is a user's message. batch: records that are given to the model together."""
 
     limit: int | None = None
     window: int | None = None
@@ -34,6 +41,7 @@ class Options:
     seed: int = 0
     max_new_tokens: int = 64
     stop: Sequence[str] = ()
+    beams: int = 1
     chat: bool = False
     adapter: str | None = None
     batch: int = 16
@@ -64,18 +72,49 @@ def _shown(value: float | int | str) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
+def load(name: str, *, quantize: str | None = None, adapter: str | None = None, **limits: Any) -> LLM | Text2Text:
+    """The model of a name: an LLM with these limits and an adapter, named by its path; or the encoder-decoder that a folder
+    holds, which takes neither. ValueError: it was given one."""
+    path = Path(name) if Path(name).exists() else hub.resolve(name)
+    if not path.is_dir() or architecture_of(read_json(path / "config.json")) not in ARCHITECTURES:
+        llm = LLM(name, quantize=quantize, **limits)
+        if adapter:
+            llm.load_adapter(adapter, adapter)
+        return llm
+    given = {key: value for key, value in (limits | {"adapter": adapter}).items() if value not in (None, "auto")}
+    if given:
+        key, value = next(iter(given.items()))
+        raise ValueError(
+            f"{key}={value!r}; {path} is an encoder-decoder, which runs in float32 on the CPU, with the threads that "
+            "OMP_NUM_THREADS says: leave it out"
+        )
+    return Text2Text.load(path, quantize=quantize)
+
+
 def run(
-    llm: LLM, task: str, records: Iterable[Record], options: Options | None = None, watch: Watch | None = None
+    llm: LLM | Text2Text,
+    task: str,
+    records: Iterable[Record],
+    options: Options | None = None,
+    watch: Watch | None = None,
 ) -> Report:
     """Evaluates a model on records: of "perplexity" {"text"}, of "choice" {"prompt", "choices", "answer"}, of "classify" the same
-    with one list of choices for all, or {"text", "label"}, of "generate" {"prompt", "completion"}.
+    with one list of choices for all, or {"text", "label"}, of "generate" {"prompt", "completion"} or {"source", "target"}.
 
-    An encoder with a masked head has pseudo-perplexity. watch: is told how many are done. ValueError: another task, or a record
-    of another form, by its place.
+    An encoder with a masked head has pseudo-perplexity, an encoder-decoder "generate" alone. watch: is told how many are done.
+    ValueError: another task, one that the model has not, or a record of another form, by its place.
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; allowed: {', '.join(TASKS)}")
     options = Options() if options is None else options
+    if isinstance(llm, Text2Text):
+        if task != "generate":
+            raise ValueError(f"task is {task!r}; an encoder-decoder has 'generate' alone")
+        wrong = [name for name in ("chat", "stop") if getattr(options, name)]
+        if wrong:
+            raise ValueError(f"{wrong[0]}={getattr(options, wrong[0])!r}; an encoder-decoder has none")
+    elif options.beams != 1:
+        raise ValueError(f"beams={options.beams}; an encoder-decoder has beams, a decoder is greedy: 1")
     given = islice(documents(records), options.limit)
     began = time.perf_counter()
     figures, found, count = _RUN[task](llm, given, options, watch)
@@ -145,27 +184,24 @@ def labelled(llm: LLM, records: Sequence[Document], options: Options) -> list[Do
     return made
 
 
-def _generate(llm: LLM, given: Iterable[Document], options: Options, watch: Watch | None) -> Found:
+def _generate(llm: LLM | Text2Text, given: Iterable[Document], options: Options, watch: Watch | None) -> Found:
     records = list(given)
+    names = next((form for form in FORMS if form[0] in records[0].fields), FORMS[-1])
     for document in records:
-        check_fields(document, "prompt", "completion")
-        check_text(document, "prompt"), check_text(document, "completion")
-    params = SamplingParams(
-        max_new_tokens=options.max_new_tokens, temperature=0.0, stop=tuple(options.stop), adapter=options.adapter
-    )
-    prompts = [document.fields["prompt"] for document in records]
-    asked = [llm.chat_ids([{"role": "user", "content": prompt}]) for prompt in prompts] if options.chat else prompts
+        check_fields(document, *names)
+        check_text(document, names[0]), check_text(document, names[1])
+    prompts, wanted = ([document.fields[name] for document in records] for name in names)
     outputs = []
-    for group in in_groups(asked, 8 * options.batch):  # more than run together, so that none waits for the longest
-        outputs += llm.generate(group, params)
-        if watch:
+    for output in (_answers if isinstance(llm, Text2Text) else _completions)(llm, prompts, options):
+        outputs.append(output)
+        if watch and (len(outputs) % (8 * options.batch) == 0 or len(outputs) == len(prompts)):
             watch(len(outputs))
-    texts, wanted = [out.text for out in outputs], [document.fields["completion"].strip() for document in records]
+    texts, wanted = [out.text.strip() for out in outputs], [one.strip() for one in wanted]
     found = [
         {"place": document.place, "text": out.text, "tokens": len(out.token_ids), "finish_reason": out.finish_reason}
         for document, out in zip(records, outputs, strict=True)
     ]
-    score, signature = text.bleu([t.strip() for t in texts], wanted)
+    score, signature = text.bleu(texts, wanted)
     figures = {
         "exact_match": text.exact_match(texts, wanted),
         "exact_match_normalised": text.exact_match(texts, wanted, normalise=True),
@@ -177,6 +213,23 @@ def _generate(llm: LLM, given: Iterable[Document], options: Options, watch: Watc
         "bleu_signature": signature,
     }
     return figures, found, len(records)
+
+
+def _completions(llm: LLM, prompts: list[str], options: Options) -> Iterator[Completion]:
+    params = SamplingParams(
+        max_new_tokens=options.max_new_tokens, temperature=0.0, stop=tuple(options.stop), adapter=options.adapter
+    )
+    asked = [llm.chat_ids([{"role": "user", "content": prompt}]) for prompt in prompts] if options.chat else prompts
+    for group in in_groups(asked, 8 * options.batch):  # more than run together, so that none waits for the longest
+        for output in llm.generate(group, params):
+            yield output.outputs[0]
+
+
+def _answers(model: Text2Text, sources: list[str], options: Options) -> Iterator[Answer]:
+    params = BeamParams(max_new_tokens=options.max_new_tokens, beams=options.beams)
+    for group in in_groups(sources, 8 * options.batch):
+        for answers in model.generate(group, params):
+            yield answers[0]
 
 
 _RUN = {"perplexity": _perplexity, "choice": _choice, "classify": _classify, "generate": _generate}

@@ -13,7 +13,8 @@ from ..data.lint import Finding, check_labels, check_splits, check_tokenizer, li
 from ..data.pairs import Pair, PairBatches, collate_pairs, encode_pair
 from ..data.sources import Document
 from ..data.tokenizer import Tokenizer
-from ..decode.beam import BeamParams, generate
+from ..decode.beam import BeamParams
+from ..decode.text2text import Text2Text
 from ..llm import LLM
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
@@ -137,10 +138,10 @@ def _seq2seq(options: StageOptions, model: Seq2Seq, tokenizer: Tokenizer, text: 
         return side if isinstance(side, str) else f"{_beginning(fields)}{tokenizer.token(sentinel_ids(tokenizer)[0])}"
 
     def write(model: Seq2Seq, prompts: list[str]) -> list[str]:
-        ids = [tokenizer.encode(p, add_special_tokens=False, parse_special=True) for p in prompts]
-        memory = model.encode_lists([[*each[: options.max_length - 1], tokenizer.eos_id] for each in ids])
-        found = generate(model, memory, params=BeamParams(beams=1, n=1, max_new_tokens=options.sample_tokens))
-        return [tokenizer.decode(hypotheses[0].token_ids) for hypotheses in found]
+        encoded = tokenizer.encode_batch(prompts, add_special_tokens=False, parse_special=True)
+        sources = [ids[: options.max_length - 1] for ids in encoded]
+        found = Text2Text(model, tokenizer).generate(sources, BeamParams(max_new_tokens=options.sample_tokens))
+        return [answers[0].text for answers in found]
 
     def check(pairs: Sequence[Pair], batches: list[Any], records: Records) -> list[Finding]:
         return [*check_tokenizer(tokenizer), *check_splits(_texts(records)), *check_labels(_labelled(records))]

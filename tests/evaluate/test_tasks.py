@@ -10,6 +10,8 @@ from _scores import TEXTS
 from fastllm import LLM, SamplingParams, models
 from fastllm.data.sources import Documents, write_jsonl
 from fastllm.data.tokenizer import Tokenizer
+from fastllm.decode.beam import BeamParams
+from fastllm.decode.text2text import Text2Text
 from fastllm.evaluate import choice, tasks
 from fastllm.evaluate.perplexity import perplexity, pseudo_perplexity
 from fastllm.models.encoder import Encoder, EncoderConfig
@@ -111,6 +113,36 @@ def test_generate(evaluate, llm):
         found["figures"]["exact_match"] == 0.25 and "rougeL" in out and "version:" in found["figures"]["bleu_signature"]
     )
     assert evaluate(records, "--task", "generate", "--chat", "--max-new-tokens", 6)[3]["records"] != found["records"]
+
+
+def test_an_encoder_decoder(evaluate, tmp_path, path):
+    """Greedy or by beams, of records of both forms; what it has not is refused."""
+    pytest.importorskip("sacrebleu"), pytest.importorskip("rouge_score")
+    folder = _tiny.text2text(tmp_path / "t5", TEXTS)
+    model = Text2Text.load(folder)
+    for beams in (1, 3):
+        answers = [found[0] for found in model.generate(TEXTS[:5], BeamParams(max_new_tokens=8, beams=beams))]
+        records = [{"source": TEXTS[0], "target": answers[0].text}]
+        records += [{"source": text, "target": "the hill"} for text in TEXTS[1:5]]
+        arguments = ("--task", "generate", "--max-new-tokens", 8, "--beams", beams)
+        status, out, _, found = evaluate(records, *arguments, model=folder)
+        assert status == 0 and "rougeL" in out and found["figures"]["exact_match"] == 0.2
+        assert [(one["text"], one["finish_reason"]) for one in found["records"]] == [
+            (answer.text, answer.finish_reason) for answer in answers
+        ]
+        renamed = [{"prompt": r["source"], "completion": r["target"]} for r in records]
+        assert evaluate(renamed, *arguments, model=folder)[3]["records"] == found["records"]
+    for given, message in (
+        (("--task", "perplexity"), "task is 'perplexity'; an encoder-decoder has 'generate' alone"),
+        (("--task", "generate", "--chat"), "chat=True; an encoder-decoder has none"),
+        (("--task", "generate", "--max-model-len", 64), "max_model_len=64;"),
+        (("--task", "generate", "--adapter", "there"), "adapter='there';"),
+        (("--task", "generate", "--beams", 11), "beams=11; allowed: an integer from 1 to 10"),
+    ):
+        status, _, err, _ = evaluate(records, *given, model=folder)
+        assert status == 2 and message in err
+    status, _, err, _ = evaluate(PAIRS, "--task", "generate", "--beams", 2)
+    assert status == 2 and "beams=2; an encoder-decoder has beams" in err
 
 
 def test_an_encoder(evaluate, tmp_path):
