@@ -19,14 +19,13 @@ import torch
 from . import hub
 from .data.chat import NO_TEMPLATE, ChatTemplate
 from .data.tokenizer import Tokenizer
+from .decode.embed import read_encoder
 from .decode.engine import Engine
 from .decode.forks import settle
 from .decode.limits import CHUNKS, Limits, decoding_device
 from .decode.scheduler import Sequence as Decoding
 from .decode.scheduler import Step, Timing
 from .models.decoder import Decoder
-from .models.families import FAMILIES
-from .models.folder import architecture_of, read_json
 from .models.layers import pack_weights, packed
 from .models.text import read_text
 from .models.weights import load_decoding, to_device
@@ -35,7 +34,6 @@ from .peft import lora
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from .decode.embed import TextEncoder
     from .models.encoder import Encoder
 
 Prompt = str | Sequence[int]
@@ -135,7 +133,7 @@ class LLM:
         )  # fmt: skip
         settle()
         self.path = hub.resolve(name, revision=revision)
-        self.encoder = _read_encoder(self.path, quantize, device)
+        self.encoder = read_encoder(self.path, quantize, device)
         if self.encoder:
             self.model, self.tokenizer = self.encoder.model, self.encoder.tokenizer
             self.max_model_len = self.model.config.max_position
@@ -484,21 +482,3 @@ def _release(held: str, stops: Sequence[str], last: bool) -> tuple[str, str, boo
                     keep = n
                     break
     return held[: len(held) - keep], held[len(held) - keep :], False
-
-
-def _read_encoder(path: Path, quantize: str | None, device: str) -> "TextEncoder | None":
-    """None for a file of anything else; what encoders need is imported for them alone."""
-    if not path.is_dir() or (architecture := architecture_of(read_json(path / "config.json"))) in FAMILIES:
-        return None
-    from .decode.embed import TextEncoder
-    from .models import hf_encoder, hf_seq2seq
-
-    if architecture in hf_seq2seq.ARCHITECTURES:
-        raise ValueError(
-            f"{path} is an encoder-decoder; fastllm.decode.text2text.Text2Text and `fastllm eval` generate by it"
-        )
-    if architecture not in hf_encoder.ARCHITECTURES:
-        return None
-    if device == "cuda":
-        raise ValueError(f"LLM: device='cuda', but {path} is an encoder: `embed` runs on a CPU; allowed: 'auto', 'cpu'")
-    return TextEncoder.load(path, quantize=quantize)

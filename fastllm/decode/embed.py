@@ -13,7 +13,9 @@ from torch import Tensor
 from .. import hub, models
 from ..data.packed import in_parts
 from ..data.tokenizer import Tokenizer
+from ..models import hf_encoder, hf_seq2seq
 from ..models.encoder import POOLS, Encoder
+from ..models.folder import architecture_of, read_json
 from ..models.layers import pack_weights
 
 ROWS = 4096  # tokens that go through the model at once: a layer's widest rows are 25 MB for MiniLM
@@ -84,6 +86,18 @@ class TextEncoder:
                     f"text {index} has {len(ids)} tokens, the model {limit} positions; shorten it, or give truncate=True"
                 )
         return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in sequences]
+
+
+def read_encoder(path: Path, quantize: str | None, device: str) -> TextEncoder | None:
+    """For LLM: None for a file or a folder of a decoder. ValueError: a GPU, or an encoder-decoder."""
+    architecture = architecture_of(read_json(path / "config.json")) if path.is_dir() else ""
+    if architecture in hf_seq2seq.ARCHITECTURES:
+        raise ValueError(f"{path} is an encoder-decoder; `fastllm eval` and decode.text2text.Text2Text generate by it")
+    if architecture not in hf_encoder.ARCHITECTURES:
+        return None
+    if device == "cuda":
+        raise ValueError(f"LLM: device='cuda', but {path} is an encoder: `embed` runs on a CPU; allowed: 'auto', 'cpu'")
+    return TextEncoder.load(path, quantize=quantize)
 
 
 def _pooling(path: Path) -> tuple[str, bool]:
