@@ -382,9 +382,10 @@ def _stage(name: str, kind: type, stage: Callable, arguments: list[str]) -> None
         return
     words = {"done": "done", "no better": "no better for a while", "no more data": "the data ended"}
     print(f"{words.get(report.reason, report.reason)} after {report.steps} steps, {duration(report.seconds)}")
-    for split in ("validation", "test", "unigram"):
+    for split in ("validation", "test"):
         if figures := getattr(report, split):
-            print(f"{split:<11}" + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in figures.items()))
+            known = {f"{key} of unigrams": value for key, value in report.unigram[split].items()}
+            print(f"{split:<11}" + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in (figures | known).items()))
     print(f"model      {report.model}")
     if report.reason == "interrupted":
         print(f"go on with: fastllm {name} --resume --out {options.out}", file=sys.stderr)

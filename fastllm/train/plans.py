@@ -124,8 +124,13 @@ def _encoder(
 
 
 def _seq2seq(options: StageOptions, model: Seq2Seq, tokenizer: Tokenizer, text: Path) -> Plan:
-    """Corrupted spans of texts; of records with two sides, the second from the first."""
-    start = model.config.start_id
+    """Corrupted spans of texts; of records with two sides, the second from the first. ValueError: too small batches."""
+    start, sides = model.config.start_id, 2
+    if options.tokens < sides * options.max_length:
+        raise ValueError(
+            f"tokens is {options.tokens}; a source and a target of max_length={options.max_length} tokens each need "
+            f"{sides * options.max_length}: give more, or a smaller max_length"
+        )
 
     def pairs(document: Document, index: int) -> list[Pair]:
         if "text" in document.fields:
@@ -148,7 +153,7 @@ def _seq2seq(options: StageOptions, model: Seq2Seq, tokenizer: Tokenizer, text: 
 
     return Plan(
         model=model, loss=pair_loss, batches=PairBatches, collate=collate_pairs, encode=pairs, text=text, lint=check,
-        opening=opening, write=write,
+        opening=opening, write=write, sides=sides,
     )  # fmt: skip
 
 

@@ -60,7 +60,8 @@ class StageOptions(LoopOptions):
         out: The run folder.
         seed: Of weights, orders, masks and samples.
         tokens: Of a batch.
-        max_length: Tokens of the longest sequence; a text that is longer is cut into several.
+        max_length: Tokens of the longest sequence; a text that is longer is cut into several. Of an encoder-decoder, of a source
+            and of a target, so that `tokens` must be twice as many.
         validation: The share of the documents that is held out, chosen by a hash of their text; or files of their own.
         test: The same for the test split, which is read once, at the end; 0 for none.
         validation_tokens: How much of it a validation reads at most.
@@ -177,7 +178,8 @@ class Plan:
     encode(document, index): its examples, what is drawn at random by the index; batches, collate: of them. write(model, prompts):
     what the model makes of openings, None where it writes nothing; opening(fields): that of a record. text: the file or folder of
     tokenizer and chat template. lint(examples, batches, records): what spoils it. size(fields): the bytes that the predictions
-    of a record stand for, None where they are no text from its beginning to its end; of bits a byte.
+    of a record stand for, None where they are no text from its beginning to its end; of bits a byte. sides: how many sequences
+    of up to max_length tokens an example has.
     """
 
     model: nn.Module
@@ -190,12 +192,13 @@ class Plan:
     opening: Callable[[Mapping[str, Any]], Any] = lambda fields: None
     write: Callable[[nn.Module, list[Any]], list[str]] | None = None
     size: Callable[[Mapping[str, Any]], int | None] = lambda fields: None
+    sides: int = 1
 
 
 @dataclass(frozen=True)
 class StageReport:
     """How a stage ended, as in report.json. validation, test: figures of the model that is in `model`, "loss" in nats a
-    prediction; None where there is no such split. unigram: what one has on the validation split that knows no context."""
+    prediction; None where there is no such split. unigram: by split, what one has that knows no context."""
 
     reason: str
     steps: int
@@ -203,7 +206,7 @@ class StageReport:
     loss: float
     validation: dict[str, float] | None
     test: dict[str, float] | None
-    unigram: dict[str, float] | None
+    unigram: dict[str, dict[str, float]]
     parameters: int
     tokens: int
     seconds: float
@@ -310,9 +313,8 @@ def _finish(
     test = HeldOut(options, "test", plan, None) if options.has("test") and report.reason != "interrupted" else None
     model.eval()
     with torch.no_grad():
-        found = {
-            name: each and each.figures(model, plan) for name, each in (("validation", validation), ("test", test))
-        }
+        splits = {"validation": validation, "test": test}
+        found = {name: each and each.figures(model, plan) for name, each in splits.items()}
     models.save(model, out / "model", text=plan.text)
     tokens = [line["tokens"] for line in plots.read_log(out / LOG) if "tokens" in line]
     done = StageReport(
@@ -321,7 +323,7 @@ def _finish(
         best_step=report.best_step,
         loss=report.loss,
         **found,
-        unigram=validation and unigram(validation.batches),
+        unigram={name: unigram(each.batches) for name, each in splits.items() if each},
         parameters=sum(p.numel() for p in model.parameters()),
         tokens=tokens[-1] if tokens else 0,
         seconds=round(seconds, 1),
@@ -422,7 +424,7 @@ def _forecast(
     options: StageOptions, plan: Plan, model: nn.Module, say: Callable[[str], None], processes: int
 ) -> Footprint:
     """Says what the run will take. MemoryError: more than there is."""
-    small, full = _first(options, plan, options.max_length), _first(options, plan, options.tokens)
+    small, full = _first(options, plan, plan.sides * options.max_length), _first(options, plan, options.tokens)
     size = footprint(model, plan.loss, small)
     size = replace(size, state=size.state // processes)
     refusal = size.refuse(options.tokens, options.accumulate, available_memory(device_of(model)))

@@ -1,5 +1,6 @@
 """Stages from their options to a finished run folder, as a user runs them."""
 
+import dataclasses
 import json
 import math
 import re
@@ -109,6 +110,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(run, corpus, tmp_path):
 
     stopped = pretrain(options(corpus, tmp_path / "cut"), watch=[interrupt])
     assert (stopped.reason, stopped.steps, stopped.test) == ("interrupted", 2, None)
+    assert set(stopped.unigram) == {"validation"}
     ended = pretrain(options(corpus, tmp_path / "cut"), resume=True)
     assert (ended.reason, ended.steps) == ("done", 6)
     assert all(
@@ -146,7 +148,8 @@ def test_other_classes(corpus, tmp_path, arch):
     made = options(corpus, tmp_path / "run", arch=arch, steps=12, vocab_size=400)
     report = pretrain(made)
     assert report.validation["loss"] < read_log(tmp_path / "run" / LOG)[0]["loss"]
-    assert set(report.validation) == {"loss", "accuracy"} and report.unigram["accuracy"] > 0
+    assert set(report.validation) == {"loss", "accuracy"} == set(report.unigram["test"])
+    assert set(report.unigram) == {"validation", "test"} and report.unigram["test"]["accuracy"] > 0
     assert pretrain(made, resume=True).steps == 12
     kind = {"encoder": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}[arch]
     theirs, ours = getattr(transformers, kind).from_pretrained(report.model).eval(), models.load(report.model)
@@ -162,6 +165,19 @@ def test_sources_and_targets(tmp_path):
     data.write_text("".join(json.dumps({"source": f"{i} plus 1", "target": f"{i + 1}"}) + "\n" for i in range(200)))
     report = pretrain(options(data, tmp_path / "run", arch="seq2seq", steps=9, vocab_size=400))
     assert report.steps == 9 and "plus 1 | " in (tmp_path / "run" / "samples.txt").read_text()
+
+
+@pytest.mark.parametrize("record", [
+    {"text": "one two three four five six seven eight nine ten " * 9}, {"source": "a b c d " * 40, "target": "e f g h " * 40},
+], ids=["spans", "pairs"])  # fmt: skip
+def test_pairs_as_long_as_they_may_be(tmp_path, record):
+    """Both sides of max_length: more tokens than that together."""
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps({k: f"{i} {v}" for k, v in record.items()}) + "\n" for i in range(60)))
+    made = options(data, tmp_path / "run", arch="seq2seq", steps=2, vocab_size=400, max_length=64, tokens=128)
+    assert pretrain(made).steps == 2
+    with pytest.raises(ValueError, match="tokens is 127; a source and a target of max_length=64 tokens each need 128"):
+        pretrain(dataclasses.replace(made, tokens=127, out=str(tmp_path / "small")))
 
 
 # ---------------------------------------------------------------------------------------------------------------- sft
