@@ -15,7 +15,9 @@ trained though a vocabulary may pad by the same id.
 import bisect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import Thread, main_thread
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -30,6 +32,7 @@ from .tokenizer import Tokenizer
 
 IGNORE = LossSpec().ignore_index
 HOW = ("best_fit", "sequential")
+MOST = 1000  # batches in a window, whatever the length of its documents
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,9 +243,22 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 E = TypeVar("E", bound=Sized)
 
 
+@dataclass(frozen=True, eq=False)
+class _Window(Generic[E]):
+    """The groups of documents that were read together: before them `documents` stood there, and `count` had been read."""
+
+    documents: dict[str, Any]
+    count: int
+    groups: list[list[E]]
+    empty: bool
+
+
 class Groups(Generic[E]):
     """Examples of at most `tokens` tokens together, out of documents, with a state that is exact at any group: what batches of
-    every kind are made of. See `Batches`."""
+    every kind are made of. See `Batches`.
+
+    A thread reads a window ahead, so who trains does not wait for it; the documents are its own from then on.
+    """
 
     def __init__(
         self,
@@ -255,48 +271,75 @@ class Groups(Generic[E]):
         if tokens < 1 or window < 1:
             raise ValueError(f"tokens={tokens}, window={window}; allowed: 1 or more each")
         self.documents, self.encode, self.tokens, self.window, self.seed = documents, encode, tokens, window, seed
-        self._count, self._taken, self._made = 0, 0, list[list[E]]()
-        self._start = (documents.state_dict(), 0)
+        self._window, self._taken = _Window[E](documents.state_dict(), 0, [], False), 0
+        self._count = 0  # of documents read
+        self._next: Future[_Window[E]] | None = None
 
     def take(self) -> list[E]:
         """The next group. StopIteration after the last one."""
-        while self._taken == len(self._made):
-            self._fill()
+        while self._taken == len(self._window.groups):
+            self._turn()
         self._taken += 1
-        return self._made[self._taken - 1]
+        return self._window.groups[self._taken - 1]
+
+    def read_ahead(self) -> None:
+        """Begins to read the next window, where that has not begun; returns at once."""
+        if self._next is None:
+            self._next = Future()
+            Thread(target=self._read_into, args=(self._next,)).start()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is: plain JSON."""
-        documents, count = self._start
-        return {"documents": documents, "count": count, "taken": self._taken}
+        return {"documents": self._window.documents, "count": self._window.count, "taken": self._taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there, given the same options. ValueError: the state of other documents."""
+        if self._next is not None:
+            self._next.exception()  # waits; what was read is not wanted
+            self._next = None
         self.documents.load_state_dict(state["documents"])
-        self._count, self._taken, self._made = state["count"], 0, []
-        self._start = (state["documents"], state["count"])
+        self._count, self._taken = state["count"], 0
+        self._window = _Window(state["documents"], state["count"], [], False)
         if state["taken"]:
-            self._fill()
+            self._turn()
             self._taken = state["taken"]
 
-    def _fill(self) -> None:
-        """The batches of the next window. StopIteration after the last one."""
-        start, examples = (self.documents.state_dict(), self._count), list[E]()
+    def _turn(self) -> None:
+        """To the next window. StopIteration after the last one."""
+        self.read_ahead()
+        try:
+            window = self._next.result()
+        finally:
+            self._next = None
+        if window.empty:
+            raise StopIteration
+        self._window, self._taken = window, 0
+        self.read_ahead()
+
+    def _read_into(self, future: "Future[_Window[E]]") -> None:
+        try:
+            future.set_result(self._read())
+        except BaseException as error:  # raised where the window is wanted
+            future.set_exception(error)
+
+    def _read(self) -> _Window[E]:
+        start, count, examples = self.documents.state_dict(), self._count, list[E]()
+        read, most = 0, MOST * self.tokens
         for _ in range(self.window):
+            if read >= most or not main_thread().is_alive():  # the process ends, and waits for its threads
+                break
             try:
                 document = next(self.documents)
             except StopIteration:
                 break
             try:
-                examples += [e for e in self.encode(document, self._count) if len(e)]
+                made = [e for e in self.encode(document, self._count) if len(e)]
             except ValueError as error:
                 raise ValueError(f"{document.place}: {error}") from error
+            examples += made
+            read += sum(map(len, made))
             self._count += 1
-        self._start, self._taken = start, 0
-        if self._count == start[1]:
-            self._made = []
-            raise StopIteration
-        self._made = self._group(examples, start[1])
+        return _Window(start, count, self._group(examples, count), self._count == count)
 
     def _group(self, examples: list[E], index: int) -> list[list[E]]:
         """The examples of a window that begins with document `index`."""
@@ -310,8 +353,8 @@ class Batches(Groups[Example]):
 
     encode(document, index): its examples; index counts the documents, through all epochs, for what is drawn at random.
     how: "best_fit" cuts no example (see `pack`); "sequential" keeps the order and fills every batch, cutting where one is full:
-    the rest goes on in the next as a sequence of its own. window: how many documents are packed together. ValueError: with the
-    place of a document that cannot be encoded.
+    the rest goes on in the next as a sequence of its own. window: how many documents are packed together, fewer where they would
+    make more than MOST batches. ValueError: with the place of a document that cannot be encoded.
     """
 
     def __init__(

@@ -270,7 +270,10 @@ def run(
     model = plan.model.to(device, dtype).train()
     validation = HeldOut(options, "validation", plan, options.validation_tokens) if options.has("validation") else None
     train = options.documents("train", shuffle=options.shuffle, epochs=None)
-    batches = _Counted(plan.batches(train, plan.encode, options.tokens, seed=options.seed), model)
+    groups = plan.batches(train, plan.encode, options.tokens, seed=options.seed)
+    if not resume:
+        groups.read_ahead()
+    batches = _Counted(groups, model)
 
     def prepare() -> Footprint:
         _lint(options, plan, say)

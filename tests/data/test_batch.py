@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import threading
 
 import _tiny
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastllm import ops
+from fastllm.data import batch
 from fastllm.data.batch import (
     IGNORE,
     Batches,
@@ -291,3 +293,53 @@ def test_batches_name_what_they_cannot_encode(corpus, tokenizer):
         next(Batches(Documents(corpus), lambda d, i: encode(tokenizer, d.fields), tokens=64))
     with pytest.raises(ValueError, match="how='best'"):
         batches(corpus, tokenizer, how="best")
+
+
+def test_a_window_is_read_ahead_of_its_first_batch(corpus, tokenizer):
+    """By a thread, before it is asked for; only one."""
+    read, second = [], threading.Event()
+
+    def encoded(document, index):
+        read.append((index, threading.current_thread()))
+        if index == 49:
+            second.set()
+        return encode_text(tokenizer, document.text, longest=64)
+
+    made = Batches(Documents(corpus, shuffle=7, seed=1, epochs=2), encoded, tokens=64, window=25)
+    made.read_ahead()
+    made.read_ahead()
+    assert not second.wait(0.1)  # nobody has taken from the first one
+    state = made.state_dict()
+    first = flat([next(made)])
+    assert second.wait(60) and [index for index, _ in read] == list(range(50))
+    assert all(thread is not threading.main_thread() for _, thread in read)
+    made.load_state_dict(state)  # what was read is not wanted
+    assert flat([next(made)]) == first and flat(made) == flat(batches(corpus, tokenizer))[1:]
+
+
+def test_an_error_waits_for_its_window(corpus, tokenizer):
+    def encoded(document, index):
+        if index == 30:
+            raise ValueError("no")
+        return encode_text(tokenizer, document.text, longest=64)
+
+    taken = []
+    with pytest.raises(ValueError, match=r"f\.jsonl:31: no"):
+        for made in Batches(Documents(corpus), encoded, tokens=64, window=25):
+            taken.append(made)
+    before = itertools.islice(Documents(corpus), 25)
+    assert sum(len(b.packed.ids) for b in taken) == sum(len(e) for d in before for e in encode_text(tokenizer, d.text))
+
+
+def test_a_window_of_long_documents_has_fewer(corpus, tokenizer, monkeypatch):
+    """And goes on at any batch."""
+    monkeypatch.setattr(batch, "MOST", 2)
+    first = batches(corpus, tokenizer)
+    begun = flat([next(first)])
+    assert 0 < sum(map(len, first._window.groups)) < 25
+    again = batches(corpus, tokenizer)
+    again.load_state_dict(first.state_dict())
+    rest = flat(first)
+    assert flat(again) == rest
+    wanted = sum(len(ids) for ids, *_ in flat(batches(corpus, tokenizer, how="sequential")))
+    assert sum(len(ids) for ids, *_ in begun + rest) == wanted
