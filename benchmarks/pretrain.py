@@ -45,6 +45,7 @@ from fastllm.evaluate.text import bleu, rouge
 from fastllm.files import Replacing
 from fastllm.models.baselines import KneserNey, held_out_nats
 from fastllm.train import PretrainOptions, SftOptions, pretrain, sft
+from fastllm.train.checkpoint import Checkpoints
 from fastllm.train.plots import read_log
 
 FRACTIONS = {"train": 0.9, "validation": 0.05, "test": 0.05}
@@ -55,10 +56,10 @@ COMMON: dict[str, Any] = {
     "validation_tokens": 60_000,
 }  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
-    "decoder": {"preset": "nano", "vocab_size": 2048, "tokens": 2048, "steps": 2000, "lr": 6e-3},
-    "encoder": {"preset": "nano", "vocab_size": 2048, "tokens": 2048, "steps": 3000, "lr": 1e-3, "mask_rate": 0.3},
-    "seq2seq": {"preset": "nano", "vocab_size": 2048, "tokens": 2048, "steps": 3000, "lr": 3e-3},
-    "translation": {"tokens": 2048, "steps": 1500, "lr": 1e-3},
+    "decoder": {"preset": "nano", "vocab_size": 2048, "tokens": 2048, "steps": 4000, "lr": 6e-3},
+    "encoder": {"preset": "nano", "vocab_size": 2048, "tokens": 2048, "steps": 4000, "lr": 1e-3, "mask_rate": 0.3},
+    "seq2seq": {"preset": "nano", "vocab_size": 2048, "tokens": 2048, "steps": 4000, "lr": 2e-3},
+    "translation": {"tokens": 2048, "steps": 3000, "lr": 2e-3},
 }
 CLASSES = ("decoder", "encoder", "seq2seq")
 WORK = (*CLASSES, "translation")
@@ -99,7 +100,7 @@ def counted(documents: Callable[[str], list[np.ndarray]], vocab: int) -> tuple[K
 
 
 def decoder_baseline(corpus: Corpus, out: Path) -> dict[str, float]:
-    tokenizer = Tokenizer.from_folder(out / "tokenizer")
+    tokenizer = Tokenizer.from_folder(out / "tokenizer")  # that of every seed: it is trained on the same text
 
     def documents(split: str) -> list[np.ndarray]:
         return [whole(encode_text(tokenizer, text)[0]) for text in corpus.texts(split)]
@@ -131,9 +132,9 @@ def spans_baseline(corpus: Corpus, out: Path, seed: int) -> dict[str, float]:
 
 def class_run(arch: str, corpus: Corpus, out: Path, seed: int, changed: dict[str, Any]) -> dict[str, Any]:
     options = PretrainOptions(
-        arch=arch, data=corpus.paths, out=str(out), seed=seed, eval_every=200, **COMMON | SIZES[arch] | changed
+        arch=arch, data=corpus.paths, out=str(out), seed=seed, eval_every=250, **COMMON | SIZES[arch] | changed
     )
-    report = pretrain(options, resume=True)
+    report = pretrain(options, resume=begun(out))
     found = dataclasses.asdict(report) | {"curve": curve(out)}
     if arch == "decoder":
         found |= decoder_baseline(corpus, out)
@@ -144,20 +145,20 @@ def class_run(arch: str, corpus: Corpus, out: Path, seed: int, changed: dict[str
 
 def translation_run(corpus: Corpus, out: Path, seed: int, changed: dict[str, Any]) -> dict[str, Any]:
     """Tuned, and from nothing with the same vocabulary and steps."""
-    trained = out.parent / "seq2seq" / "model"
+    trained, nothing = out.parent / "seq2seq" / "model", out.parent / "translation-bare"
     files = {
         "data": str(corpus.pairs["train"]),
         "validation": str(corpus.pairs["validation"]),
         "test": str(corpus.pairs["test"]),
     }
-    given = COMMON | SIZES["translation"] | files | {"eval_every": 150, "seed": seed} | changed
-    tuned = sft(SftOptions(model=str(trained), out=str(out), **given), resume=True)
+    given = COMMON | SIZES["translation"] | files | {"eval_every": 250, "seed": seed} | changed
+    tuned = sft(SftOptions(model=str(trained), out=str(out), **given), resume=begun(out))
     bare = pretrain(
         PretrainOptions(
-            arch="seq2seq", preset=SIZES["seq2seq"]["preset"], tokenizer=str(trained), out=str(out.parent / "translation-bare"),
+            arch="seq2seq", preset=SIZES["seq2seq"]["preset"], tokenizer=str(trained), out=str(nothing),
             **given,
         ),
-        resume=True,
+        resume=begun(nothing),
     )  # fmt: skip
     records = [d.fields for d in Documents(corpus.pairs["test"])]
     wanted, left = [r["target"] for r in records], [r["source"].split(": ", 1)[1] for r in records]
@@ -172,6 +173,11 @@ def translation_run(corpus: Corpus, out: Path, seed: int, changed: dict[str, Any
             for r, o in zip(records[::40], made.records[::40], strict=True)
         ]
     return found | {"curve": curve(out)}
+
+
+def begun(out: Path) -> bool:
+    """Whether a run was cut off there, after it had kept something."""
+    return bool(Checkpoints(out).steps())
 
 
 def curve(out: Path) -> list[dict[str, float]]:
@@ -289,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--steps: {options.steps}; allowed: 1 or more")
     kept = options.out / "pretrain.json"
     found = json.loads(kept.read_text())["seeds"] if options.keep and kept.exists() else {}
-    corpus, changed = Corpus(options.out / "corpus"), {"steps": options.steps} if options.steps else {}
+    corpus, changed = Corpus(options.out / "corpus"), _steps(options.steps)
     for seed in options.seeds:
         done = found.setdefault(str(seed), {})
         for work in [name for name in WORK if name in options.only and name not in done]:
@@ -299,6 +305,10 @@ def main(arguments: list[str] | None = None) -> None:
             done[work] = run(corpus, out, seed, changed) if run else class_run(work, corpus, out, seed, changed)
             write(options, found)  # what is there, if it is cut off
     print(table(list(found.values())))
+
+
+def _steps(count: int | None) -> dict[str, Any]:
+    return {} if count is None else {"steps": count, "warmup": min(COMMON["warmup"], count // 4)}
 
 
 def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
