@@ -1,7 +1,8 @@
 """What fine-tuning on a task buys, and what it costs: SmolLM2-135M asked whether a review is positive or negative.
 
-    python benchmarks/reviews.py --out runs/reviews                                  # 100, 500, 1,000 and all examples
-    python benchmarks/reviews.py --out runs/reviews --counts 100 500 --seeds 0 1 2
+    python benchmarks/reviews.py --out runs/reviews            # 100, 500, 1,000 and all examples, three seeds
+    python benchmarks/reviews.py --out runs/reviews --counts 100 500 --seeds 0
+    python benchmarks/reviews.py --out runs/reviews --keep     # goes on where an earlier run ended
 
 Sentences of product reviews with the mean of twenty people's ratings (Hutto and Gilbert 2014), the split by a hash of their text.
 Before: the majority label, and the model prompted with 0, 1 and 5 solved examples. After: `fastllm sft` on so many examples, the
@@ -19,19 +20,22 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from corpora import packaged
 
-from fastllm import LLM
+from fastllm import LLM, hub
 from fastllm.data.instruct import REVIEWS, Instructions, read_reviews
 from fastllm.data.questions import HEADLINES, LABELS, headline, lettered
 from fastllm.data.sources import Documents, split_of, write_jsonl
 from fastllm.evaluate.choice import score, summarise
 from fastllm.evaluate.perplexity import perplexity
 from fastllm.files import Replacing
+from fastllm.models.text import read_text
 from fastllm.train import SftOptions, sft
+from fastllm.train.checkpoint import Checkpoints
 
 MODEL = "smollm2-135m"
 FRACTIONS = {"train": 0.7, "validation": 0.1, "test": 0.2}
@@ -114,7 +118,8 @@ def train(options, out: Path, data: Any, validation: Path, steps: int, seed: int
             model=MODEL, data=data, out=str(out), validation=str(validation), test=0, steps=steps, seed=seed, lr=options.lr,
             warmup=min(10, steps // 4), tokens=options.tokens, max_length=LONGEST, eval_every=max(1, steps // 4), samples=0,
             validation_tokens=8000, lint="off", mix_temperature=2.0,
-        )
+        ),
+        resume=bool(Checkpoints(out).steps()),
     )  # fmt: skip
     return {
         "steps": report.steps,
@@ -129,41 +134,57 @@ def steps_of(path: Path, tokenizer, tokens: int, passes: float) -> int:
     return max(4, math.ceil(passes * total / tokens))
 
 
-def run(options, seed: int) -> dict[str, Any]:
-    out = Path(options.out) / f"seed-{seed}"
-    out.mkdir(parents=True, exist_ok=True)
-    reviews, others = Reviews(seed), Others(seed, options.others)
+def before(reviews: Reviews, others: Others, shots: list[int]) -> dict[str, Any]:
+    """The majority, the model prompted, and what it knows of the other tasks."""
     llm = LLM(MODEL, dtype="float32")
-    tokenizer = llm.tokenizer
     answers = [NAMES.index(r["label"]) for r in reviews.splits["test"]]
-    found: dict[str, Any] = {
+    prompted = {str(k): summarise(score(llm, reviews.questions(llm.tokenizer, "test", k)))["accuracy"] for k in shots}
+    return {
         "examples": {name: len(records) for name, records in reviews.splits.items()},
         "majority": max(answers.count(0), answers.count(1)) / len(answers),
-        "prompted": {
-            k: summarise(score(llm, reviews.questions(tokenizer, "test", k)))["accuracy"] for k in options.shots
-        },
+        "prompted": prompted,
         "before": others.measure(llm),
         "tuned": [],
     }
-    told = {name: found[name] for name in ("majority", "prompted", "before")}
-    print(f"seed {seed}: {told}", flush=True)
-    del llm
+
+
+def after(options, out: Path, reviews: Reviews, others: Others, count: int, mixed: bool) -> dict[str, Any]:
+    """A training, and the same measures of what came of it."""
+    tokenizer = read_text(hub.resolve(MODEL))[0]
+    data, validation = reviews.write(tokenizer, out, count)
+    steps = steps_of(data, tokenizer, options.tokens, PASSES.get(count, 1))
+    sources: Any = {"reviews": str(data), **others.write(tokenizer, out)} if mixed else str(data)
+    folder = out / named(count, mixed)
+    made = train(options, folder, sources, validation, steps * (2 if mixed else 1), reviews.seed)
+    llm = LLM(made["model"], dtype="float32")
+    accuracy = summarise(score(llm, reviews.questions(tokenizer, "test")))["accuracy"]
+    return {"count": count, "mixed": mixed, "accuracy": accuracy, "after": others.measure(llm)} | made
+
+
+def named(count: int, mixed: bool) -> str:
+    return f"{count}-mixed" if mixed else str(count)
+
+
+def run(options, seed: int, found: dict[str, Any], keep: Callable[[], None]) -> None:
+    """What is missing of a seed; `keep` is called when something was added."""
+    out = Path(options.out) / f"seed-{seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    reviews, others = Reviews(seed), Others(seed, options.others)
+    if not found:
+        found |= before(reviews, others, options.shots)
+        told = {name: found[name] for name in ("majority", "prompted", "before")}
+        print(f"seed {seed}: {told}", flush=True)
+        keep()
     everything = len(reviews.splits["train"])
     runs = [(min(count or everything, everything), False) for count in options.counts]
+    there = [(row["count"], row["mixed"]) for row in found["tuned"]]
     for count, mixed in [*runs, (everything, True)][: len(runs) + options.mix]:
-        data, validation = reviews.write(tokenizer, out, count)
-        steps = steps_of(data, tokenizer, options.tokens, PASSES.get(count, 1))
-        sources: Any = {"reviews": str(data), **others.write(tokenizer, out)} if mixed else str(data)
-        folder = out / (f"{count}-mixed" if mixed else str(count))
-        made = train(options, folder, sources, validation, steps * (2 if mixed else 1), seed)
-        llm = LLM(made["model"], dtype="float32")
-        accuracy = summarise(score(llm, reviews.questions(tokenizer, "test")))["accuracy"]
-        row = {"count": count, "mixed": mixed, "accuracy": accuracy, "after": others.measure(llm)} | made
-        found["tuned"].append(row)
-        name = f"{count} mixed" if mixed else str(count)
-        print(f"  {name}: {accuracy:.3f} after {made['seconds']:.0f} s, others {row['after']}", flush=True)
-        del llm
-    return found
+        if (count, mixed) not in there:
+            row = after(options, out, reviews, others, count, mixed)
+            found["tuned"].append(row)
+            told = f"{row['accuracy']:.3f} after {row['seconds']:.0f} s, others {row['after']}"
+            print(f"  {named(count, mixed)}: {told}", flush=True)
+            keep()
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -182,7 +203,7 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = ["| | reviews | sarcasm | MMLU | Wikipedia, bits a byte |", "|---|---|---|---|---|"]
     lines.append(f"| majority | {shown([r['majority'] for r in results])} | | | |")
     for shots in results[0]["prompted"]:
-        last = others([r["before"] for r in results]) if shots == 0 else " | | "
+        last = others([r["before"] for r in results]) if shots == "0" else " | | "
         lines.append(f"| {shots} shots | {shown([r['prompted'][shots] for r in results])} | {last} |")
     for rows in zip(*(r["tuned"] for r in results), strict=True):
         name = f"{rows[0]['count']:,} examples" + (", mixed" if rows[0]["mixed"] else "")
@@ -231,24 +252,47 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True)
     parser.add_argument("--counts", type=int, nargs="+", default=[100, 500, 1000, 0], help="examples; 0: all")
     parser.add_argument("--shots", type=int, nargs="+", default=[0, 1, 5])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--others", type=int, default=200, help="records of each other task")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--no-mix", dest="mix", action="store_false", help="leave the mixture out")
-    options = parser.parse_args()
-    results = [run(options, seed) for seed in options.seeds]
+    parser.add_argument("--keep", action="store_true", help="go on where an earlier run to --out ended")
+    options = parser.parse_args(arguments)
     out = Path(options.out)
-    with Replacing(out) as files:
-        files.write("reviews.json", json.dumps({"options": vars(options), "seeds": results}, indent=1) + "\n")
-        files.write("reviews.md", table(results))
-        draw(results, files.part("reviews.png"))
-    print(table(results))
+    found = kept(out / "reviews.json", vars(options)) if options.keep else {}
+
+    def keep() -> None:
+        whole = [each for each in found.values() if each["tuned"]]
+        least = min((len(each["tuned"]) for each in whole), default=0)
+        whole = [each | {"tuned": each["tuned"][:least]} for each in whole]  # what all of them have
+        with Replacing(out) as files:
+            files.write("reviews.json", json.dumps({"options": vars(options), "seeds": found}, indent=1) + "\n")
+            if whole:
+                files.write("reviews.md", table(whole))
+                draw(whole, files.part("reviews.png"))
+
+    for seed in options.seeds:
+        run(options, seed, found.setdefault(str(seed), {}), keep)
+    print(table(list(found.values())))
+
+
+def kept(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The seeds of an earlier run by the same options; an exit that says why, where they differ."""
+    if not path.exists():
+        return {}
+    earlier = json.loads(path.read_text())
+    differ = [k for k in given.keys() - {"keep", "out", "seeds"} if earlier["options"].get(k) != given[k]]
+    if differ:
+        raise SystemExit(
+            f"--keep: {path} has other {', '.join(sorted(differ))}; leave --keep out, or give another --out"
+        )
+    return earlier["seeds"]
 
 
 if __name__ == "__main__":
