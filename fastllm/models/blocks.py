@@ -5,7 +5,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .. import ops
 from ..ops import Panels, QWeight
 
 Weight = Tensor | Panels | QWeight
+Result = TypeVar("Result")
 Adapted = tuple[ops.AdapterPool, Tensor]  # the pool of a projection, and which of its adapters each row takes
 
 
@@ -37,8 +38,10 @@ class Projection(nn.Module):
         norm: "RMSNorm | LayerNorm | None" = None,
         residual: Tensor | None = None,
         adapted: Adapted | None = None,
+        gate: bool = True,
     ) -> Tensor:
-        """x [..., K] -> [..., N]; norm is applied to x first, residual [..., N] is added last."""
+        """x [..., K] -> [..., N]; norm is applied to x first, residual [..., N] is added last. gate: False leaves what swiglu
+        would take, [..., 2F], of a weight that is not packed."""
         fused: dict[str, Any] = {"residual": residual}
         if isinstance(norm, RMSNorm):
             fused |= {"norm": norm.gain, "eps": norm.eps}
@@ -46,7 +49,7 @@ class Projection(nn.Module):
             x = norm(x)
         if adapted is not None:
             return ops.multi_lora(x, self.weight, *adapted, self.bias, **fused)
-        fused["swiglu"] = self.swiglu
+        fused["swiglu"] = self.swiglu and gate
         linear = ops.quant_linear if isinstance(self.weight, QWeight) else ops.linear
         return linear(x, self.weight, self.bias, **fused)
 
@@ -136,6 +139,31 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = GATED | {
     "gelu": ops.gelu,
     "gelu_tanh": lambda h: ops.gelu(h, "tanh"),
 }
+
+
+def activated(
+    layer: "Recomputable", activation: Callable[[Tensor], Tensor], h: Tensor, last: Callable[[Tensor], Result]
+) -> Result:
+    """last(activation(h)), of which the backward keeps h alone: it computes the activation again, which costs little beside the
+    products around it and gives the same bits."""
+    y = activation(h)
+    # a layer that is computed again as a whole keeps nothing, and hooks within it would; a compiler chooses for itself
+    if not (torch.is_grad_enabled() and h.requires_grad) or layer.recompute or torch.compiler.is_compiling():
+        return last(y)
+    place, count, given = y.data_ptr(), y.numel(), h.detach()
+
+    def pack(kept: Tensor) -> Tensor | torch.Size:
+        is_y = kept.data_ptr() == place and kept.numel() == count and kept.is_contiguous()
+        return kept.shape if is_y else kept
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return activation(given).view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return last(y)
 
 
 class Recomputable(nn.Module):

@@ -29,6 +29,7 @@ from .blocks import (
     Projection,
     Recomputable,
     RMSNorm,
+    activated,
     recomputable,
 )  # fmt: skip
 
@@ -217,19 +218,37 @@ class Layer(Recomputable):
         x, qkv = self._read(self.qkv, self.attn_norm, x, added, adapted("qkv"))
         y = attend(*self._heads(qkv), index).flatten(-2)
         x, added = self._write(self.out, self.post_attn_norm, x, y, adapted("out"))
-        x, h = self._read(self.get_submodule(self.first), self.mlp_norm, x, added, adapted(self.first))
-        if self.activation is not None:
-            h = self.activation(h)
-        return self._write(self.down, self.post_mlp_norm, x, h, adapted("down"))
+        first, activation = self.get_submodule(self.first), self.activation
+        if activation is None and adapters is None and self._trains_apart(first, x):
+            activation = GATED["swiglu"]
+        x, h = self._read(first, self.mlp_norm, x, added, adapted(self.first), gate=activation is None)
+        if activation is None:
+            return self._write(self.down, self.post_mlp_norm, x, h, adapted("down"))
+        return activated(
+            self, activation, h, lambda y: self._write(self.down, self.post_mlp_norm, x, y, adapted("down"))
+        )
+
+    @staticmethod
+    def _trains_apart(first: Projection, x: Tensor) -> bool:
+        """Whether the gate is an op of its own, for `activated`: where that has the bits of the fused call, which rounds the
+        product once on a CPU."""
+        trained = isinstance(first.weight, Tensor) and (x.requires_grad or first.weight.requires_grad)
+        return trained and torch.is_grad_enabled() and (x.is_cuda or x.dtype == torch.float32)
 
     def _read(
-        self, projection: Projection, norm: nn.Module, x: Tensor, added: Tensor | None, adapted: Adapted | None
+        self,
+        projection: Projection,
+        norm: nn.Module,
+        x: Tensor,
+        added: Tensor | None,
+        adapted: Adapted | None,
+        gate: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """x + added, and the projection of its norm."""
         if added is None:
-            return x, projection(x, norm=norm, adapted=adapted)
+            return x, projection(x, norm=norm, adapted=adapted, gate=gate)
         h, x = norm(x, added)
-        return x, projection(h, adapted=adapted)
+        return x, projection(h, adapted=adapted, gate=gate)
 
     def _write(
         self, projection: Projection, norm: RMSNorm | None, x: Tensor, h: Tensor, adapted: Adapted | None

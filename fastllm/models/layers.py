@@ -16,6 +16,7 @@ from .blocks import (
     Projection,
     Recomputable,
     RMSNorm,
+    activated,
     make_gains,
     recomputable,
     replace_weight,
@@ -103,9 +104,11 @@ class Layer(Recomputable):
             x = self._add(
                 self.cross_norm, x, self.cross_out, lambda h, norm: cross(self._query(h, norm), *keys).flatten(-2)
             )
-        return self._add(self.mlp_norm, x, self.down, self._inner)
+        return self._add(self.mlp_norm, x, self._down, lambda h, norm: self.up(h, norm=norm))
 
-    def _add(self, norm: Norm, x: Tensor, last: Projection, part: Callable[[Tensor, Norm | None], Tensor]) -> Tensor:
+    def _add(
+        self, norm: Norm, x: Tensor, last: Callable[..., Tensor], part: Callable[[Tensor, Norm | None], Tensor]
+    ) -> Tensor:
         """x + last(part(norm(x))), or norm(x + last(part(x))); a part's first projection takes the norm in."""
         if self.norm_first:
             return last(part(x, norm), residual=x)
@@ -118,8 +121,11 @@ class Layer(Recomputable):
     def _query(self, x: Tensor, norm: Norm | None) -> Tensor:
         return self.cross_q(x, norm=norm).unflatten(-1, self.heads)
 
-    def _inner(self, x: Tensor, norm: Norm | None) -> Tensor:
-        return ACTIVATIONS[self.activation](self.up(x, norm=norm))
+    def _down(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
+        activation = ACTIVATIONS[self.activation]
+        if self.activation == "relu":  # its backward reads its result, which is there then
+            return self.down(activation(h), residual=residual)
+        return activated(self, activation, h, lambda y: self.down(y, residual=residual))
 
 
 # --------------------------------------------------------------------------------------------------- weights for decoding

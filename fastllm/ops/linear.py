@@ -489,7 +489,11 @@ def linear(
     check_fusion("linear", x, weight, bias, norm, residual, swiglu)
     op = forward_exact if exact else forward
     if must_compose(x, weight, bias, norm, residual, swiglu):
-        return compose(
-            lambda v, wide: op(v, weight, bias, None, eps, None, False, wide), x, norm, eps, residual, swiglu
-        )
+        # torch rounds its products on a GPU, so what comes behind need not keep them in float32
+        rounded = x.is_cuda and not exact and (residual is None or not swiglu)
+
+        def product_of(v, wide):
+            return op(v, weight, bias, None, eps, None, False, wide and not rounded)
+
+        return compose(product_of, x, norm, eps, residual, swiglu)
     return op(x, weight, bias, norm, eps, residual, swiglu, False)

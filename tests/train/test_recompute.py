@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 from _training import VOCAB, batches, decoder, equal, parameters
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastllm import ops
+from fastllm import models, ops
 from fastllm.data.packed import Packed
-from fastllm.models.blocks import recomputing
+from fastllm.models.blocks import activated, recomputing
 from fastllm.models.decoder import TRAITS
 from fastllm.models.encoder import Encoder, EncoderConfig
 from fastllm.models.seq2seq import Seq2Seq, Seq2SeqConfig
@@ -90,6 +91,59 @@ def test_the_bits_are_the_same_and_less_is_kept(name, dropping):
     dropping.clear()
     step(model, hidden)
     assert len(dropping) == once  # as before
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name != "transformer"]
+)  # whose relu keeps its result itself
+def test_activations_are_made_again(name, monkeypatch):
+    """What the second projection of an MLP reads is not kept, and the gradients have the same bits."""
+    made: list[StorageWeakRef] = []
+
+    def watched(layer, activation, h, last):
+        def noted(h):
+            y = activation(h)
+            made.append(StorageWeakRef(y.untyped_storage()))
+            return y
+
+        return activated(layer, noted, h, last)
+
+    torch.manual_seed(0)
+    make, hidden = MODELS[name]
+    model, found = make(), {}
+    ways = {"kept": lambda layer, activation, h, last: last(activation(h)), "again": watched}
+    for way, either in ways.items():
+        for module in (models.decoder, models.layers):
+            monkeypatch.setattr(module, "activated", either)
+        x = model.hidden(torch.arange(100).view(2, 50)) if hidden is None else hidden(model)
+        once = len(made)
+        assert all(ref.expired() for ref in made)
+        x.square().mean().backward()
+        found[way] = [p.grad for p in model.parameters() if p.grad is not None]
+        model.zero_grad(set_to_none=True)
+    assert once >= 3 and len(made) == 2 * once and equal(found["kept"], found["again"])
+
+
+def test_where_activations_are_kept():
+    """Without a gradient, in a layer that is computed again as a whole, and where two roundings would differ from one."""
+    model, calls = decoder(), []
+    layer, h = model.layers[0], torch.randn(3, 8, requires_grad=True)
+
+    def activation(h):
+        calls.append(h)
+        return h * 2
+
+    with torch.no_grad():
+        assert not activated(layer, activation, h, lambda y: y * y).requires_grad
+    with recomputing(model):
+        activated(layer, activation, h, lambda y: y * y).sum().backward()
+    assert len(calls) == 2
+    activated(layer, activation, h, lambda y: y * y).sum().backward()
+    assert len(calls) == 5  # the second factor of a product is kept too
+    first = model.layers[0].gate_up
+    assert model.layers[0]._trains_apart(first, torch.ones(1)) and not model.layers[0]._trains_apart(
+        first, torch.ones(1).half()
+    )
 
 
 def test_a_run_has_the_same_bits(tmp_path):
