@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -134,26 +135,28 @@ class Transformers(Trainer):
 
 
 class Ours(Trainer):
-    """The model written on `fastllm.ops`. Each parameter is updated by `ops.adamw` as soon as the backward has its gradient,
-    which is freed at once: no more than a few gradients are ever held."""
+    """The same weights as a `Decoder`. Each parameter is updated by `ops.adamw` as soon as the backward has its gradient, which
+    is freed at once: no more than a few gradients are ever held."""
 
     def build(self):
+        from fastllm import models
         from fastllm.ops import AdamWSpec, AdamWState
 
         torch, self.done, self.spec = self.torch, 0, AdamWSpec(lr=LR, weight_decay=0.01)
-        build, self.forward = {"gpt2": (_gpt2, _gpt2_hidden), "llama": (_llama, _llama_hidden)}[self.shape.kind]
-        self.weights = build(theirs(self.shape, self.device), self.shape)
-        for p in _flat(self.weights):
+        with tempfile.TemporaryDirectory() as folder:
+            theirs(self.shape).save_pretrained(folder)
+            self.model = models.load(folder).to(self.device, getattr(torch, self.shape.dtype)).train()
+        for p in self.model.parameters():
             state = AdamWState(torch.zeros_like(p), torch.zeros_like(p))
             p.register_post_accumulate_grad_hook(functools.partial(self.update_one, state))
 
     def loss(self, ids):
         from fastllm import ops
 
-        hidden = self.forward(self.weights, ids, self.shape)
+        hidden = self.model.norm(self.model.hidden(ids))
         target = self.torch.full_like(ids, -100)
         target[:, :-1] = ids[:, 1:]  # the last token has no successor
-        return ops.linear_cross_entropy(hidden.flatten(0, 1), self.weights["head"], target.flatten())
+        return ops.linear_cross_entropy(hidden.flatten(0, 1), self.model.head.weight, target.flatten())
 
     def update_one(self, state, parameter):
         from fastllm import ops
@@ -163,102 +166,6 @@ class Ours(Trainer):
 
     def update(self):
         self.done += 1
-
-
-def _flat(weights):
-    """Every tensor once: a tied head is the embedding."""
-    seen = {}
-    for value in weights.values():
-        for t in (x for layer in value for x in layer.values()) if isinstance(value, list) else (value,):
-            seen[id(t)] = t
-    return (t for t in seen.values() if t.requires_grad)
-
-
-def _leaf(*tensors):
-    """The tensors stacked by rows as one parameter of ours."""
-    import torch
-
-    return torch.cat([t.detach() for t in tensors]).contiguous().requires_grad_()
-
-
-def _gpt2(model, shape):
-    """transformers keeps its projections as [inputs, outputs]."""
-    top, layers = model.transformer, []
-    for block in top.h:
-        layer = {}
-        for name, module in (
-            ("qkv", block.attn.c_attn), ("out", block.attn.c_proj), ("up", block.mlp.c_fc), ("down", block.mlp.c_proj),
-        ):  # fmt: skip
-            layer[name], layer[f"{name}_bias"] = _leaf(module.weight.t()), _leaf(module.bias)
-        for name, module in (("norm1", block.ln_1), ("norm2", block.ln_2)):
-            layer[name], layer[f"{name}_bias"] = _leaf(module.weight), _leaf(module.bias)
-        layers.append(layer)
-    embedding = _leaf(top.wte.weight)
-    return {
-        "embedding": embedding, "head": embedding, "positions": _leaf(top.wpe.weight), "layers": layers,
-        "norm": _leaf(top.ln_f.weight), "norm_bias": _leaf(top.ln_f.bias),
-    }  # fmt: skip
-
-
-def _gpt2_hidden(w, ids, shape):
-    from fastllm import ops
-
-    x = ops.embedding(ids, w["embedding"])  # [B, S, dim]
-    delta = w["positions"][: ids.shape[1]].expand_as(x)
-    for layer in w["layers"]:
-        y, x = ops.layer_norm(x, layer["norm1"], layer["norm1_bias"], residual=delta)
-        qkv = ops.linear(y, layer["qkv"], layer["qkv_bias"]).unflatten(-1, (3, shape.heads, -1))
-        attended = ops.attention(*qkv.unbind(2)).flatten(-2)
-        delta = ops.linear(attended, layer["out"], layer["out_bias"])
-        y, x = ops.layer_norm(x, layer["norm2"], layer["norm2_bias"], residual=delta)
-        up = ops.gelu(ops.linear(y, layer["up"], layer["up_bias"]), "tanh")
-        delta = ops.linear(up, layer["down"], layer["down_bias"])
-    return ops.layer_norm(x, w["norm"], w["norm_bias"], residual=delta)[0]
-
-
-def _llama(model, shape):
-    from fastllm import ops
-
-    layers = []
-    for block in model.model.layers:
-        attn, mlp = block.self_attn, block.mlp
-        layers.append(
-            {
-                "norm1": _leaf(block.input_layernorm.weight),
-                "qkv": _leaf(attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight),
-                "out": _leaf(attn.o_proj.weight),
-                "norm2": _leaf(block.post_attention_layernorm.weight),
-                "gate_up": _leaf(mlp.gate_proj.weight, mlp.up_proj.weight),
-                "down": _leaf(mlp.down_proj.weight),
-            }
-        )
-    theta = model.config.rope_parameters["rope_theta"]
-    table = ops.rope_table(shape.length, shape.dim // shape.heads, theta, device=model.device)
-    embedding = _leaf(model.model.embed_tokens.weight)
-    weights = {"embedding": embedding, "head": embedding if shape.tied else _leaf(model.lm_head.weight)}
-    return weights | {"layers": layers, "norm": _leaf(model.model.norm.weight), "rope": table}
-
-
-def _llama_hidden(w, ids, shape):
-    import torch
-
-    from fastllm import ops
-
-    x, delta = ops.embedding(ids, w["embedding"]), None
-    position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    for layer in w["layers"]:
-        if delta is None:
-            y = ops.rms_norm(x, layer["norm1"])
-        else:
-            y, x = ops.rms_norm(x, layer["norm1"], residual=delta)
-        qkv = ops.linear(y, layer["qkv"]).unflatten(-1, (shape.heads + 2 * shape.kv_heads, -1))
-        q, k, v = qkv.split((shape.heads, shape.kv_heads, shape.kv_heads), 2)
-        q, k = ops.rope(q, k, position, w["rope"])
-        delta = ops.linear(ops.attention(q, k, v).flatten(-2), layer["out"])
-        y, x = ops.rms_norm(x, layer["norm2"], residual=delta)
-        gate, up = ops.linear(y, layer["gate_up"]).chunk(2, -1)
-        delta = ops.linear(ops.swiglu(gate, up), layer["down"])
-    return ops.rms_norm(x, w["norm"], residual=delta)[0]
 
 
 class Ceiling:
