@@ -26,6 +26,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -108,6 +109,7 @@ struct Machine {
   int capability = 9, shared_limit = 227 << 10, multiprocessors = 132;
   std::string message;
   std::map<const void*, int> shared_allowed;
+  std::set<const void*> large_clusters;    // that may have 16 blocks
   // of the launch that runs
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
@@ -239,7 +241,7 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInsuffic
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributeNonPortableClusterSizeAllowed = 9 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 struct cudaLaunchAttributeValue {
   dim3 clusterDim;
@@ -270,7 +272,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) 
                                                        : cuda_host::machine.shared_limit;
   return cudaSuccess;
 }
-template <class F> cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int bytes) {
+template <class F> cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute what, int bytes) {
+  if (what == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    cuda_host::machine.large_clusters.insert(reinterpret_cast<const void*>(kernel));
+    return cudaSuccess;
+  }
   if (bytes > cuda_host::machine.shared_limit) return cudaErrorInvalidValue;
   cuda_host::machine.shared_allowed[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
@@ -284,7 +290,7 @@ template <class F> cudaError_t launch(const cudaLaunchConfig_t& c, const void* k
   for (unsigned i = 0; i < c.numAttrs; ++i) cluster = c.attrs[i].val.clusterDim;
   const int threads = int(c.blockDim.x), allowed = m.shared_allowed.count(kernel) ? m.shared_allowed[kernel] : 48 << 10;
   if (int64_t(c.dynamicSmemBytes) > std::max(allowed, 48 << 10) || threads < 1 || threads > 1024 || c.gridDim.x % cluster.x ||
-      !c.gridDim.x || cluster.x > 8 || (cluster.x > 1 && m.capability < 9) || c.blockDim.y * c.blockDim.z != 1 || c.gridDim.z != 1)
+      !c.gridDim.x || cluster.x > (m.large_clusters.count(kernel) ? 16 : 8) || (cluster.x > 1 && m.capability < 9) || c.blockDim.y * c.blockDim.z != 1 || c.gridDim.z != 1)
     return cudaErrorInvalidValue;
   gridDim = c.gridDim, blockDim = c.blockDim;
   m.kernel = &run, m.run = [](const void* f) { (*static_cast<const F*>(f))(); };

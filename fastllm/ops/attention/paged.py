@@ -25,7 +25,7 @@ from ... import _C
 from .._op import DTYPES, Op, check, check_dtype, pointer
 from ..kv_cache import PAGE, PAGE_DTYPES, KVPages, check_pages
 from ..rope import unit_stride
-from . import dense
+from . import decode, dense
 from .dense import as_float
 from .reference import reference as dense_reference
 from .spec import CAUSAL, AttentionSpec, Settings
@@ -98,6 +98,8 @@ forward = Op(
     fake=lambda q, *others: _output(q),
     cpu=cpu,
     triton=gpu,
+    cuda=decode.cuda,
+    cuda_name=decode.NAME,
 )
 
 
