@@ -1,5 +1,5 @@
-"""paged_attention of few rows over long texts in CUDA C++ (csrc/cuda/paged_attention.cu), in the place of Triton's: `refusal` says
-what it cannot do."""
+"""paged_attention of few rows over long texts in CUDA C++ (csrc/cuda/paged_attention.cu), in the place of Triton's: `refusal`
+says what it cannot do. Not measured on a GPU yet: FASTLLM_CUDA_KERNELS=paged_attention runs it."""
 
 import torch
 from torch import Tensor
