@@ -97,6 +97,11 @@ def test_keys_shared_by_a_cluster(multiprocessors):
     check(Cache([700], 4, 1, 64, torch.bfloat16, more_pages=260), multiprocessors=multiprocessors)
 
 
+def test_a_long_text_of_one_block():
+    """Whose warps read their pages' numbers in several goes."""
+    check(Cache([33 * 8 * PAGE - 3], 1, 1, 64, torch.bfloat16), multiprocessors=1)
+
+
 def test_lengths_that_end_anywhere():
     for first in range(1, 34, 5):
         check(Cache([*range(first, first + 5), 129 + first], 2, 1, 64, torch.float16, seed=first))
@@ -121,8 +126,26 @@ def test_rows_that_are_not_one_a_sequence():
     check(late)
 
 
+def test_fewer_keys_than_rows_and_more_rows_than_there_are():
+    cache = Cache([1, 2, 40], 4, 2, 64, torch.bfloat16, rows=[2, 1, 0])
+    assert not check(cache)[0].any()
+    cache = Cache([40, 30], 4, 2, 64, torch.bfloat16)
+    wanted = cache.run(CAUSAL)
+    cache.cu[2] = 5  # of which one is there
+    assert torch.equal(cache.run(CAUSAL), wanted)
+
+
+def test_values_outside_a_window_may_be_anything():
+    cache, spec = Cache([64, 40], 4, 2, 64, torch.bfloat16), AttentionSpec(window=20)
+    wanted = cache.run(spec)
+    for b, n in enumerate(cache.lengths):
+        for at in range(n - 20):
+            cache.v[cache.table[b, at // PAGE].long(), :, at % PAGE] = math.inf
+    assert torch.equal(cache.run(spec), wanted)
+
+
 def test_both_directions_and_scale():
-    check(Cache([40, 20], 4, 2, 64, torch.bfloat16, rows=[2, 0]), AttentionSpec(causal=False, scale=0.3))
+    check(Cache([40, 20], 4, 2, 64, torch.bfloat16, rows=[2, 0]), AttentionSpec(causal=False, scale=0.03))
 
 
 def test_sinks():
@@ -147,9 +170,12 @@ def test_large_and_equal_scores():
 def test_what_cannot_be_is_nan():
     """A length that the block table cannot hold, a page outside the cache: its own sequence alone."""
     cache = Cache([40, 50, 60, 30], 4, 2, 64, torch.bfloat16)
+    for pages in (cache.k, cache.v):
+        pages.nan_to_num_(0)
     good = cache.run(CAUSAL)
-    cache.context[1], cache.context[3] = 1000, -1
+    cache.context[1], cache.context[3] = 64 + 1, -1  # behind the table of the second are the pages of the third
     cache.table[2, 1] = cache.count
+    assert cache.table.shape[1] == 4
     out = cache.run(CAUSAL)
     assert out[1:].isnan().all() and torch.equal(out[0], good[0])
 

@@ -40,7 +40,7 @@ __device__ __forceinline__ Row row_of(const PagedAttentionArgs& a, int row) {
   if (keys < 0 || keys > a.max_pages * kPage) return {0, 0, 0, false};
   const int at = row + keys - (last < a.rows ? last : int(a.rows));    // its own position
   const int first = at - int(a.window) + 1, end = a.causal ? at + 1 : keys;
-  return {b, a.window && first > 0 ? first : 0, end < keys ? (end > 0 ? end : 0) : keys, true};
+  return {b, a.window && first > 0 ? first : 0, end < keys ? end : keys, true};
 }
 
 template <int kDim, int kTiles> struct Parts {
