@@ -99,7 +99,7 @@ def test_keys_shared_by_a_cluster(multiprocessors):
 
 def test_a_long_text_of_one_block():
     """Whose warps read their pages' numbers in several goes."""
-    check(Cache([33 * 8 * PAGE - 3], 1, 1, 64, torch.bfloat16), multiprocessors=1)
+    check(Cache([33 * 8 * PAGE - 3], 2, 2, 64, torch.bfloat16), multiprocessors=1)
 
 
 def test_lengths_that_end_anywhere():
