@@ -49,7 +49,7 @@ from fastllm.train.checkpoint import Checkpoints
 from fastllm.train.plots import read_log
 
 FRACTIONS = {"train": 0.9, "validation": 0.05, "test": 0.05}
-ORDERS = range(2, 9)
+ORDERS = range(2, 11)
 PASSES = 4  # over the training text, with other spans each time, that answers are counted in
 COMMON: dict[str, Any] = {
     "validation": FRACTIONS["validation"], "test": FRACTIONS["test"], "max_length": 128, "warmup": 100, "lint": "off",
