@@ -11,6 +11,7 @@ What is added to the stream by no projection (learned positions, a result that i
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -232,8 +233,9 @@ class Layer(Recomputable):
     def _trains_apart(first: Projection, x: Tensor) -> bool:
         """Whether the gate is an op of its own, for `activated`: where that has the bits of the fused call, which rounds the
         product once on a CPU."""
-        trained = isinstance(first.weight, Tensor) and (x.requires_grad or first.weight.requires_grad)
-        return trained and torch.is_grad_enabled() and (x.is_cuda or x.dtype == torch.float32)
+        if not torch.is_grad_enabled() or type(first) is not Projection or not isinstance(first.weight, Tensor):
+            return False
+        return (x.requires_grad or first.weight.requires_grad) and (x.is_cuda or x.dtype == torch.float32)
 
     def _read(
         self,
@@ -245,10 +247,11 @@ class Layer(Recomputable):
         gate: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """x + added, and the projection of its norm."""
+        given: dict[str, Any] = {"adapted": adapted} | ({} if gate else {"gate": False})
         if added is None:
-            return x, projection(x, norm=norm, adapted=adapted, gate=gate)
+            return x, projection(x, norm=norm, **given)
         h, x = norm(x, added)
-        return x, projection(h, adapted=adapted, gate=gate)
+        return x, projection(h, **given)
 
     def _write(
         self, projection: Projection, norm: RMSNorm | None, x: Tensor, h: Tensor, adapted: Adapted | None
