@@ -200,13 +200,13 @@ def rows(seeds: list[dict[str, Any]]) -> Iterator[tuple[str, str, list[float], d
     def of(*path: str) -> list[float]:
         values = []
         for seed in seeds:
-            value: Any = seed
-            for key in path:
+            value: Any = seed if path[0] in seed else None  # a run that was cut off has not all of them
+            for key in path if value else ():
                 value = value[key]
-            values.append(value)
+            values += [] if value is None else [value]
         return values
 
-    done = [name for name in WORK if all(name in seed for seed in seeds)]
+    done = [name for name in WORK if any(name in seed for seed in seeds)]
     if "decoder" in done:
         counted_ = {"Kneser-Ney": of("decoder", "kneser_ney_bits_per_byte")}
         yield "decoder", "bits per byte", of("decoder", "test", "bits_per_byte"), counted_, False
@@ -230,12 +230,14 @@ def rows(seeds: list[dict[str, Any]]) -> Iterator[tuple[str, str, list[float], d
 
 
 def table(seeds: list[dict[str, Any]]) -> str:
-    lines = ["| | measure | model | without | ahead in every seed |", "|---|---|---|---|---|"]
+    lines = ["| | measure | seeds | model | without | ahead in every seed |", "|---|---|---|---|---|---|"]
     for work, measure, ours, others, more in rows(seeds):
         digits = 1 if measure == "BLEU" else 3
         known = ", ".join(f"{name} {shown(values, digits)}" for name, values in others.items())
         ahead = all((o > t) == more and o != t for values in others.values() for o, t in zip(ours, values, strict=True))
-        lines.append(f"| {work} | {measure} | {shown(ours, digits)} | {known} | {'yes' if ahead else 'no'} |")
+        lines.append(
+            f"| {work} | {measure} | {len(ours)} | {shown(ours, digits)} | {known} | {'yes' if ahead else 'no'} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -264,7 +266,7 @@ def draw(seeds: list[dict[str, Any]], path: Path) -> None:
             axes.set_ylabel("BLEU of test messages")
         else:
             name = "validation" if measures[work] == "loss" else f"validation_{measures[work]}"
-            for seed in seeds:
+            for seed in (each for each in seeds if work in each):
                 xs, ys = zip(*((line["step"], line[name]) for line in seed[work]["curve"]), strict=True)
                 axes.plot(xs, ys, color=ACCENT, linewidth=1.3)
             for style, (known, values) in zip(("--", ":"), others.items(), strict=False):

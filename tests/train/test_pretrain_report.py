@@ -75,6 +75,8 @@ def test_four_kinds_of_work(corpus, tmp_path, capsys, monkeypatch):
     for part in ("| decoder | bits per byte |", "Kneser-Ney of answers", "| translation | BLEU |", "| no |"):
         assert part in shown
     assert (tmp_path / "pretrain.png").read_bytes().startswith(b"\x89PNG")
+    del second["translation"]  # a run that was cut off
+    assert [line.split(" | ")[2] for line in pretrain.table([first, second]).splitlines()[2:]] == [*"222211"]
 
 
 def test_wrong_arguments(tmp_path, capsys):
