@@ -143,3 +143,23 @@ def test_they_end_together(two, one):
 def test_without_torchrun_there_is_one():
     assert start() == Processes(0, 1)
     assert Processes().first(lambda: 3) == 3 and Processes().any(True) and Processes().sum([1.5]) == [1.5]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_of_two(tmp_path):
+    """By the command line: torch.compile over shards has the losses of the run without it."""
+    lines = [json.dumps({"text": f"{i} and {i} are {2 * i}, says the book of sums."}) for i in range(120)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    sizes = "--vocab-size 300 --tokens 256 --max-length 64 --steps 5 --warmup 1 --eval-every 2 --lint off --samples 0 --log-every 1"
+    start_two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastllm"]
+    losses = {}
+    for compiled in ("false", "true"):
+        command = ["pretrain", "--arch", "decoder", "--preset", "nano", "--data", str(tmp_path / "text.jsonl")]
+        command += ["--out", str(tmp_path / compiled), "--compile", compiled, *sizes.split()]
+        paths = os.pathsep.join(sys.path)
+        done = subprocess.run(
+            start_two + command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses[compiled] = _parallel.told(tmp_path / compiled)
+    assert losses["true"] == pytest.approx(losses["false"], **ALIKE) and len(losses["true"]) == 5
