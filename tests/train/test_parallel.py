@@ -150,7 +150,8 @@ def test_a_compiled_run_of_two(tmp_path):
     """By the command line: torch.compile over shards has the losses of the run without it."""
     lines = [json.dumps({"text": f"{i} and {i} are {2 * i}, says the book of sums."}) for i in range(120)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    sizes = "--vocab-size 300 --tokens 256 --max-length 64 --steps 5 --warmup 1 --eval-every 2 --lint off --samples 0 --log-every 1"
+    sizes = "--vocab-size 300 --tokens 256 --max-length 64 --steps 5 --warmup 1 --eval-every 2 --log-every 1"
+    sizes += " --lint off --samples 0"
     start_two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastllm"]
     losses = {}
     for compiled in ("false", "true"):
