@@ -266,9 +266,9 @@ def draw(seeds: list[dict[str, Any]], path: Path) -> None:
             axes.set_ylabel("BLEU of test messages")
         else:
             name = "validation" if measures[work] == "loss" else f"validation_{measures[work]}"
-            for seed in (each for each in seeds if work in each):
+            for number, seed in enumerate(each for each in seeds if work in each):
                 xs, ys = zip(*((line["step"], line[name]) for line in seed[work]["curve"]), strict=True)
-                axes.plot(xs, ys, color=ACCENT, linewidth=1.3)
+                axes.plot(xs, ys, color=ACCENT, linewidth=1.3, label=None if number else "model (validation)")
             for style, (known, values) in zip(("--", ":"), others.items(), strict=False):
                 axes.axhline(
                     statistics.mean(values), color=INK, linestyle=style, linewidth=1.1, label=f"{known} (test)"
