@@ -101,7 +101,7 @@ FL_INLINE void store_as(int64_t dtype, void* p, int64_t i, vf v, vm inside) {
 }
 
 // Whether a weight's panels hold its two halves in turn.
-FL_INLINE bool alternates(const LinearArgs& a) { return a.halves && (a.form == kPanels || a.form >= kInt4); }
+FL_INLINE bool alternates(const LinearArgs& a) { return a.halves && (a.form == kPanels || quantises(a)); }
 
 // What follows the chain, for one row and the `count` columns from n on.
 FL_INLINE void finish(const LinearArgs& a, vf v, int64_t row, int64_t n, int64_t count) {
@@ -249,7 +249,7 @@ template <class Hooks> void pack(const LinearArgs& a, const Hooks& hooks, float*
         if (a.halves != kSwiglu) return pack_rows(to, weight, a.weight_stride, a.cols, a.depth, n);
         pack_rows(to, weight + p % 2 * a.cols * a.weight_stride, a.weight_stride, a.cols, a.depth, p / 2 * kLanes);
       });
-    case kRowsAcross:
+    case kRowsAcross: case kOuter:
       return with_dtype(a.dtype, [&](auto type) {
         const auto* weight = static_cast<const decltype(type)*>(a.weight);
         pack_columns(to, weight, a.weight_stride, a.cols, a.depth, n, [&](vf v, int64_t row) { return hooks.pack(v, row, n); });
@@ -283,18 +283,36 @@ template <class T> void prepare_row(float* to, const T* x, const T* norm, double
   }
 }
 
+// Rows r..r+15 of x^T, x [depth, rows], each `depth` long and widened.
+template <class T> void transpose_rows(float* to, const T* x, int64_t stride, int64_t rows, int64_t depth, int64_t r) {
+  const int64_t count = rows - r < kLanes ? rows - r : kLanes;
+  const vm inside = first(count);
+  alignas(64) float block[kLanes * kLanes];
+  for (int64_t k = 0; k < depth; k += kLanes) {
+    vf in[16];
+    for (int i = 0; i < 16; ++i) in[i] = k + i < depth ? load(x + (k + i) * stride + r, inside) : set1(0);
+    transpose(block, in, count);
+    for (int64_t i = 0; i < count; ++i) store(to + (r + i) * depth + k, load(block + i * kLanes), first(depth - k));
+  }
+}
+
 template <class Hooks> void product(const LinearArgs& a, const Hooks& hooks, Team& team, float* scratch) {
   const int64_t width = alternates(a) ? 2 : 1;
   const auto* x = static_cast<const float*>(a.x);
   int64_t x_stride = a.x_stride;
   const bool few = a.rows <= kFewRows;
-  if (a.norm || a.x_dtype != kFloat32) {
+  if (makes_rows(a)) {
     float* rows = scratch + (few ? team.rank * a.rows * a.depth : 0);
-    const Range mine = few ? Range{0, a.rows} : share(team, a.rows);
     with_dtype(a.x_dtype, [&](auto type) {
       using T = decltype(type);
-      for (int64_t r = mine.begin; r < mine.end; ++r)
-        prepare_row(rows + r * a.depth, static_cast<const T*>(a.x) + r * a.x_stride, static_cast<const T*>(a.norm), a.eps, a.depth);
+      const auto* source = static_cast<const T*>(a.x);
+      const int64_t step = a.form == kOuter ? kLanes : 1, steps = (a.rows + step - 1) / step;
+      const Range mine = few ? Range{0, steps} : share(team, steps);
+      for (int64_t r = mine.begin * step; r < mine.end * step; r += step)
+        if (a.form == kOuter)
+          transpose_rows(rows, source, a.x_stride, a.rows, a.depth, r);
+        else
+          prepare_row(rows + r * a.depth, source + r * a.x_stride, static_cast<const T*>(a.norm), a.eps, a.depth);
     });
     if (!few) sync(team);
     x = rows, x_stride = a.depth;
@@ -310,23 +328,25 @@ template <class Hooks> void product(const LinearArgs& a, const Hooks& hooks, Tea
       if (r < a.rows) stream_rows<1>(a, hooks, x + r * x_stride, x_stride, r, mine.begin, mine.end);
       return;
     }
-  // Items: panel groups x row blocks, the row blocks of one group next to each other so that its panels stay in cache.
+  // Items: panel groups x row blocks. A few groups, whose panels stay in cache, meet one block of rows after the other.
   float* rest = scratch + team.rank * linear_thread_floats(a);
   float* packed = rest + kRowBlock * 2 * kLanes;
   constexpr int P = 2;    // a unit of swiglu is two panels; the tile takes them together on every tier
+  const bool packs = a.form != kPanels;
   const int64_t groups = (panels + P - 1) / P, blocks = (a.rows + kRowBlock - 1) / kRowBlock, stride = a.depth * kLanes;
   // A weight that must be packed is packed once per thread and panel: then each thread owns panels, not items.
-  const Range items = a.form == kPanels ? share(team, groups * blocks) : share(team, groups);
+  const Range own = packs ? share(team, groups) : Range{0, groups};
+  const int64_t all = (own.end - own.begin) * blocks, most = packs ? packed_groups(a.depth) : 4;
+  const Range items = packs ? Range{0, all} : share(team, all);
   for (int64_t item = items.begin; item < items.end; ++item) {
-    const int64_t group = a.form == kPanels ? item / blocks : item, count = group * P + P <= panels ? P : 1;
-    const float* source = a.form == kPanels ? static_cast<const float*>(a.weight) + group * P * stride : packed;
-    if (a.form != kPanels)
-      for (int64_t p = 0; p < count; ++p) pack(a, hooks, packed + p * stride, group * P + p);
-    const int64_t b0 = a.form == kPanels ? item % blocks : 0, b1 = a.form == kPanels ? b0 + 1 : blocks;
-    for (int64_t b = b0; b < b1; ++b) {
-      const int64_t row = b * kRowBlock, rows = a.rows - row < kRowBlock ? a.rows - row : kRowBlock;
-      block_of_group(a, hooks, x + row * x_stride, x_stride, source, row, rows, group, count, rest);
-    }
+    const int64_t chunk = item / (most * blocks), at = item % (most * blocks), begin = own.begin + chunk * most;
+    const int64_t together = own.end - begin < most ? own.end - begin : most, group = begin + at % together;
+    const int64_t left = panels - group * P, row = at / together * kRowBlock;
+    if (packs && at == 0)
+      for (int64_t p = begin * P; p < (begin + together) * P && p < panels; ++p) pack(a, hooks, packed + (p - begin * P) * stride, p);
+    const float* source = packs ? packed + (group - begin) * P * stride : static_cast<const float*>(a.weight) + group * P * stride;
+    block_of_group(a, hooks, x + row * x_stride, x_stride, source, row, a.rows - row < kRowBlock ? a.rows - row : kRowBlock, group,
+                   left < P ? left : P, rest);
   }
 }
 

@@ -7,7 +7,7 @@ namespace fastllm {
 namespace {
 
 template <class Hooks> void any_product(const LinearArgs& a, const Hooks& hooks, Team& team, float* scratch) {
-  if (a.form >= kInt4)
+  if (quantises(a))
     quant_product(a, hooks, team, scratch);
   else
     product(a, hooks, team, scratch);

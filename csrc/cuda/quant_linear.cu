@@ -177,7 +177,7 @@ template <int kBits, bool kMin> int product(const LinearArgs& a, const Activatio
 
 // scratch: 44 bytes for each row and 32 of k. x was normalised before.
 int quant_linear(const LinearArgs& a, char* scratch, void* stream) {
-  if (a.rows > kMostRows || a.form < kInt4 || a.halves == kSwiglu) return int(cudaErrorInvalidValue);
+  if (a.rows > kMostRows || !quantises(a) || a.halves == kSwiglu) return int(cudaErrorInvalidValue);
   const bool wide = a.form >= kInt8, minimum = a.form == kInt4Min || a.form == kInt8Min;
   const int groups = int((a.depth + kGroup - 1) / kGroup), shift = a.group == 32 ? 0 : a.group == 64 ? 1 : 2;
   const int64_t count = a.rows * groups;

@@ -1,4 +1,5 @@
-// linear: y = norm(x) W^T + bias, then + residual, or silu(gate) * up; and y = x W, the gradient of its input
+// linear: y = norm(x) W^T + bias, then + residual, or silu(gate) * up; and y = x W and y = x^T W, the gradients of its input and
+// of its weight
 #pragma once
 #include "../common.h"
 
@@ -18,6 +19,7 @@ enum WeightForm : int64_t {
   kInt4Min = 9,
   kInt8 = 10,
   kInt8Min = 11,
+  kOuter = 12,          // x^T W, both row-major, x [depth, rows] and W [depth, cols]: a sum of outer products
 };
 // Two stacked halves of a weight, gate over up, whose panels alternate: gate, up, gate, up.
 enum Halves : int64_t {
@@ -28,7 +30,7 @@ enum Halves : int64_t {
 
 struct LinearArgs {
   void* y;                 // [rows, cols] of y_dtype, unit stride in cols
-  const void* x;           // [rows, depth] of x_dtype
+  const void* x;           // [rows, depth] of x_dtype; kOuter: [depth, rows]
   const void* weight;      // as `form` says; rows of `dtype`
   const void* bias;        // [cols] of dtype, or null
   const void* residual;    // [rows, cols] of dtype, or null
@@ -37,17 +39,23 @@ struct LinearArgs {
   int64_t group;           // k that share a scale of a quantised weight: 32, 64 or 128
   double eps;
 };
-static inline int64_t work(const LinearArgs& a) { return a.rows * a.cols * a.depth / (a.form >= kInt4 ? 16 : 8); }
-// A thread's own: resting chains of a row block against two panels, and two packed panels.
-static inline int64_t linear_thread_floats(const LinearArgs& a) { return 96 * 2 * 16 + (a.form == kPanels ? 0 : 2 * 16 * a.depth); }
-// x as the product reads it, where it must be made: normalised or widened rows, once, or for few rows once a thread.
+static inline bool quantises(const LinearArgs& a) { return a.form >= kInt4 && a.form <= kInt8Min; }    // rows of x, to 8 bits
+static inline int64_t work(const LinearArgs& a) { return a.rows * a.cols * a.depth / (quantises(a) ? 16 : 8); }
+// Groups of two panels that a thread packs before rows pass over them: each pass reads x again. A megabyte, to stay in cache.
+static inline int64_t packed_groups(int64_t depth) { return depth <= 2048 ? 4 : depth <= 4096 ? 2 : 1; }
+// A thread's own: resting chains of a row block against two panels, and packed panels.
+static inline int64_t linear_thread_floats(const LinearArgs& a) {
+  return 96 * 2 * 16 + (a.form == kPanels ? 0 : packed_groups(a.depth) * 2 * 16 * a.depth);
+}
+// x as the product reads it, where it must be made: normalised, widened or transposed rows, once, or for few rows once a thread.
+static inline bool makes_rows(const LinearArgs& a) { return a.norm || a.x_dtype != kFloat32 || a.form == kOuter; }
 static inline int64_t linear_x_floats(const LinearArgs& a, int64_t threads) {
-  return a.norm || a.x_dtype != kFloat32 ? (a.rows <= 4 ? threads : 1) * a.rows * a.depth : 0;
+  return makes_rows(a) ? (a.rows <= 4 ? threads : 1) * a.rows * a.depth : 0;
 }
 static inline int64_t activation_bytes(int64_t rows, int64_t depth) { return (rows + 15) / 16 * 16 * (depth + depth / 32 * 8); }
 static inline int64_t scratch_bytes(const LinearArgs& a, int64_t threads) {
   const int64_t depth = (a.depth + 31) / 32 * 32;
-  if (a.form >= kInt4) return threads * depth * 4 + (a.rows <= 4 ? threads : 1) * activation_bytes(a.rows, depth);
+  if (quantises(a)) return threads * depth * 4 + (a.rows <= 4 ? threads : 1) * activation_bytes(a.rows, depth);
   return 4 * (linear_x_floats(a, threads) + threads * linear_thread_floats(a));
 }
 

@@ -18,8 +18,9 @@ there: one order of K for any number of rows, tiles of M and N alone may differ,
 On a CPU the weights are read in panels of 16 output columns, [N/16, K, 16]: `Panels.pack(weight)` once, or row-major
 weights are packed on every call, 2-12 % of it at 500 rows, most of it at one row.
 
-Backward: dx = dy W, dweight = dy^T x, dbias = sum of dy over the rows, by torch.mm, each rounded once to its dtype. A
-weight in `Panels` is frozen: dx alone, read from the panels as they lie. A fused call that needs a gradient runs as the
+Backward: dx = dy W, dweight = dy^T x, dbias = sum of dy over the rows, each rounded once to its dtype: on a CPU by the
+kernel of the forward, which packs or transposes on the way, on a GPU by cuBLAS. A weight in `Panels` is frozen: dx
+alone, read from the panels as they lie. A fused call that needs a gradient runs as the
 ops that it fuses, one after another, each with its own backward: the same bits (what stands behind the product stays in
 float32 until the end), and their intermediates are kept.
 """
@@ -30,14 +31,15 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ._fused_linear import check_fusion, check_plain, check_rows_at, compose, must_compose
 from ._gated import silu
-from ._op import DTYPES, Op, as_rows, check_dtype, check_like, pointer, wants_gradient
+from ._op import DTYPES, Op, as_rows, check_dtype, check_like, pointer
 from ._triton import matrix, roomy, tl, triton
 from .rms_norm import rms_norm
 from .swiglu import swiglu as swiglu_op
 
 # csrc/records/linear.h: how a weight lies and which side of it a product takes, and its stacked halves, gate over up
-PANELS, ROWS, ROWS_ACROSS, PANELS_ACROSS = 0, 1, 2, 3
+PANELS, ROWS, ROWS_ACROSS, PANELS_ACROSS, OUTER = 0, 1, 2, 3, 12
 WHOLE, SWIGLU, GATE_UP = 0, 1, 2  # GATE_UP: the panels alternate as for swiglu, but y is [gate, up]
 
 
@@ -211,13 +213,13 @@ def unit_stride(weight: Tensor) -> Tensor:
 
 
 def fields(y, x, weight, form, bias=None, norm=None, eps=0.0, residual=None, halves=WHOLE, group=0) -> tuple:
-    """The record of a product x W^T or x W (csrc/records/linear.h): y [rows, ...] or contiguous, x and residual
+    """The record of a product x W^T, x W or x^T W (csrc/records/linear.h): y [rows, ...] or contiguous, x and residual
     [rows, ...], with unit stride; the weight of x's dtype or packed. Of pointers: the caller holds the tensors until the
     kernel is done."""
-    cols = y.shape[-1]
+    cols, (rows, depth) = y.shape[-1], x.shape[::-1] if form == OUTER else x.shape
     return (
         y.data_ptr(), x.data_ptr(), weight.data_ptr(), pointer(bias), pointer(residual), pointer(norm),
-        x.shape[0], cols, x.shape[1], x.stride(0), y.stride(0) if y.dim() == 2 else cols, weight.stride(0),
+        rows, cols, depth, x.stride(0), y.stride(0) if y.dim() == 2 else cols, weight.stride(0),
         0 if residual is None else residual.stride(0), form, halves, DTYPES[x.dtype], DTYPES[x.dtype],
         DTYPES[y.dtype], group, eps,
     )  # fmt: skip
@@ -243,11 +245,24 @@ def cpu_panels(x, panels, rows, bias, norm, eps, residual, halves, wide) -> Tens
     return product(y, x, panels, PANELS, bias, norm, eps, residual, halves)
 
 
+# Elements of dy that a CPU lays out anew at a time for dweight; below 768 columns packing x again would show.
+MOST_TRANSPOSED = 1 << 23
+
+
+def _outer(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x, dy [T, N] and x [T, K] -> [N, K]."""
+    y = x.new_empty(dy.shape[1], x.shape[1])
+    step = max(768, MOST_TRANSPOSED // max(1, x.shape[0]))
+    for n in range(0, len(y), step):
+        product(y[n : n + step], dy[:, n : n + step], x, OUTER)
+    return y
+
+
 def cpu_backward(dy, x, weight, bias, dx, dweight) -> tuple[Tensor, Tensor, Tensor]:
-    d = as_rows(dy)
+    d, rows = as_rows(dy), as_rows(x)
     return (
-        torch.mm(d, weight).view(x.shape) if dx else x.new_empty(0),
-        torch.mm(d.t(), as_rows(x)) if dweight else x.new_empty(0),
+        product(_output(dy, x.shape[-1]), dy, unit_stride(weight), ROWS_ACROSS) if dx else x.new_empty(0),
+        _outer(d, rows) if dweight else x.new_empty(0),
         d.sum(0) if bias else x.new_empty(0),
     )
 
@@ -311,12 +326,6 @@ def _save(ctx, inputs, output) -> None:
     x, weight, _, norm, _, residual, swiglu, _ = inputs
     ctx.plain = norm is None and residual is None and not swiglu
     ctx.save_for_backward(x, weight)
-
-
-def check_plain(plain: bool, op: str) -> None:
-    """The public op composes a fused call that needs a gradient; the raw one, called so, has no backward."""
-    if not plain:
-        raise RuntimeError(f"fastllm::{op}: with norm, residual or swiglu it has no backward; call ops.{op}")
 
 
 def _backward(ctx, dy):
@@ -402,58 +411,6 @@ backward_panels = Op(
     cpu=cpu_panels_backward,
     no_triton=_CPU_LAYOUT,
 )
-
-
-def must_compose(x, weight, bias, norm, residual, swiglu) -> bool:
-    """Whether a call is fused and needs a gradient."""
-    fused = norm is not None or residual is not None or swiglu
-    return fused and wants_gradient(x, weight, bias, norm, residual)
-
-
-def compose(plain, x: Tensor, norm, eps: float, residual, swiglu: bool) -> Tensor:
-    """The fused call as ops that have a backward, around plain(x, wide): the product, in float32 where wide."""
-    behind = swiglu or residual is not None
-    y = plain(x if norm is None else rms_norm(x, norm, eps), behind and x.dtype != torch.float32)
-    if swiglu:
-        y = swiglu_op(*y.chunk(2, -1))
-    if residual is not None:
-        y = y + residual
-    return y.to(x.dtype)
-
-
-def check_rows_at(ids: Tensor, swiglu: bool) -> None:
-    if ids.dtype != torch.int64:
-        raise TypeError(f"embedding: ids are {ids.dtype}; convert them with .long()")
-    if swiglu:
-        raise ValueError("embedding: the weight was packed with swiglu, its rows are no table; pack it without")
-
-
-def check_fusion(op: str, x: Tensor, weight, bias, norm, residual, swiglu: bool) -> None:
-    """Shapes, dtypes and devices around a weight [N, K]: a tensor, Panels or QWeight."""
-    rows, depth = weight.shape
-    if not isinstance(weight, Tensor):
-        if weight.data.device != x.device:
-            raise ValueError(f"{op}: the weight is on {weight.data.device}, x on {x.device}; move one with .to(device)")
-        if swiglu != weight.swiglu:
-            raise ValueError(f"{op}: swiglu={swiglu}, but the weight was packed with swiglu={weight.swiglu}")
-    if x.dim() == 0 or x.shape[-1] != depth:
-        raise ValueError(
-            f"{op}: x {tuple(x.shape)} must end in the weight's input size {depth} (weight {(rows, depth)})"
-        )
-    if swiglu and (rows % 2 or bias is not None):
-        raise ValueError(f"{op}: swiglu takes a weight of 2F rows (gate over up) without bias; it has {rows} rows")
-    cols = rows // (1 + swiglu)
-    for name, tensor, wanted in (
-        ("bias", bias, (cols,)),
-        ("norm", norm, (depth,)),
-        ("residual", residual, (*x.shape[:-1], cols)),
-    ):
-        if tensor is not None:
-            check_like(op, name, tensor, "x", x)
-            if tensor.shape != wanted:
-                raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, want {tuple(wanted)}")
-            if name != "residual" and not tensor.is_contiguous():
-                raise ValueError(f"{op}: {name} must be contiguous; call .contiguous()")
 
 
 def linear(

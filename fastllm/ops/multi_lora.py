@@ -22,9 +22,10 @@ from torch import Tensor
 
 from .. import _C
 from ._dot import accumulate
+from ._fused_linear import check_fusion
 from ._op import DTYPES, Op, as_rows, check, pointer
 from ._triton import tl, triton
-from .linear import SWIGLU, WHOLE, Panels, check_fusion, fields, unit_stride
+from .linear import SWIGLU, WHOLE, Panels, fields, unit_stride
 from .lora_linear import base_reference, check_base, code, gpu_base, group, height, split
 from .quant_linear import QWeight
 from .rms_norm import rms_norm

@@ -25,19 +25,9 @@ from torch import Tensor
 
 from .. import _C
 from . import _cuda, _quant_gpu
+from ._fused_linear import check_fusion, check_plain, check_rows_at, compose, must_compose
 from ._op import Op, as_rows, check, check_dtype
-from .linear import (
-    GATE_UP,
-    SWIGLU,
-    WHOLE,
-    check_fusion,
-    check_plain,
-    check_rows_at,
-    compose,
-    fields,
-    must_compose,
-    product,
-)
+from .linear import GATE_UP, SWIGLU, WHOLE, fields, product
 from .rms_norm import rms_norm
 
 GROUP = 32  # of x; and the least of a weight's

@@ -1,6 +1,7 @@
 """linear: the contract's bits, and that what is fused equals the ops one after another."""
 
 import math
+import sys
 
 import _contract
 import _oracle
@@ -11,6 +12,8 @@ from fastllm import _C, ops
 from fastllm.bench.cases.linear import SUITE
 from fastllm.ops import Panels
 from fastllm.ops._op import OPS
+
+linear_file = sys.modules["fastllm.ops.linear"]  # the name `ops.linear` is the function's
 
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["rows", "panels"])
 FUSED = [
@@ -223,6 +226,42 @@ def test_gradient_through_panels_is_that_of_the_weight(rows, depth, cols, swiglu
     torch.testing.assert_close(ours, plain, rtol=4 * unit, atol=8 * unit)
     if not swiglu and dtype == torch.float32:
         assert torch.equal(ours, _contract.linear(dy, weight.t().contiguous(), None))
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "cols"),
+    [(1, 33, 17), (2, 7, 3), (5, 64, 48), (30, 100, 70), (300, 20, 5), (97, 40, 130), (0, 8, 4)],
+)
+def test_gradients_are_products_of_the_contract(rows, depth, cols):
+    """dx is a chain over n, dweight over the rows, in whatever stride they lie."""
+    x, weight, dy = torch.randn(rows, depth + 3)[:, 3:], torch.randn(cols, depth), torch.randn(rows, cols + 5)[:, :cols]
+    dx, dweight, dbias = OPS["linear_backward"].raw(dy, x, weight, True, True, True)
+    assert torch.equal(dx, _contract.linear(dy, weight.t().contiguous()))
+    assert torch.equal(dweight, _contract.linear(dy.t().contiguous(), x.t().contiguous()))
+    assert torch.equal(dbias, dy.sum(0))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_a_weight_made_in_parts(rows, dtype, monkeypatch):
+    x, weight, dy = (torch.randn(*shape, dtype=dtype) for shape in ((rows, 20), (1700, 20), (rows, 1700)))
+    whole = OPS["linear_backward"].raw(dy, x, weight, False, False, True)[1]
+    monkeypatch.setattr(linear_file, "MOST_TRANSPOSED", 1)
+    assert torch.equal(OPS["linear_backward"].raw(dy, x, weight, False, False, True)[1], whole)
+    torch.testing.assert_close(whole, (dy.double().t() @ x.double()).to(dtype))
+
+
+def test_gradients_with_any_number_of_threads():
+    x, weight, dy = torch.randn(250, 90), torch.randn(70, 90), torch.randn(250, 70)
+    before, wanted = torch.get_num_threads(), None
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            made = OPS["linear_backward"].raw(dy, x, weight, False, True, True)[:2]
+            wanted = wanted or made
+            assert all(map(torch.equal, made, wanted)), f"{threads} threads"
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_gradients_that_nobody_wants_are_not_made():
