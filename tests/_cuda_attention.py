@@ -1,31 +1,22 @@
 """attention in CUDA C++ (WGMMA, TMA) against its formula in float64: on a GPU, or on this processor with the library that
 tests/cuda_host makes of the same sources, which FASTLLM_CUDA_HOST names. tests/test_cuda.py runs this file."""
 
-import ctypes
-import os
-
 import pytest
 import torch
+from _cuda_host import DEVICE, HOST, order, pose
 
-from fastllm import _C, ops
+from fastllm import ops
 from fastllm.bench.cases.attention import plain
-from fastllm.ops import AttentionSpec, _cuda
+from fastllm.ops import AttentionSpec
 from fastllm.ops._op import OPS
 from fastllm.ops.attention import hopper
 from fastllm.ops.attention.reference import reference
 
-HOST = os.environ.get("FASTLLM_CUDA_HOST")
-DEVICE = "cpu" if HOST else "cuda"
 SEEDS = (0, 1, 2, 3) if HOST else (0, 0)  # when copies and products run: at once, or as late as they may
 
-if HOST:
-    _C.load_cuda(HOST)
-    host = ctypes.CDLL(HOST)
-    host.cuda_host_device(9, 227 << 10)
-else:
-    assert _cuda.library()[0], _cuda.library()[1]
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("a kernel of sm_90a alone", allow_module_level=True)
+pose()
+if not HOST and torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("a kernel of sm_90a alone", allow_module_level=True)
 
 
 def draw(batch, queries, keys, heads, kv_heads, dim, dtype, seed=0):
@@ -35,17 +26,14 @@ def draw(batch, queries, keys, heads, kv_heads, dim, dtype, seed=0):
 
 
 def run(q, k, v, spec, seed=0, multiprocessors=132):
-    if HOST:
-        host.cuda_host_seed(ctypes.c_uint64(seed))
-        host.cuda_host_multiprocessors(multiprocessors)
+    order(seed, multiprocessors)
     settings = spec.settings(q.shape[3])
     assert hopper.refusal(q, k, v, None, None, None, None, settings) is None
     return hopper.forward(q, k, v, settings, train=True)
 
 
 def run_backward(dout, q, k, v, out, lse, spec, seed=0):
-    if HOST:
-        host.cuda_host_seed(ctypes.c_uint64(seed))
+    order(seed)
     return hopper.backward(dout, q, k, v, out, lse, spec.settings(q.shape[3]))
 
 

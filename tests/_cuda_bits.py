@@ -1,13 +1,12 @@
 """The CUDA C++ kernels against the CPU's, bit for bit: on a GPU, or on this processor with the library that tests/cuda_host
 makes of them, which FASTLLM_CUDA_HOST names. tests/test_cuda.py runs this file, as test_triton.py does _triton_interpreter.py."""
 
-import ctypes
-import os
 import sys
 
 import _oracle
 import pytest
 import torch
+from _cuda_host import DEVICE, HOST, order, pose
 from _sample_rows import FIELDS, HARD_PENALTIES, hard_rows, penalised
 
 from fastllm import _C
@@ -15,13 +14,11 @@ from fastllm.bench.case import Make
 from fastllm.bench.cases.quant_linear import FORMATS, GROUPED, random_weight
 from fastllm.bench.cases.quant_linear import SUITE as QUANT
 from fastllm.bench.cases.sample import PENALTIES, SUITE, USUAL
-from fastllm.ops import SampleState, _cuda, _triton
+from fastllm.ops import SampleState, _triton
 from fastllm.ops._op import OPS
 from fastllm.ops.quant_linear import CUDA_ROWS
 
 pytestmark = pytest.mark.skipif(_C.isa() == "generic", reason="the generic tier rounds an fma twice")
-HOST = os.environ.get("FASTLLM_CUDA_HOST")
-DEVICE = "cpu" if HOST else "cuda"
 SEEDS = (
     (1, 2) if HOST else (0,)
 )  # threads take turns in another order with each; a kernel without races has the same bits
@@ -32,18 +29,14 @@ DEVICES = (
     else {"": None}
 )
 
-if HOST:
-    _C.load_cuda(HOST)
-    host = ctypes.CDLL(HOST)
-else:
-    assert _cuda.library()[0], _cuda.library()[1]
+if not HOST:
     _triton.load()  # some are compared with Triton's kernels
 
 
 @pytest.fixture(params=DEVICES.values(), ids=DEVICES)
 def device(request, monkeypatch):
     if HOST:
-        host.cuda_host_device(*request.param[:2])
+        pose(*request.param[:2])
         monkeypatch.setattr(sys.modules[__name__], "SEEDS", request.param[2])
 
 
@@ -58,8 +51,7 @@ def check(op: str, *arguments, against: str = "cpu") -> None:
     given = [on_device(a) for a in arguments]
     wanted = _oracle.as_tuple(OPS[op].cpu(*arguments) if against == "cpu" else OPS[op].triton(*given))
     for seed in SEEDS:
-        if HOST:
-            host.cuda_host_seed(ctypes.c_uint64(seed))
+        order(seed)
         for ours, theirs in zip(_oracle.as_tuple(OPS[op].cuda(*given)), wanted, strict=True):
             assert torch.equal(ours.cpu().nan_to_num(-7.0), theirs.cpu().nan_to_num(-7.0)), (ours, theirs)
 

@@ -1,29 +1,20 @@
 """paged_attention in CUDA C++ against its formula in float64: on a GPU, or on this processor with the library that
 tests/cuda_host makes of the same source, which FASTLLM_CUDA_HOST names. tests/test_cuda.py runs this file."""
 
-import ctypes
 import math
-import os
 
 import pytest
 import torch
+from _cuda_host import DEVICE, HOST, order, pose
 
-from fastllm import _C
-from fastllm.ops import AttentionSpec, _cuda
+from fastllm.ops import AttentionSpec
 from fastllm.ops.attention import decode, paged
 from fastllm.ops.attention.spec import CAUSAL
 from fastllm.ops.kv_cache import PAGE, KVPages
 
-HOST = os.environ.get("FASTLLM_CUDA_HOST")
-DEVICE = "cpu" if HOST else "cuda"
 SEEDS = (0, 1, 3) if HOST else (0, 0)  # threads take turns in another order with each
 
-if HOST:
-    _C.load_cuda(HOST)
-    host = ctypes.CDLL(HOST)
-    host.cuda_host_device(9, 227 << 10)
-else:
-    assert _cuda.library()[0], _cuda.library()[1]
+pose()
 
 
 class Cache:
@@ -55,9 +46,7 @@ class Cache:
         return (self.q, self.k.mT, self.v, None, self.table, self.context, self.cu, *shaping)
 
     def run(self, spec, seed=0, multiprocessors=132):
-        if HOST:
-            host.cuda_host_seed(ctypes.c_uint64(seed))
-            host.cuda_host_multiprocessors(multiprocessors)
+        order(seed, multiprocessors)
         arguments = self.arguments(spec)
         refused = decode.refusal(arguments[0], arguments[1], None, self.table.shape[0], arguments[7], *arguments[9:])
         assert refused is None, refused
