@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ._op import check, check_dtype, check_like
-from .linear import ROWS, product
+from .linear import ROWS, ROWS_ACROSS, add_outer, product
 
 CPU_BYTES = 52 << 20  # of logits: enough rows that the products run at full speed, 256 of a vocabulary of 50,257
+CPU_DEPTH = 4096  # of the vocabulary that dx takes at a time: as many rows of the weight as stay in cache
 GPU_BYTES, GPU_ROWS = 100 << 20, (768, 4096)  # fewer rows starve the products
 Step = Callable[[slice, Tensor], None]
 
@@ -67,16 +68,23 @@ def over_blocks(
         if any(needs):
             logits = logits.to(dtype)
         if needs[0]:
-            torch.mm(logits, w, out=dx[block])
+            _across(dx[block], logits, w) if cpu else torch.mm(logits, w, out=dx[block])
         if needs[1]:
-            _product(dw, logits.t(), part, beta=float(begin > 0))
+            add_outer(dw, logits, part, begin > 0) if cpu else _product(dw, logits.t(), part, beta=float(begin > 0))
         if needs[2]:
             db += logits.sum(0, dtype=torch.float32)
     return dx.to(x.dtype), dw.to(weight.dtype), db.to((x if bias is None else bias).dtype)
 
 
+def _across(out: Tensor, d: Tensor, w: Tensor) -> None:
+    """out = d w, in pieces of the vocabulary, on a CPU."""
+    for k in range(0, w.shape[0], CPU_DEPTH):
+        piece = slice(k, k + CPU_DEPTH)
+        product(out, d[:, piece], w[piece], ROWS_ACROSS, residual=out if k else None)
+
+
 def _product(out: Tensor, a: Tensor, b: Tensor, beta: float = 0.0) -> None:
-    """out = beta out + a b, where out may be float32 and the factors narrower."""
+    """out = beta out + a b, on a GPU, where out may be float32 and the factors narrower."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out) if beta else torch.mm(a, b, out=out)
     elif a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8 and later

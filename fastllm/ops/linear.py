@@ -245,16 +245,15 @@ def cpu_panels(x, panels, rows, bias, norm, eps, residual, halves, wide) -> Tens
     return product(y, x, panels, PANELS, bias, norm, eps, residual, halves)
 
 
-# Elements of dy that a CPU lays out anew at a time for dweight; below 768 columns packing x again would show.
-MOST_TRANSPOSED = 1 << 23
+MOST_TRANSPOSED = 1 << 21  # elements of dy that `add_outer` lays out at a time, in cache; x is packed once for all of them
 
 
-def _outer(dy: Tensor, x: Tensor) -> Tensor:
-    """dy^T x, dy [T, N] and x [T, K] -> [N, K]."""
-    y = x.new_empty(dy.shape[1], x.shape[1])
+def add_outer(y: Tensor, dy: Tensor, x: Tensor, add: bool = False) -> Tensor:
+    """y [N, K] = dy^T x (add: y += dy^T x), dy [T, N] and x [T, K], on a CPU."""
     step = max(768, MOST_TRANSPOSED // max(1, x.shape[0]))
     for n in range(0, len(y), step):
-        product(y[n : n + step], dy[:, n : n + step], x, OUTER)
+        part = y[n : n + step]
+        product(part, dy[:, n : n + step], x, OUTER, residual=part if add else None)
     return y
 
 
@@ -262,7 +261,7 @@ def cpu_backward(dy, x, weight, bias, dx, dweight) -> tuple[Tensor, Tensor, Tens
     d, rows = as_rows(dy), as_rows(x)
     return (
         product(_output(dy, x.shape[-1]), dy, unit_stride(weight), ROWS_ACROSS) if dx else x.new_empty(0),
-        _outer(d, rows) if dweight else x.new_empty(0),
+        add_outer(x.new_empty(weight.shape), d, rows) if dweight else x.new_empty(0),
         d.sum(0) if bias else x.new_empty(0),
     )
 
