@@ -245,7 +245,7 @@ def cpu_panels(x, panels, rows, bias, norm, eps, residual, halves, wide) -> Tens
     return product(y, x, panels, PANELS, bias, norm, eps, residual, halves)
 
 
-MOST_TRANSPOSED = 1 << 21  # elements of dy that `add_outer` lays out at a time, in cache; x is packed once for all of them
+MOST_TRANSPOSED = 1 << 20  # elements of dy that `add_outer` lays out anew at a time, to stay in cache
 
 
 def add_outer(y: Tensor, dy: Tensor, x: Tensor, add: bool = False) -> Tensor:
