@@ -29,7 +29,9 @@ def draw(rows=70, depth=24, vocab=300, bias=False):
 @_oracle.dtypes(SUITE)
 @_oracle.cases(SUITE)
 def test_forward_and_gradients_in_blocks_of_32_rows(case, dtype, monkeypatch):
+    """And dx in pieces of the vocabulary, each added to those before."""
     monkeypatch.setattr(_head, "CPU_BYTES", 1)
+    monkeypatch.setattr(_head, "CPU_DEPTH", 24)
     _oracle.check_forward_and_gradients(SUITE, case, dtype)
 
 
