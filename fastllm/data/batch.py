@@ -243,6 +243,14 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 E = TypeVar("E", bound=Sized)
 
 
+def examples_of(document: Document, index: int, encode: Callable[[Document, int], list[E]]) -> list[E]:
+    """Those of a document that hold anything. ValueError: with its place, where it cannot be encoded."""
+    try:
+        return [example for example in encode(document, index) if len(example)]
+    except ValueError as error:
+        raise ValueError(f"{document.place}: {error}") from error
+
+
 @dataclass(frozen=True, eq=False)
 class _Window(Generic[E]):
     """The groups of documents that were read together: before them `documents` stood there, and `count` had been read."""
@@ -332,10 +340,7 @@ class Groups(Generic[E]):
                 document = next(self.documents)
             except StopIteration:
                 break
-            try:
-                made = [e for e in self.encode(document, self._count) if len(e)]
-            except ValueError as error:
-                raise ValueError(f"{document.place}: {error}") from error
+            made = examples_of(document, self._count, self.encode)
             examples += made
             read += sum(map(len, made))
             self._count += 1

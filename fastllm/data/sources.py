@@ -201,9 +201,8 @@ class Documents:
             if start == _beginning(epoch):
                 which = "" if self.split is None else f" of the split {self.split!r}"
                 names = ", ".join(str(f) for f in self.files[:3])
-                raise ValueError(
-                    f"{self._after['count']} documents{which} in {names}, none for part {self.part}; give other files"
-                )
+                part = "" if self.part == (0, 1) else f", none for part {self.part}"
+                raise ValueError(f"{self._after['count']} documents{which} in {names}{part}; give other files")
             self._after = _beginning(epoch + 1)
             self._walk = self._epoch(self._after)
         if self.shuffle:

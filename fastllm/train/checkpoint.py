@@ -40,8 +40,8 @@ class CheckpointError(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """Where a run stands. step: how many are done. data: the position of the batches after them. best: the lowest validation
-    loss so far and the step that had it. stale: validations since then. tokens: predictions trained on so far. threads,
-    processes: how many compute it."""
+    loss so far and the step that had it. stale: validations since then. tokens: read so far, as the size of a batch counts
+    them. threads, processes: how many compute it."""
 
     step: int = 0
     data: Any = None

@@ -61,7 +61,7 @@ class Operations:
 
 
 def tokens_of(batch: Any) -> int:
-    """As the size of a batch counts them."""
+    """That go through the model, trained on or not: as the size of a batch counts them."""
     return batch.weight.numel() + (len(batch.source.ids) if isinstance(batch, PairBatch) else 0)
 
 

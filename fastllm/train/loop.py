@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from ..files import Replacing
 from ..models.blocks import recomputing
 from .checkpoint import CheckpointError, Checkpoints, Progress
+from .forecast import tokens_of
 from .optim import Optimizer, OptimOptions, require
 from .parallel import Processes, Share, start
 
@@ -165,7 +166,7 @@ def _run(
     with log, _Interrupt() as interrupt:
         while progress.step < options.steps:
             try:
-                value, predictions = step_of()
+                value, tokens = step_of()
             except StopIteration:
                 reason = "no more data"
                 break
@@ -177,9 +178,7 @@ def _run(
                         checkpoints.save(share.model, optimizer, progress)
                 raise
             step = progress.step + 1
-            progress = replace(
-                progress, step=step, data=batches.state_dict(), tokens=progress.tokens + round(predictions)
-            )
+            progress = replace(progress, step=step, data=batches.state_dict(), tokens=progress.tokens + tokens)
             last = step == options.steps
             if last or _due(step, options.log_every):
                 more = figures() if figures else {}
@@ -260,7 +259,7 @@ class _NotFinite(Exception):
 
 
 class _Step:
-    """A step: its loss a prediction, and the weight of its predictions. StopIteration when there is no more data."""
+    """A step: its loss a prediction, and the tokens that it read. StopIteration when there is no more data."""
 
     def __init__(
         self, share: Share, batches: Source, optimizer: Optimizer, accumulate: int, processes: Processes | None = None
@@ -271,7 +270,7 @@ class _Step:
         self.device = next(iter(optimizer.parameters.values())).device
         self._clear()
 
-    def __call__(self) -> tuple[float, float]:
+    def __call__(self) -> tuple[float, int]:
         began, data = time.perf_counter(), self.batches.state_dict()
         group = self._group()
         total = sum(float(batch.weight.double().sum()) for batch in group)
@@ -292,8 +291,9 @@ class _Step:
         self._norm = float(self.optimizer.step())
         if not math.isfinite(self._norm):
             raise _NotFinite(f"the gradients' norm is {self._norm}", None, data)
-        self._weight += total
-        return value, total
+        tokens = sum(map(tokens_of, group))
+        self._tokens += tokens
+        return value, tokens
 
     def _losses(self, group: list[Batch], total: float) -> list[float]:
         """Each batch's part of the loss. This process goes back through its own, and all know all of them."""
@@ -312,20 +312,20 @@ class _Step:
         return self.processes.sum([float(parts[n]) if n in parts else 0.0 for n in range(len(group))])
 
     def since_last(self) -> dict[str, float]:
-        """Figures of the steps since the last call: rate and norm of the last one, predictions a second, and the share of time
+        """Figures of the steps since the last call: rate and norm of the last one, tokens read a second, and the share of time
         that was spent on waiting for data."""
         seconds = time.perf_counter() - self._since
         record = {
             "lr": self._rate,
             "grad_norm": self._norm,
-            "tokens_per_s": self._weight / seconds,
+            "tokens_per_s": self._tokens / seconds,
             "data_share": self._waited / seconds,
         }
         self._clear()
         return record
 
     def _clear(self) -> None:
-        self._since, self._waited, self._weight = time.perf_counter(), 0.0, 0.0
+        self._since, self._waited, self._tokens = time.perf_counter(), 0.0, 0
 
     def _group(self) -> list[Batch]:
         """What is left, where the data end within a step."""

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..data.batch import Groups, pack
+from ..data.batch import Groups, examples_of, pack
 from ..data.lint import Finding
 from ..data.sources import Document, Documents, Mixture, mixing_rates
 from ..files import Replacing
 from . import plots
 from .checkpoint import Checkpoints
-from .forecast import Footprint, Operations, available_memory, device_of, footprint, seconds_of
+from .forecast import Footprint, Operations, available_memory, device_of, footprint, seconds_of, tokens_of
 from .loop import LOG, LoopOptions, Report, Source, TrainingError, fit
 from .optim import require
 from .parallel import start
@@ -198,7 +199,8 @@ class Plan:
 @dataclass(frozen=True)
 class StageReport:
     """How a stage ended, as in report.json. validation, test: figures of the model that is in `model`, "loss" in nats a
-    prediction; None where there is no such split. unigram: by split, what one has that knows no context."""
+    prediction; None where there is no such split. unigram: by split, what one has that knows no context. tokens: read in
+    training, trained on or not."""
 
     reason: str
     steps: int
@@ -223,7 +225,7 @@ class HeldOut:
         self.openings: list[Any] = []
         examples, sizes, count = [], [], 0
         for index, document in enumerate(options.documents(split)):
-            made = [e for e in plan.encode(document, index) if len(e)]
+            made = examples_of(document, index, plan.encode)
             examples += made
             count += sum(map(len, made))
             sizes.append(plan.size(document.fields))
@@ -406,13 +408,13 @@ def _keep(options: StageOptions, out: Path, resume: bool, say: Callable[[str], N
 def _lint(options: StageOptions, plan: Plan, say: Callable[[str], None]) -> None:
     if options.lint == "off":
         return
-    records = {
-        split: [d.fields for _, d in zip(range(COMPARED), options.documents(split, **how), strict=False)]
+    read = {
+        split: list(islice(options.documents(split, **how), COMPARED))
         for split, how in (("train", {"shuffle": options.shuffle}), ("validation", {}), ("test", {}))
         if split == "train" or options.has(split)
     }
-    made = (plan.encode(Document(fields), i) for i, fields in enumerate(records["train"][:LINTED]))
-    examples = [e for each in made for e in each if len(e)]
+    records = {split: [document.fields for document in documents] for split, documents in read.items()}
+    examples = [e for i, document in enumerate(read["train"][:LINTED]) for e in examples_of(document, i, plan.encode)]
     findings = plan.lint(examples, _batched(examples, options.tokens, plan)[:8], records)
     for finding in findings:
         say(f"lint: {finding}")
@@ -443,9 +445,12 @@ def _forecast(
 
 
 def _first(options: StageOptions, plan: Plan, tokens: int) -> Any:
-    """A batch of the training data, of its own reading."""
+    """A full batch of the training data, of its own reading."""
     documents = options.documents("train", shuffle=options.shuffle)
-    return next(plan.batches(documents, plan.encode, tokens, window=64, seed=options.seed))
+    made = list(islice(plan.batches(documents, plan.encode, tokens, window=64, seed=options.seed), 4))
+    if not made:
+        raise ValueError("nothing of the training documents can be trained on; give others, or a larger max_length")
+    return max(made, key=tokens_of)  # the last one of a window may hold little, and stand first
 
 
 def _advice(options: StageOptions, size: Footprint, device: torch.device) -> str:

@@ -204,8 +204,21 @@ def test_sft(run, tmp_path, record):
     )
     log = read_log(tmp_path / "run" / LOG)
     assert report.steps == 6 and log[-1]["validation"] < log[2]["loss"]
+    assert 6 * 200 < report.tokens <= 6 * 256  # read, trained on or not
     assert "bits_per_byte" not in report.validation
     assert isinstance(models.load(report.model), Decoder)
+
+
+@pytest.mark.parametrize("lint", ["off", "warn"])
+@pytest.mark.parametrize("which", ["data", "validation"])
+def test_a_record_that_cannot_be_encoded_is_named(run, tmp_path, lint, which):
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text(json.dumps({"prompt": "1?", "completion": "2."}) + "\n")
+    bad.write_text(good.read_text() + json.dumps({"prompt": "", "completion": "2."}) + "\n")
+    files = {"data": str(good), "validation": str(good)} | {which: str(bad)}
+    given = {k: v for k, v in SIZES.items() if k != "vocab_size"} | QUICK | files | {"test": 0, "lint": lint}
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2: the prompt is empty"):
+        sft(SftOptions(model=str(run[0] / "model"), out=str(tmp_path / "run"), **given))
 
 
 def test_a_tokenizer_of_another_model(corpus, tmp_path):
@@ -272,8 +285,9 @@ def test_other_options_than_the_run_began_with(run, corpus):
         (b'{"text": "good"}\n{"text": \n', ":2: "),
         (b'{"text": "good"}\n{"text": "\xff\xfe"}\n', ":2: "),
         (b'{"title": "no text here"}\n' * 40, "no text to train a tokenizer on"),
+        (b"\n\n", r"0 documents in \S*bad.jsonl; give other files"),
     ],
-    ids=["empty", "broken line", "not UTF-8", "another record"],
+    ids=["empty", "broken line", "not UTF-8", "another record", "blank lines"],
 )
 def test_bad_data(tmp_path, monkeypatch, capsys, content, said):
     data = tmp_path / "bad.jsonl"
@@ -348,6 +362,29 @@ def test_a_forecast_leaves_no_trace(corpus, tmp_path):
     assert torch.equal(before, torch.get_rng_state())
     assert plan.model.embedding.weight.grad is gradient and bool((gradient == 1).all())
     assert all(p.grad is None for n, p in plan.model.named_parameters() if n != "embedding.weight")
+
+
+def test_the_batch_that_is_tried_is_a_full_one(tmp_path, monkeypatch):
+    """The records make two full batches and a small one, which stands first for some seeds."""
+    data, tried, firsts = tmp_path / "short.jsonl", [], []
+    data.write_text("".join(json.dumps({"text": f"{i:03d} is it."}) + "\n" for i in range(50)))
+    monkeypatch.setattr(stage, "seconds_of", lambda model, loss, batch: tried.append(batch) or 1.0)
+    for seed in range(4):
+        made = options(data, tmp_path, seed=seed, validation=0, test=0)
+        plan, _ = first(data, tmp_path)
+        size = sum(len(e) for e in plan.encode(next(made.documents("train")), 0))
+        made = dataclasses.replace(made, tokens=20 * size, max_length=size)
+        firsts.append(next(Batches(made.documents("train"), plan.encode, made.tokens, seed=seed)))
+        stage._forecast(made, plan, plan.model, lambda line: None, 1)
+    assert all(forecast.tokens_of(batch) > 0.9 * 20 * size for batch in tried)
+    assert min(map(forecast.tokens_of, firsts)) < 0.6 * 20 * size
+
+
+def test_nothing_to_train_on(tmp_path):
+    data = tmp_path / "empty.jsonl"
+    data.write_text('{"text": ""}\n' * 5)
+    with pytest.raises(ValueError, match="nothing of the training documents can be trained on"):
+        pretrain(options(data, tmp_path / "run", tokenizer=str(asset("smollm2-135m")), validation=0, test=0))
 
 
 def test_operations_of_a_step(corpus, tmp_path):
