@@ -10,14 +10,11 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from . import __version__
-
-if TYPE_CHECKING:
-    from .llm import LLM, RequestOutput
+from . import __version__, output
 
 DEVICE = "auto (the GPU, if there is one), cpu or cuda."
 KV_DTYPE = "Of the KV cache: auto (float32), or int8 or fp8, a quarter of it."
@@ -144,8 +141,13 @@ def pull(
     print(hub.resolve(name, revision=revision, verify=verify))
 
 
+# Options of `generate` that an encoder-decoder has, too.
+OF_ENCODER_DECODER = {"prompt", "file", "model", "quantize", "max_new_tokens", "beams", "n", "as_json", "stats"}
+
+
 @app.command()
 def generate(
+    context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - or none reads standard input.")] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from this file.")] = None,
     model: Annotated[str, typer.Option(help="Alias, .gguf file, folder of safetensors, or Hub id.")] = "smollm2-135m",
@@ -168,6 +170,7 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: against tokens that occurred.")] = 1.0,
     presence_penalty: Annotated[float, typer.Option(help="Off the logit of a token once generated.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="The same, for each time it was generated.")] = 0.0,
+    beams: Annotated[int, typer.Option(help="Of an encoder-decoder: beam search, 1 to 10.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of sequence.")] = False,
     logprobs: Annotated[int | None, typer.Option(help="Alternatives for each token, with --json.")] = None,
@@ -181,10 +184,11 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of text.")] = False,
     stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Measure, and say how fast it was.")] = True,
 ) -> None:
-    """Complete a prompt: text on stdout as it comes, then one line on stderr that says how fast it was."""
+    """Complete a prompt, or answer a source by an encoder-decoder: text on stdout as it comes, then one line on stderr that says
+    how fast it was."""
     from .sampling_params import SamplingParams
 
-    text = _prompt_text(prompt, file)
+    text = output.prompt_text(prompt, file)
     if logprobs is not None and not as_json:
         raise ValueError(f"--logprobs {logprobs}: they are part of --json; add it")
     drawing = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "n": n}
@@ -204,8 +208,15 @@ def generate(
     )
     request, interrupted = None, False
     try:
+        from . import hub, models
+        from .bench.ceiling import memory_bandwidth
         from .llm import LLM
 
+        path = hub.resolve(model)
+        if models.kind_of(path) == "Seq2Seq":
+            return _answer(context, path, text)
+        if beams != 1:
+            raise ValueError(f"--beams {beams}: {path} is no encoder-decoder; leave it out")
         llm = LLM(
             model, device=device, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len,
             num_threads=threads, speculate=speculate,
@@ -217,20 +228,41 @@ def generate(
             for _ in llm.run(request):
                 pass
         else:
-            _print_text(llm, request)
+            output.print_text(llm, request)
     except KeyboardInterrupt:
         if request is None:
             raise typer.Exit(130) from None
         interrupted = True
     if not as_json:
         print()
-    report = _statistics(llm, request, measure=stats and not interrupted)
+    report = output.statistics(llm, request, memory_bandwidth if stats and not interrupted else None)
     if as_json:
-        print(json.dumps(_as_json(request, model, dtype, quantize) | report))
+        print(json.dumps(output.as_json(request, model, dtype, quantize) | report))
     elif stats:
-        print(_statistics_line(report), file=sys.stderr)
+        print(output.statistics_line(report), file=sys.stderr)
     if interrupted:
         raise typer.Exit(130)
+
+
+def _answer(context: typer.Context, path: Path, source: str) -> None:
+    """`generate` by an encoder-decoder."""
+    from .decode.beam import BeamParams
+
+    given = context.params
+    for option in context.command.params:
+        if context.get_parameter_source(option.name).name == "COMMANDLINE" and option.name not in OF_ENCODER_DECODER:
+            raise ValueError(
+                f"{option.opts[-1]}: {path} is an encoder-decoder, which gives the likeliest answers (--beams, --n), in float32 "
+                "on the CPU; leave it out"
+            )
+    params = BeamParams(max_new_tokens=given["max_new_tokens"], beams=given["beams"], n=given["n"] or 1)
+    found, line = output.answer(path, source, params, given["quantize"])
+    if given["as_json"]:
+        print(json.dumps({"model": given["model"]} | found))
+        return
+    output.print_answers(found)
+    if given["stats"]:
+        print(line, file=sys.stderr)
 
 
 @app.command()
@@ -398,81 +430,6 @@ def _peak(options: Any) -> float:
 
     device, dtype = options.where
     return ceilings(device.type, dtype)[1].best() * 1e9
-
-
-# ---------------------------------------------------------------------------------------------------------------- text
-
-
-def _prompt_text(prompt: str | None, file: Path | None) -> str:
-    """The prompt from where it is; the newline that ends a file is not part of it."""
-    if prompt is not None and file is not None:
-        raise ValueError(f"a prompt and the file {file}: give one of them")
-    text = prompt
-    if file is not None or prompt in (None, "-"):
-        if file is None and prompt is None and sys.stdin.isatty():
-            raise ValueError("no prompt; give it as an argument, in a file with -f, or on standard input")
-        name, data = (file, file.read_bytes()) if file else ("standard input", sys.stdin.buffer.read())
-        try:
-            text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is not UTF-8 text: {error}") from error
-    if not text:
-        raise ValueError("the prompt is empty; give at least one character")
-    return text
-
-
-def _print_text(llm: "LLM", request: "RequestOutput") -> None:
-    """Streams the completions to stdout; where there are several, each under a line with its number."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding shows what it can
-    begun = 0
-    for piece in llm.run(request):
-        if request.params.n > 1 and begun < len(request.outputs):
-            print("\n" * (begun > 0) + f"--- {begun + 1} of {request.params.n} ---", flush=True)
-            begun += 1
-        print(piece, end="", flush=True)
-
-
-def _statistics(llm: "LLM", request: "RequestOutput", measure: bool) -> dict:
-    """Speeds of a request, and the memory's reading speed, measured now; None where there is nothing to tell."""
-    timing, read = request.timing, None
-    if measure and timing.decoded:
-        from .bench.ceiling import memory_bandwidth
-
-        read = memory_bandwidth(llm.engine.device, llm.engine.threads or None)
-    rate = timing.decoded / timing.decode_s if timing.decoded else None
-    bandwidth = rate and timing.steps / timing.decode_s * llm.bytes_per_token / 1e9
-    return {
-        "timing": dataclasses.asdict(timing),
-        "prompt_tokens_per_second": timing.prompt_tokens / timing.prefill_s if timing.prefill_s else None,
-        "tokens_per_second": rate,
-        "bytes_per_token": llm.bytes_per_token,
-        "gb_per_s": bandwidth,
-        "read_gb_per_s": read,
-        "roofline": bandwidth and read and bandwidth / read,
-    }
-
-
-def _statistics_line(report: dict) -> str:
-    timing, rate = report["timing"], report["tokens_per_second"]
-    line = f"prompt: {timing['prompt_tokens']} tokens"
-    if report["prompt_tokens_per_second"]:
-        line += f", {report['prompt_tokens_per_second']:.0f} tok/s"
-    if rate:
-        line += f"; decoded: {timing['decoded']} tokens, {rate:.1f} tok/s"
-        if timing["drafted"]:
-            line += f", {timing['accepted']} of {timing['drafted']} guesses right"
-        line += f"; {report['bytes_per_token'] / 1e6:.1f} MB/token, {report['gb_per_s']:.1f} GB/s"
-    if report["roofline"]:
-        line += f", {report['roofline']:.0%} of the memory roofline ({report['read_gb_per_s']:.1f} GB/s)"
-    return line
-
-
-def _as_json(request: "RequestOutput", model: str, dtype: str, quantize: str | None) -> dict:
-    """The first completion's fields at hand, and all of them where there are several."""
-    each = [{k: v for k, v in vars(c).items() if k != "index"} for c in request.outputs]
-    several = {"outputs": each} if request.params.n > 1 else {}
-    origin = {"model": model, "dtype": dtype, "quantize": quantize, "seed": request.seed}
-    return (each[0] if each else {}) | several | origin
 
 
 def main() -> None:

@@ -12,9 +12,13 @@ import _lora
 import _tiny
 import pytest
 from _cli import call
+from _scores import TEXTS
 
 from fastllm import LLM, SamplingParams, hub
 from fastllm.bench import ceiling
+from fastllm.data.corrupt import SENTINELS
+from fastllm.decode.beam import BeamParams
+from fastllm.decode.text2text import Text2Text
 from fastllm.peft import lora
 
 PROMPT = "in the rain"
@@ -120,6 +124,47 @@ def test_several_completions(generate, llm):
     assert out == "\n".join(f"--- {i} of 3 ---\n{text}" for i, text in enumerate(texts, 1)) + "\n"
     found = json.loads(generate(PROMPT, *options, "--json")[1])
     assert [c["text"] for c in found["outputs"]] == texts and found["text"] == texts[0]
+
+
+def test_an_encoder_decoder(monkeypatch, capsys, tmp_path):
+    folder = _tiny.text2text(tmp_path / "t5", TEXTS)
+    source = f"{TEXTS[0]} {SENTINELS[0]}"
+
+    def generate(*arguments):
+        return call(monkeypatch, capsys, "generate", "--model", folder, source, "--max-new-tokens", 9, *arguments)
+
+    model, beams = Text2Text.load(folder), BeamParams(max_new_tokens=9, beams=3, n=2)
+    ((greedy,), (first, second)) = (
+        model.generate(source, p, parse_special=True)[0] for p in (BeamParams(max_new_tokens=9), beams)
+    )
+    status, out, err = generate()
+    assert (status, out) == (0, greedy.text + "\n")
+    assert re.fullmatch(r"generated: \d tokens in [\d.]+ s, [\d.]+ tok/s\n", err)
+    status, out, err = generate("--beams", 3, "--n", 2, "--no-stats")
+    assert (status, err) == (0, "")
+    assert out == f"--- 1 of 2 ---\n{first.text}\n--- 2 of 2 ---\n{second.text}\n"
+    status, out, _ = generate("--beams", 3, "--n", 2, "--json", "--quantize", "int8")
+    found = json.loads(out)
+    assert status == 0 and found["text"] == found["outputs"][0]["text"] and len(found["outputs"]) == 2
+    packed = Text2Text.load(folder, quantize="int8").generate(source, beams, parse_special=True)[0]
+    assert [(a["token_ids"], a["score"], a["finish_reason"]) for a in found["outputs"]] == [
+        (a.token_ids, a.score, a.finish_reason) for a in packed
+    ]
+    assert (found["beams"], found["quantize"]) == (3, "int8") and found["seconds"] > 0
+    for given, message in (
+        (("--temperature", 0.5), r"--temperature: .* is an encoder-decoder, which gives the likeliest answers"),
+        (("--chat",), "--chat: .* is an encoder-decoder"),
+        (("--device", "cpu"), "--device: .* is an encoder-decoder"),
+        (("--n", 2), "n=2; allowed: an integer from 1 to 1, the beams"),
+        (("--beams", 11), "beams=11; allowed: an integer from 1 to 10"),
+    ):
+        status, out, err = generate(*given)
+        assert status == 2 and not out and re.search(message, err), err
+
+
+def test_a_decoder_has_no_beams(generate):
+    status, out, err = generate(PROMPT, "--beams", 2)
+    assert status == 2 and not out and re.search("--beams 2: .* is no encoder-decoder; leave it out", err)
 
 
 def test_forms(generate, path):

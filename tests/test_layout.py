@@ -25,7 +25,7 @@ FLOORS = (
     {"models", "data", "files", "hub", "sampling_params"},
     {"peft"},
     {"decode"},
-    {"llm", "conversation", "terminal", "evaluate"},
+    {"llm", "conversation", "output", "terminal", "evaluate"},
     {"train"},
     {"rlhf"},
     {"integrations", "serve", "web"},

@@ -38,7 +38,7 @@ class BeamParams:
         for key, most in (("max_new_tokens", None), ("beams", MOST_BEAMS), ("n", self.beams)):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most and value > most):
-                limit = f"from 1 to {most}" if most else "of at least 1"
+                limit = "of at least 1" if not most else f"from 1 to {most}" + (", the beams" if key == "n" else "")
                 raise ValueError(f"BeamParams: {key}={value!r}; allowed: an integer {limit}")
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f"BeamParams: early_stopping={self.early_stopping!r}; allowed: True, False, 'never'")

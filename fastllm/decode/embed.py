@@ -13,9 +13,7 @@ from torch import Tensor
 from .. import hub, models
 from ..data.packed import in_parts
 from ..data.tokenizer import Tokenizer
-from ..models import hf_encoder, hf_seq2seq
 from ..models.encoder import POOLS, Encoder
-from ..models.folder import architecture_of, read_json
 from ..models.layers import pack_weights
 
 ROWS = 4096  # tokens that go through the model at once: a layer's widest rows are 25 MB for MiniLM
@@ -90,10 +88,12 @@ class TextEncoder:
 
 def read_encoder(path: Path, quantize: str | None, device: str) -> TextEncoder | None:
     """For LLM: None for a file or a folder of a decoder. ValueError: a GPU, or an encoder-decoder."""
-    architecture = architecture_of(read_json(path / "config.json")) if path.is_dir() else ""
-    if architecture in hf_seq2seq.ARCHITECTURES:
-        raise ValueError(f"{path} is an encoder-decoder; `fastllm eval` and decode.text2text.Text2Text generate by it")
-    if architecture not in hf_encoder.ARCHITECTURES:
+    kind = models.kind_of(path)
+    if kind == "Seq2Seq":
+        raise ValueError(
+            f"{path} is an encoder-decoder; `fastllm generate`, `fastllm eval` and decode.text2text run it"
+        )
+    if kind == "Decoder":
         return None
     if device == "cuda":
         raise ValueError(f"LLM: device='cuda', but {path} is an encoder: `embed` runs on a CPU; allowed: 'auto', 'cpu'")

@@ -7,15 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .. import hub
+from .. import hub, models
 from ..data.instruct import Instructions, Task, choices
 from ..data.pairs import FORMS
 from ..data.sources import Document
 from ..decode.beam import BeamParams
 from ..decode.text2text import Answer, Text2Text
 from ..llm import LLM, Completion
-from ..models.folder import architecture_of, read_json
-from ..models.hf_seq2seq import ARCHITECTURES
 from ..sampling_params import SamplingParams
 from . import choice, text
 from .perplexity import perplexity, pseudo_perplexity
@@ -76,7 +74,7 @@ def load(name: str, *, quantize: str | None = None, adapter: str | None = None, 
     """The model of a name: an LLM with these limits and an adapter, named by its path; or the encoder-decoder that a folder
     holds, which takes neither. ValueError: it was given one."""
     path = Path(name) if Path(name).exists() else hub.resolve(name)
-    if not path.is_dir() or architecture_of(read_json(path / "config.json")) not in ARCHITECTURES:
+    if models.kind_of(path) != "Seq2Seq":
         llm = LLM(name, quantize=quantize, **limits)
         if adapter:
             llm.load_adapter(adapter, adapter)

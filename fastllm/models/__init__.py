@@ -26,6 +26,17 @@ def load(name: str | os.PathLike) -> "nn.Module":
     return model
 
 
+def kind_of(path: Path) -> str:
+    """The class that `load` makes of a model of text, by the config.json of a folder: "Encoder", "Seq2Seq", or else "Decoder".
+    ValueError: a folder without a config.json that can be read."""
+    from . import hf_encoder, hf_seq2seq
+    from .folder import architecture_of, read_json
+
+    architecture = architecture_of(read_json(path / "config.json")) if path.is_dir() else ""
+    kinds = {"Encoder": hf_encoder.ARCHITECTURES, "Seq2Seq": hf_seq2seq.ARCHITECTURES}
+    return next((kind for kind, names in kinds.items() if architecture in names), "Decoder")
+
+
 def _load(path: Path) -> "nn.Module":
     from . import ctranslate2, hf_encoder, hf_seq2seq, weights
     from .families import FAMILIES, unknown

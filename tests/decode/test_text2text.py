@@ -63,7 +63,9 @@ def test_ids_and_special_tokens(model, tokenizer):
 
 
 def test_what_is_refused(model, tokenizer, folder):
-    with pytest.raises(ValueError, match="is an encoder-decoder; `fastllm eval` and decode.text2text.Text2Text"):
+    with pytest.raises(
+        ValueError, match="is an encoder-decoder; `fastllm generate`, `fastllm eval` and decode.text2text"
+    ):
         LLM(folder)
     with pytest.raises(TypeError, match="the model is a Linear; it must be a Seq2Seq"):
         Text2Text(torch.nn.Linear(2, 2), tokenizer)
