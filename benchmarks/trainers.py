@@ -1,4 +1,5 @@
-"""The contenders of `train.py`: one optimizer step of the same model on the same batch, ours and transformers'.
+"""The contenders of `train.py`: one optimizer step of the same model on the same batch, ours and transformers', with PEFT's
+factors where a shape says so.
 
 What may be asked of one (`workers.py` is the pipe):
 
@@ -29,8 +30,8 @@ SEED, LR = 0, 1e-4
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and its batch. kind: "gpt2" or "llama"; lora: rank of the adapters on every linear of a frozen base; tied: a
-    llama whose head is its embedding."""
+    """A model and its batch. kind: "gpt2" or "llama"; lora: rank of the factors on every linear of the layers, all else is
+    frozen, 0: all is trained; tied: a llama whose head is its embedding."""
 
     kind: str
     layers: int
@@ -49,8 +50,11 @@ class Shape:
 SHAPES = {
     "gpt2-124m": Shape("gpt2", 12, 768, 12, 12, 3072, 50257, 4, 256, "float32"),
     "llama-1.2b": Shape("llama", 16, 2048, 32, 8, 8192, 128256, 4, 2048, "bfloat16", tied=True),
+    "llama-3.6b-lora": Shape("llama", 16, 4096, 32, 8, 14336, 32000, 4, 1024, "bfloat16", lora=16, tied=True),
+    "smollm2-135m-lora": Shape("llama", 30, 576, 9, 3, 1536, 49152, 4, 256, "float32", lora=16, tied=True),
     "gpt2-tiny": Shape("gpt2", 2, 64, 4, 4, 256, 1000, 2, 32, "float32"),  # for the benchmark's own test
     "llama-tiny": Shape("llama", 2, 64, 4, 2, 192, 1000, 2, 32, "float32"),
+    "llama-tiny-lora": Shape("llama", 2, 64, 4, 2, 192, 1000, 2, 32, "float32", lora=4),
 }
 
 
@@ -126,7 +130,12 @@ class Transformers(Trainer):
 
     def build(self):
         self.model = theirs(self.shape, self.device)
-        self.optimizer = self.torch.optim.AdamW(self.model.parameters(), LR, fused=True)
+        if self.shape.lora:
+            from low_rank import with_factors_of_peft
+
+            self.model = with_factors_of_peft(self.model, self.shape.lora)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = self.torch.optim.AdamW(trained, LR, fused=True)
         self.forward = self.torch.compile(self.model) if self.compiled else self.model
 
     def loss(self, ids):
@@ -139,7 +148,12 @@ class Transformers(Trainer):
 
 class Ours(Trainer):
     """The same weights as a `Decoder`. Each parameter is updated by `ops.adamw` as soon as the backward has its gradient, which
-    is freed at once: no more than a few gradients are ever held."""
+    is freed at once: no more than a few gradients are ever held. master: of a model in 16 bits, float32 weights beside those
+    that are read, and float32 moments; without it they have the model's dtype, as the peers' have."""
+
+    def __init__(self, master=False, **spec):
+        self.master = master
+        super().__init__(**spec)
 
     def build(self):
         from fastllm import models
@@ -148,10 +162,17 @@ class Ours(Trainer):
         torch, self.done, self.spec = self.torch, 0, AdamWSpec(lr=LR, weight_decay=0.01)
         with tempfile.TemporaryDirectory() as folder:
             # another process draws them: what it would leave of this one's memory in pieces is no part of a step
-            subprocess.run([sys.executable, __file__, self.name, folder], check=True, stdout=sys.stderr)
+            subprocess.run([sys.executable, __file__, self.name, folder, self.device], check=True, stdout=sys.stderr)
             self.model = models.load(folder).to(self.device, getattr(torch, self.shape.dtype)).train()
-        for p in self.model.parameters():
-            state = AdamWState(torch.zeros_like(p), torch.zeros_like(p))
+        if self.shape.lora:
+            from low_rank import with_factors
+
+            self.model = with_factors(self.model, self.shape.lora)
+        for p in (p for p in self.model.parameters() if p.requires_grad):
+            wide = p.detach().float() if self.master else None
+            state = AdamWState(
+                torch.zeros_like(p if wide is None else wide), torch.zeros_like(p if wide is None else wide), wide
+            )
             p.register_post_accumulate_grad_hook(functools.partial(self.update_one, state))
 
     def loss(self, ids):
@@ -224,7 +245,8 @@ def answer(contender, request):
 KINDS = {"ours": Ours, "transformers": Transformers, "ceiling": Ceiling}
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:  # a shape and a folder: for `Ours`
-        theirs(SHAPES[sys.argv[1]]).save_pretrained(sys.argv[2])
+    if len(sys.argv) == 4:  # for `Ours`
+        shape_, folder_, device_ = sys.argv[1:]
+        theirs(SHAPES[shape_], device_).save_pretrained(folder_)
     else:
         serve(KINDS, answer)

@@ -50,7 +50,10 @@ class Adapted(nn.Module):
             self.held.append((rows_of(plain.weight, first, size, i), bias))
             first += size
 
-    def forward(self, x, norm=None, residual=None, adapted=None):
+    def gates_apart(self, x):
+        return False
+
+    def forward(self, x, norm=None, residual=None, adapted=None, gate=True):
         if isinstance(norm, RMSNorm):
             x = ops.rms_norm(x, norm.gain, norm.eps)
         elif norm is not None:

@@ -53,6 +53,13 @@ class Projection(nn.Module):
         linear = ops.quant_linear if isinstance(self.weight, QWeight) else ops.linear
         return linear(x, self.weight, self.bias, **fused)
 
+    def gates_apart(self, x: Tensor) -> bool:
+        """Whether the gate of x is to be an op of its own, for `activated`: in training, where that has the bits of the fused
+        call, which rounds the product once on a CPU."""
+        if not torch.is_grad_enabled() or not isinstance(self.weight, Tensor):
+            return False
+        return (x.requires_grad or self.weight.requires_grad) and (x.is_cuda or x.dtype == torch.float32)
+
     def pack(self, weight: Panels | QWeight) -> None:
         replace_weight(self, weight)
 

@@ -11,7 +11,6 @@ What is added to the stream by no projection (learned positions, a result that i
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -220,7 +219,7 @@ class Layer(Recomputable):
         y = attend(*self._heads(qkv), index).flatten(-2)
         x, added = self._write(self.out, self.post_attn_norm, x, y, adapted("out"))
         first, activation = self.get_submodule(self.first), self.activation
-        if activation is None and adapters is None and self._trains_apart(first, x):
+        if activation is None and adapters is None and first.gates_apart(x):
             activation = GATED["swiglu"]
         x, h = self._read(first, self.mlp_norm, x, added, adapted(self.first), gate=activation is None)
         if activation is None:
@@ -228,14 +227,6 @@ class Layer(Recomputable):
         return activated(
             self, activation, h, lambda y: self._write(self.down, self.post_mlp_norm, x, y, adapted("down"))
         )
-
-    @staticmethod
-    def _trains_apart(first: Projection, x: Tensor) -> bool:
-        """Whether the gate is an op of its own, for `activated`: where that has the bits of the fused call, which rounds the
-        product once on a CPU."""
-        if not torch.is_grad_enabled() or type(first) is not Projection or not isinstance(first.weight, Tensor):
-            return False
-        return (x.requires_grad or first.weight.requires_grad) and (x.is_cuda or x.dtype == torch.float32)
 
     def _read(
         self,
@@ -247,11 +238,10 @@ class Layer(Recomputable):
         gate: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """x + added, and the projection of its norm."""
-        given: dict[str, Any] = {"adapted": adapted} | ({} if gate else {"gate": False})
         if added is None:
-            return x, projection(x, norm=norm, **given)
+            return x, projection(x, norm=norm, adapted=adapted, gate=gate)
         h, x = norm(x, added)
-        return x, projection(h, **given)
+        return x, projection(h, adapted=adapted, gate=gate)
 
     def _write(
         self, projection: Projection, norm: RMSNorm | None, x: Tensor, h: Tensor, adapted: Adapted | None

@@ -141,9 +141,7 @@ def test_where_activations_are_kept():
     activated(layer, activation, h, lambda y: y * y).sum().backward()
     assert len(calls) == 5  # the second factor of a product is kept too
     first = model.layers[0].gate_up
-    assert model.layers[0]._trains_apart(first, torch.ones(1)) and not model.layers[0]._trains_apart(
-        first, torch.ones(1).half()
-    )
+    assert first.gates_apart(torch.ones(1)) and not first.gates_apart(torch.ones(1).half())
 
 
 def test_a_run_has_the_same_bits(tmp_path):
