@@ -1,10 +1,12 @@
-"""One block of zeroed memory that takes room when it is written to: for all packed weights, and for a KV cache.
+"""One block of zeroed memory that takes room when it is written to: for all packed weights, and for a KV cache; and how much
+memory there is.
 
 Weights lie on huge pages where the system gives them: panels are read once per token from end to end, and with 4 KiB
 pages the page walks alone would cost bandwidth.
 """
 
 import errno
+import math
 import mmap
 import os
 import re
@@ -57,6 +59,32 @@ def available(most: int) -> int:
         except OSError:
             most = half
     return least
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that are free for a process on this device; infinite where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as file:
+            found = {line.split(":")[0]: line.split()[1] for line in file}
+        free = float(found["MemAvailable"]) * 1024
+    except (OSError, KeyError, IndexError):
+        try:
+            return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        except (ValueError, OSError):
+            return math.inf
+    return min(free, _cgroup_room())
+
+
+def _cgroup_room() -> float:
+    """What the limit of a container leaves."""
+    try:
+        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as now:
+            limit = most.read().strip()
+            return math.inf if limit == "max" else float(limit) - float(now.read())
+    except (OSError, ValueError):
+        return math.inf
 
 
 def lack_of_memory(error: BaseException, what: str, step: str) -> MemoryError | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..files import Replacing
 from ..hub import check_no_pickle
+from .arena import available_memory
 from .text import FILES as TEXT_FILES
 from .text import write_text
 
@@ -181,13 +182,21 @@ def fill(model: nn.Module, names: Names, folder: Any) -> nn.Module:
     return model.eval()
 
 
-def skeleton(make: Callable[[], nn.Module], path: Path) -> nn.Module:
-    """A model without memory for its weights. ValueError for sizes that no memory could hold."""
+def skeleton(make: Callable[[], nn.Module], path: Path, packed: bool = False) -> nn.Module:
+    """A model without memory for its weights. ValueError for sizes that no memory could hold, MemoryError where float32 weights,
+    unless they are to be packed, would not fit into what is free."""
     try:
         with torch.device("meta"):
-            return make()
+            model = make()
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: a model of these sizes cannot be: {error}") from error
+    wanted, free = 4 * sum(p.numel() for p in model.parameters()), available_memory(torch.device("cpu"))
+    if wanted > free and not packed:
+        raise MemoryError(
+            f"{path}: its weights take {wanted / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB are free; take a smaller model or a "
+            "machine with more memory, or decode it by LLM in int8 or int4"
+        )
+    return model
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def load_packed(path: str | Path, quantize: str | None = None, as_float: bool = 
     if quantize and as_float:
         raise ValueError(f"quantize={quantize!r} and float32 weights exclude each other; give one of the two")
     source = open_source(path)
-    model = skeleton(lambda: Decoder(source.config), Path(path))
+    model = skeleton(lambda: Decoder(source.config), Path(path), packed=True)
     _check(source, model)
     forms = {ours: _form(source, ours, model, module, quantize, as_float) for ours, module, _ in _parameters(model)}
     try:

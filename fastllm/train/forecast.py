@@ -4,7 +4,6 @@ A batch is run forward and backward without an update; gradients and torch's gen
 """
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,6 +105,16 @@ class Footprint:
         return needs + f"tokens={tokens // parts} with accumulate={accumulate * parts} takes the same step and fits"
 
 
+def refuse_state(model: nn.Module, free: float, processes: int) -> str | None:
+    """What to say where no batch would fit beside weights, gradients and moments; the model may lie on the meta device."""
+    parameters = sum(p.numel() for p in model.parameters())
+    state = TRAINED * parameters / processes
+    if state <= SHARE * free:
+        return None
+    kept = f"weights, gradients and AdamW's moments of {parameters:,} parameters"
+    return f"{kept} take {state / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+
+
 def footprint(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> Footprint:
     """Measured on a batch, which may be a small one."""
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
@@ -122,32 +131,6 @@ def footprint(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch:
         del value
     state = sum(TRAINED * p.numel() if p.requires_grad else p.nbytes for p in model.parameters())
     return Footprint(state, sum(kept.values()) / tokens_of(batch))
-
-
-def available_memory(device: torch.device) -> float:
-    """Bytes that are free for a process on this device; infinite where the system does not say."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as file:
-            found = {line.split(":")[0]: line.split()[1] for line in file}
-        free = float(found["MemAvailable"]) * 1024
-    except (OSError, KeyError, IndexError):
-        try:
-            return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        except (ValueError, OSError):
-            return math.inf
-    return min(free, _cgroup_room())
-
-
-def _cgroup_room() -> float:
-    """What the limit of a container leaves."""
-    try:
-        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as now:
-            limit = most.read().strip()
-            return math.inf if limit == "max" else float(limit) - float(now.read())
-    except (OSError, ValueError):
-        return math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------------- time

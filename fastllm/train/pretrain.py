@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import hub
 from ..data.corrupt import MASKED_ROLES, SENTINELS
 from ..data.tokenizer import DEFAULT_ROLES, Tokenizer
+from ..models.arena import available_memory
 from ..models.initial import initialise
-from ..models.presets import PRESETS, build, preset
+from ..models.presets import PRESETS, Config, build, preset
 from ..models.text import read_text
+from .forecast import refuse_state
 from .optim import require
 from .parallel import start
 from .plans import plan_of
@@ -69,9 +73,21 @@ def pretrain(
     config = preset(options.arch, options.preset, tokenizer)
     if options.max_length > getattr(config, "max_position", options.max_length):
         config = preset(options.arch, options.preset, tokenizer, longest=options.max_length)
+    _check_memory(options, config, tokenizer)
     model = initialise(build(config), options.seed)
     plan = plan_of(options, model, tokenizer, None, text, options.mask_rate, options.whole_words)
     return run(options, plan, resume, watch)
+
+
+def _check_memory(options: PretrainOptions, config: Config, tokenizer: Tokenizer) -> None:
+    """Before anything is drawn. MemoryError, with the presets that would fit."""
+    free, count = available_memory(options.where[0]), start().count
+    with torch.device("meta"):
+        refusal = refuse_state(build(config), free, count)
+        if refusal:
+            made = {name: build(preset(options.arch, name, tokenizer)) for name in PRESETS[options.arch]}
+            fitting = [name for name, model in made.items() if not refuse_state(model, free, count)]
+            raise MemoryError(f"{refusal}; presets that fit: {', '.join(fitting) or 'none'}")
 
 
 def _tokenizer(options: PretrainOptions) -> tuple[Tokenizer, Path]:

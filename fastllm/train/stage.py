@@ -34,9 +34,10 @@ from ..data.batch import Groups, examples_of, pack
 from ..data.lint import Finding
 from ..data.sources import Document, Documents, Mixture, mixing_rates
 from ..files import Replacing
+from ..models.arena import available_memory
 from . import plots
 from .checkpoint import Checkpoints
-from .forecast import Footprint, Operations, available_memory, device_of, footprint, seconds_of, tokens_of
+from .forecast import Footprint, Operations, device_of, footprint, seconds_of, tokens_of
 from .loop import LOG, LoopOptions, Report, Source, TrainingError, fit
 from .optim import require
 from .parallel import start

@@ -17,6 +17,7 @@ from fastllm import LLM, models
 from fastllm.cli import main
 from fastllm.data.batch import Batches
 from fastllm.data.tokenizer import Tokenizer
+from fastllm.models import folder
 from fastllm.models.decoder import Decoder
 from fastllm.models.initial import initialise
 from fastllm.models.presets import build, preset
@@ -333,6 +334,26 @@ def test_what_does_not_fit_is_refused_with_what_does(corpus, tmp_path, monkeypat
     monkeypatch.setattr(stage, "available_memory", lambda device: size.state)
     with pytest.raises(MemoryError, match="no batch fits beside the weights"):
         pretrain(options(corpus, tmp_path / "c", tokens=256))
+
+
+def test_a_model_that_does_not_fit_is_not_drawn(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(MODULE, "initialise", lambda *_: pytest.fail("it was drawn"))
+    monkeypatch.setattr(MODULE, "available_memory", lambda device: 4e9)
+    with pytest.raises(
+        MemoryError,
+        match=r"take 1\d\d\.\d GB, 4\.0 GB are free; presets that fit: nano, micro, mini, smollm2-135m, gpt2",
+    ):
+        pretrain(options(corpus, tmp_path / "run", preset="llama-2-7b"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_model_that_cannot_be_read_whole_is_not_read(run, monkeypatch):
+    monkeypatch.setattr(folder, "available_memory", lambda device: 4e6)
+    with pytest.raises(
+        MemoryError, match=r"model: its weights take 0\.0 GB in float32, 0\.0 GB are free; take a smaller"
+    ):
+        models.load(run[0] / "model")
+    assert LLM(run[0] / "model").generate("It is", None)
 
 
 def test_memory_that_gives_out_in_a_step(corpus, tmp_path, monkeypatch):
