@@ -27,6 +27,7 @@ from tokenizers import Tokenizer as Backend
 
 from ..files import Replacing
 from . import HasMetadata
+from .pieces import LONG, pieces
 
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 DEFAULT_ROLES: Mapping[str, str] = {"eos": "<|endoftext|>", "pad": "<|pad|>"}  # of a tokenizer that is trained
@@ -145,11 +146,19 @@ class Tokenizer:
         try:
             with self._lock:
                 self.backend.encode_special_tokens = not parse_special
+                if not add_special_tokens and any(len(text) > LONG for text in texts):
+                    return [self._encode_long(text) for text in texts]
                 encoded = self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError):
             bad = next(c for text in texts for c in text if "\ud800" <= c <= "\udfff")
             raise ValueError(f"the text holds a lone surrogate {bad!r}, which no encoding has; remove it") from None
         return [one.ids for one in encoded]
+
+    def _encode_long(self, text: str) -> list[int]:
+        def encode(part: str) -> list[int]:
+            return self.backend.encode_batch_fast([part], add_special_tokens=False)[0].ids
+
+        return [token for part in pieces(text, encode) for token in encode(part)]
 
     @property
     def add_bos(self) -> bool:
