@@ -141,7 +141,7 @@ def _run(model: Seq2Seq, memory: Memory, sources: list[_Greedy], prompt: list[in
         live = [s for s in sources if s.running]
         if not live:
             break
-        logits = model.step(ids, cache)
+        logits = model.step(ids, cache).float()
         if len(suppress):
             logits[:, suppress.to(device)] = -torch.inf
         best = [t.tolist() for t in ops.top_logprobs(logits, 2 * p.beams if p.beams > 1 else 1)]

@@ -161,6 +161,15 @@ def test_other_classes(corpus, tmp_path, arch):
         assert torch.allclose(theirs(input_ids=ids, decoder_input_ids=ids).logits, ours(ids, ids), atol=1e-4)
 
 
+@pytest.mark.parametrize("arch", ["decoder", "encoder", "seq2seq"])
+def test_in_bfloat16(corpus, tmp_path, arch):
+    """As on a GPU: samples are written, what is saved is read again."""
+    changed = {"arch": arch, "dtype": "bfloat16", "vocab_size": 400, "steps": 4, "eval_every": 2}
+    report = pretrain(options(corpus, tmp_path / "run", **changed))
+    assert math.isfinite(report.loss) and (arch == "encoder" or (tmp_path / "run" / "samples.txt").read_text())
+    assert {p.dtype for p in models.load(report.model).parameters()} == {torch.float32}
+
+
 def test_sources_and_targets(tmp_path):
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps({"source": f"{i} plus 1", "target": f"{i + 1}"}) + "\n" for i in range(200)))
