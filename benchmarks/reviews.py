@@ -11,13 +11,14 @@ checkpoint chosen on the validation split, the accuracy read once on the test sp
 Beside it, what the model forgets: sarcastic headlines, MMLU questions, and bits per byte of Wikipedia passages, before and after;
 and again for all examples mixed with other tasks' training records and passages (`data` with several sources).
 
-OUT gets reviews.json, reviews.png, a table reviews.md, and the run folder of each training.
+OUT gets reviews.json, reviews.png, a table reviews.md, and the run folder of each training, without its checkpoints: .6 GB each.
 """
 
 import argparse
 import itertools
 import json
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -156,6 +157,7 @@ def after(options, out: Path, reviews: Reviews, others: Others, count: int, mixe
     sources: Any = {"reviews": str(data), **others.write(tokenizer, out)} if mixed else str(data)
     folder = out / named(count, mixed)
     made = train(options, folder, sources, validation, steps * (2 if mixed else 1), reviews.seed)
+    shutil.rmtree(folder / "checkpoints")  # 1.6 GB each; the best one is in `model`
     llm = LLM(made["model"], dtype="float32")
     accuracy = summarise(score(llm, reviews.questions(tokenizer, "test")))["accuracy"]
     return {"count": count, "mixed": mixed, "accuracy": accuracy, "after": others.measure(llm)} | made
@@ -268,9 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = kept(out / "reviews.json", vars(options)) if options.keep else {}
 
     def keep() -> None:
-        whole = [each for each in found.values() if each["tuned"]]
-        least = min((len(each["tuned"]) for each in whole), default=0)
-        whole = [each | {"tuned": each["tuned"][:least]} for each in whole]  # what all of them have
+        whole = shared(list(found.values()))
         with Replacing(out) as files:
             files.write("reviews.json", json.dumps({"options": vars(options), "seeds": found}, indent=1) + "\n")
             if whole:
@@ -279,7 +279,18 @@ def main(arguments: list[str] | None = None) -> None:
 
     for seed in options.seeds:
         run(options, seed, found.setdefault(str(seed), {}), keep)
-    print(table(list(found.values())))
+    print(table(shared(list(found.values()))))
+
+
+def shared(seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of those that have begun, the trainings that all of them have, in one order."""
+
+    def kind(row: dict[str, Any]) -> tuple[bool, int]:
+        return row["mixed"], row["count"]
+
+    begun = [seed for seed in seeds if seed.get("tuned")]
+    common = set.intersection(*({kind(row) for row in seed["tuned"]} for seed in begun)) if begun else set()
+    return [seed | {"tuned": sorted((r for r in seed["tuned"] if kind(r) in common), key=kind)} for seed in begun]
 
 
 def kept(path: Path, given: dict[str, Any]) -> dict[str, Any]:
