@@ -149,9 +149,10 @@ def fill(model: nn.Module, names: Names, folder: Any) -> nn.Module:
     """Reads every parameter of `model`, which may lie on the meta device; `folder` has path, where, find, shape and read.
 
     ValueError for a tensor that is missing, of another shape, or left over: a bias that is not read, say, would change the
-    model silently.
+    model silently. MemoryError where they would not fit. Nothing is read before that is known.
     """
     known: set[str] = set()
+    plan: list[tuple[str, nn.Parameter, list[str | None]]] = []
     for ours, parameter in list(model.named_parameters()):
         stored = []
         for part in names.ours[ours]:
@@ -162,41 +163,50 @@ def fill(model: nn.Module, names: Names, folder: Any) -> nn.Module:
                 )
             stored.append(found)
         known.update(name for name in stored if name)
-        rows = parameter.shape[0] // len(stored)
-        wanted = names.shapes.get(ours, (rows, *parameter.shape[1:]))
-        pieces = []
+        plan.append((ours, parameter, stored))
+        wanted = _wanted(names, ours, parameter, stored)
         for name in stored:
             if name and folder.shape(name) != wanted:
                 raise ValueError(f"tensor {name!r} has shape {folder.shape(name)}, the config wants {wanted}")
-            piece = folder.read(name) if name else torch.zeros(wanted)
-            pieces.append(piece.reshape(rows, *parameter.shape[1:]))
-        *parents, leaf = ours.split(".")
-        owner = model.get_submodule(".".join(parents))
-        setattr(owner, leaf, nn.Parameter(pieces[0] if len(pieces) == 1 else torch.cat(pieces)))
     left = [name for name in folder.where if name not in known and not any(re.fullmatch(u, name) for u in names.unused)]
     if left:
         raise ValueError(
             f"{folder.path}: the file holds {len(left)} tensors that this model does not have, {left[0]!r} first; "
             "it is another model"
         )
+    check_memory(model, folder.path)
+    for ours, parameter, stored in plan:
+        wanted, rows = _wanted(names, ours, parameter, stored), parameter.shape[0] // len(stored)
+        read = (folder.read(name) if name else torch.zeros(wanted) for name in stored)
+        pieces = [piece.reshape(rows, *parameter.shape[1:]) for piece in read]
+        *parents, leaf = ours.split(".")
+        owner = model.get_submodule(".".join(parents))
+        setattr(owner, leaf, nn.Parameter(pieces[0] if len(pieces) == 1 else torch.cat(pieces)))
     return model.eval()
 
 
-def skeleton(make: Callable[[], nn.Module], path: Path, packed: bool = False) -> nn.Module:
-    """A model without memory for its weights. ValueError for sizes that no memory could hold, MemoryError where float32 weights,
-    unless they are to be packed, would not fit into what is free."""
+def _wanted(names: Names, ours: str, parameter: Tensor, stored: Sequence[str | None]) -> tuple[int, ...]:
+    """The shape of each tensor that a parameter is stacked from."""
+    return names.shapes.get(ours, (parameter.shape[0] // len(stored), *parameter.shape[1:]))
+
+
+def skeleton(make: Callable[[], nn.Module], path: Path) -> nn.Module:
+    """A model without memory for its weights. ValueError for sizes that no memory could hold."""
     try:
         with torch.device("meta"):
-            model = make()
+            return make()
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: a model of these sizes cannot be: {error}") from error
+
+
+def check_memory(model: nn.Module, path: Path) -> None:
+    """MemoryError where a skeleton's weights would not fit, in float32, into what is free."""
     wanted, free = 4 * sum(p.numel() for p in model.parameters()), available_memory(torch.device("cpu"))
-    if wanted > free and not packed:
+    if wanted > free:
         raise MemoryError(
             f"{path}: its weights take {wanted / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB are free; take a smaller model or a "
             "machine with more memory, or decode it by LLM in int8 or int4"
         )
-    return model
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .arena import Arena
 from .blocks import Embedding, Projection, make_gains
 from .decoder import Decoder
 from .families import FAMILIES, write_config
-from .folder import Stored, Writing, skeleton, write_tensors
+from .folder import Stored, Writing, check_memory, skeleton, write_tensors
 from .sources import Source, float_rows, open_source
 
 FEW_BITS = ("Q4_0", "Q4_1", "Q4_K", "Q5_0")  # 5 or fewer: quantising them again only loses quality
@@ -31,6 +31,7 @@ def load(path: str | Path) -> nn.Module:
     source = open_source(path)
     model = skeleton(lambda: Decoder(source.config), Path(path))
     _check(source, model)
+    check_memory(model, Path(path))
     for ours, module, leaf in _parameters(model):
         setattr(module, leaf, nn.Parameter(float_rows(source, ours)))
         _release(source, ours)
@@ -51,7 +52,7 @@ def load_packed(path: str | Path, quantize: str | None = None, as_float: bool = 
     if quantize and as_float:
         raise ValueError(f"quantize={quantize!r} and float32 weights exclude each other; give one of the two")
     source = open_source(path)
-    model = skeleton(lambda: Decoder(source.config), Path(path), packed=True)
+    model = skeleton(lambda: Decoder(source.config), Path(path))
     _check(source, model)
     forms = {ours: _form(source, ours, model, module, quantize, as_float) for ours, module, _ in _parameters(model)}
     try:
