@@ -218,7 +218,7 @@ def generate(
         if beams != 1:
             raise ValueError(f"--beams {beams}: {path} is no encoder-decoder; leave it out")
         llm = LLM(
-            model, device=device, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len,
+            path, device=device, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len,
             num_threads=threads, speculate=speculate,
         )  # fmt: skip
         if adapter:
