@@ -22,10 +22,11 @@ namespace FASTLLM_TIER {
 
 void adamw(const AdamwArgs& a, Team& team) noexcept {
   if (a.skip && *a.skip != 0) return;
-  const vf scale = set1(a.scale ? *a.scale : 1.0f), step_size = set1(float(-a.step_size)), root = set1(float(a.root));
-  const vf keep = set1(float(a.keep)), eps = set1(float(a.eps));
+  const vf scale = set1(a.scale ? *a.scale : 1.0f), root = set1(float(a.root)), eps = set1(float(a.eps));
   const vf new1 = set1(float(1 - a.beta1)), new2 = set1(float(1 - a.beta2)), old2 = set1(float(a.beta2));
   each_block(team, a.tensors, a.count, a.blocks, [&](const AdamwTensor& t, int64_t from, int64_t n, int64_t) {
+    const float* rates = a.rates ? a.rates + 2 * (&t - a.tensors) : nullptr;
+    const vf step_size = set1(-(rates ? rates[0] : float(a.step_size))), keep = set1(rates ? rates[1] : float(a.keep));
     each(n, [&](int64_t column, auto mask) {
       const int64_t i = from + column;
       const vf g = load_as(a.grad_dtype, t.grad, i, mask) * scale, old_m = load_as(a.moment_dtype, t.exp_avg, i, mask);

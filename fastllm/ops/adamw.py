@@ -5,7 +5,8 @@ In fp32, with g = grad * grad_scale, t the number of this step, from 1:
   m = m + (1 - beta1) * (g - m)
   v = beta2 * v + (1 - beta2) * g * g
   w = w * (1 - lr * weight_decay) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-w is the fp32 master where there is one (param is then its rounding), else param itself.
+w is the fp32 master where there is one (param is then its rounding), else param itself. With `rates` lr is lr * rates[i] for
+tensor i of the list.
 
 Dtypes: param float32, bfloat16 or float16; grad as param or float32; exp_avg (m) and exp_avg_sq (v) float32 or bfloat16;
 master float32, or None (where param is float32 it must be None). Within a list each of them has one dtype.
@@ -71,12 +72,18 @@ def constants(t, lr: float, beta1: float, beta2: float, decay: float):
     return lr / (1 - beta1**t), 1 / (1 - beta2**t) ** 0.5, 1 - lr * decay
 
 
+def constants_of_each(t, rates: Tensor, lr: float, beta1: float, decay: float) -> Tensor:
+    """[count, 2] float32: step_size and keep of each tensor."""
+    step_size, _, keep = constants(t, lr * rates.double(), beta1, 0.0, decay)
+    return torch.stack((step_size, keep), dim=1).float()
+
+
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
 def reference(
     param: list[Tensor], grad: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], master: list[Tensor],
-    step_at: Tensor | None, step: int, grad_scale: Tensor | None, skip: Tensor | None,
+    step_at: Tensor | None, step: int, grad_scale: Tensor | None, skip: Tensor | None, rates: Tensor | None,
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     t = step if step_at is None else step_at.double()
@@ -90,7 +97,8 @@ def reference(
         old_m, old_v = exp_avg[i].to(wide), exp_avg_sq[i].to(wide)
         m = old_m + (1 - beta1) * (g - old_m)
         v = beta2 * old_v + (1 - beta2) * g.square()
-        new = w.to(wide) * (1 - lr * weight_decay) - lr / first * (m / (v.sqrt() / second**0.5 + eps))
+        rate = lr if rates is None else lr * rates[i].double()
+        new = w.to(wide) * (1 - rate * weight_decay) - rate / first * (m / (v.sqrt() / second**0.5 + eps))
         for target, value in ((exp_avg[i], m), (exp_avg_sq[i], v), (p, new), *([(w, new)] if master else [])):
             value = value.to(target.dtype)
             target.copy_(value if skip is None else torch.where(skip != 0, target, value))
@@ -120,15 +128,18 @@ def update(
 
 @triton.jit
 def kernel(
-    tensors, owner, grad_scale, skip, corrections, step_size, root, keep, eps, new1, new2, old2,
+    tensors, owner, grad_scale, skip, corrections, rates, step_size, root, keep, eps, new1, new2, old2,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, MASTER: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_SKIP: tl.constexpr, HAS_STEP: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_STEP: tl.constexpr, HAS_RATES: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     # A program updates one block (CHUNK elements) of one tensor.
     scale = tl.load(grad_scale) if HAS_SCALE else 1.0
     if HAS_STEP:
         step_size, root = tl.load(corrections), tl.load(corrections + 1)
     entry = tl.load(owner + tl.program_id(0))
+    if HAS_RATES:
+        step_size, keep = tl.load(rates + (entry >> 32) * 2), tl.load(rates + (entry >> 32) * 2 + 1)
     row = tensors + (entry >> 32) * 6
     begin = (entry & 0xFFFFFFFF) * CHUNK
     param, grad = pointer_at(row, 0, PARAM, ALIGNED) + begin, pointer_at(row, 1, GRAD, ALIGNED) + begin
@@ -170,14 +181,16 @@ def _changed(*lists: list[Tensor]) -> None:
 
 
 def cpu(
-    param, grad, exp_avg, exp_avg_sq, master, step_at, step, grad_scale, skip, lr, beta1, beta2, eps, weight_decay
-) -> None:
+    param, grad, exp_avg, exp_avg_sq, master, step_at, step, grad_scale, skip, rates,
+    lr, beta1, beta2, eps, weight_decay,
+) -> None:  # fmt: skip
     t = step if step_at is None else step_at.item()
     step_size, root, keep = constants(t, lr, beta1, beta2, weight_decay)
+    each = None if rates is None else constants_of_each(t, rates, lr, beta1, weight_decay)
     columns = _columns(param, grad, exp_avg, exp_avg_sq, master)
     tensors = table(columns)
     _C.adamw(
-        tensors.data_ptr(), pointer(grad_scale), pointer(skip),
+        tensors.data_ptr(), pointer(grad_scale), pointer(skip), pointer(each),
         len(param), blocks(param), DTYPES[param[0].dtype], DTYPES[grad[0].dtype], DTYPES[exp_avg[0].dtype],
         step_size, root, beta1, beta2, eps, keep,
     )  # fmt: skip
@@ -185,8 +198,9 @@ def cpu(
 
 
 def gpu(
-    param, grad, exp_avg, exp_avg_sq, master, step_at, step, grad_scale, skip, lr, beta1, beta2, eps, weight_decay
-) -> None:
+    param, grad, exp_avg, exp_avg_sq, master, step_at, step, grad_scale, skip, rates,
+    lr, beta1, beta2, eps, weight_decay,
+) -> None:  # fmt: skip
     count = blocks(param)
     if not count:
         return
@@ -197,12 +211,14 @@ def gpu(
     else:  # on the device, without asking it
         first, second, keep = constants(step_at.double(), lr, beta1, beta2, weight_decay)
         corrections, step_size, root = torch.stack((first, second)).float(), 0.0, 0.0
+    t = step if step_at is None else step_at.double()
+    each = tensors if rates is None else constants_of_each(t, rates, lr, beta1, weight_decay)
     kernel[(count,)](
-        tensors, owner, tensors if grad_scale is None else grad_scale, tensors if skip is None else skip, corrections,
+        tensors, owner, tensors if grad_scale is None else grad_scale, tensors if skip is None else skip, corrections, each,
         step_size, root, keep, eps, 1 - beta1, 1 - beta2, beta2,
         PARAM=element_type(param[0].dtype), GRAD=element_type(grad[0].dtype), MOMENT=element_type(exp_avg[0].dtype),
         MASTER=bool(master), HAS_SCALE=grad_scale is not None, HAS_SKIP=skip is not None, HAS_STEP=step_at is not None,
-        ALIGNED=aligned, CHUNK=BLOCK, BLOCK=LANES, num_warps=WARPS,
+        HAS_RATES=rates is not None, ALIGNED=aligned, CHUNK=BLOCK, BLOCK=LANES, num_warps=WARPS,
     )  # fmt: skip
     _changed(param, exp_avg, exp_avg_sq, master)
 
@@ -211,7 +227,7 @@ def gpu(
 
 forward = Op(
     "adamw(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] master, "
-    "Tensor? step_at, int step, Tensor? grad_scale, Tensor? skip, "
+    "Tensor? step_at, int step, Tensor? grad_scale, Tensor? skip, Tensor? rates, "
     "float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
     reference=reference,
     fake=lambda *args: None,
@@ -237,11 +253,13 @@ def adamw(
     spec: AdamWSpec,
     grad_scale: float | Tensor | None = None,
     skip: Tensor | None = None,
+    rates: Tensor | None = None,
 ) -> None:
     """Updates param and state, one tensor or a list of them, in place; grad is only read.
 
     step: this step's number, from 1, or a tensor of one that lies beside the parameters. grad_scale: a factor of the
-    gradients, for clipping or unscaling, a number or a float32 tensor. skip: float32, not zero: nothing is written.
+    gradients, for clipping or unscaling, a number or a float32 tensor. skip: float32, not zero: nothing is written. rates:
+    float32, beside the parameters, a factor of spec.lr for each tensor of the list.
     Raises ValueError for shapes, devices or layouts that do not fit, TypeError for dtypes. See the head of this file.
     """
     params, grads, states = ([x] if isinstance(x, (Tensor, AdamWState)) else list(x) for x in (param, grad, state))
@@ -273,8 +291,14 @@ def adamw(
         _scalar("grad_scale", grad_scale, device, (torch.float32,))
     if skip is not None:
         _scalar("skip", skip, device, (torch.float32,))
+    if rates is not None:
+        check_dtype("adamw", "rates", rates, (torch.float32,))
+        check(
+            rates.shape == (len(params),) and rates.device == device,
+            lambda: f"adamw: rates is {tuple(rates.shape)} on {rates.device}; it must be ({len(params)},) on {device}",
+        )
     with torch.no_grad():
         forward(
-            params, grads, m, v, masters, at, number, grad_scale, skip,
+            params, grads, m, v, masters, at, number, grad_scale, skip, rates,
             spec.lr, spec.beta1, spec.beta2, spec.eps, spec.weight_decay,
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """adamw: what only this op must promise."""
 
+import dataclasses
 import math
 
 import _contract
@@ -41,6 +42,19 @@ def test_the_formula_to_the_bit(moments, dtype):
     assert torch.equal(state.exp_avg, expected[1].to(moments)) and torch.equal(
         state.exp_avg_sq, expected[2].to(moments)
     )
+
+
+def test_each_tensor_at_its_own_rate():
+    """The bits of calls of one tensor whose spec has that rate; a rate of 0 moves moments alone."""
+    lists = [drawn(*shape) for shape in SHAPES]
+    copies = [(p.clone(), g, AdamWState(*(t.clone() for t in tensors(p, s)[1:]))) for p, g, s in lists]
+    rates = torch.tensor([1.0, 0.5, 7.0, 0.3, 0.0, 1e-3])
+    ops.adamw(*(list(x) for x in zip(*lists, strict=True)), 3, SPEC, rates=rates)
+    for (p, _, s), (q, g, r), rate in zip(lists, copies, rates.double().tolist(), strict=True):
+        before = q.clone()
+        ops.adamw(q, g, r, 3, dataclasses.replace(SPEC, lr=SPEC.lr * rate))
+        assert all(torch.equal(a, b) for a, b in zip(tensors(p, s), tensors(q, r), strict=True))
+        assert torch.equal(q, before) == (rate == 0 or not q.numel())
 
 
 def test_ten_steps_are_those_of_torch():
@@ -137,8 +151,8 @@ def test_the_state_of_a_parameter():
 def test_opcheck_and_compile():
     param, grad, state = drawn(4, 33, dtype=torch.bfloat16)
     lists = [param], [grad], [state.exp_avg], [state.exp_avg_sq], [state.master]
-    torch.library.opcheck(OPS["adamw"].raw, (*lists, None, 3, None, None, 1e-3, 0.9, 0.95, 1e-8, 0.1))
-    scalars = torch.tensor(2.0), 0, torch.tensor(0.5), torch.tensor(0.0)
+    torch.library.opcheck(OPS["adamw"].raw, (*lists, None, 3, None, None, None, 1e-3, 0.9, 0.95, 1e-8, 0.1))
+    scalars = torch.tensor(2.0), 0, torch.tensor(0.5), torch.tensor(0.0), torch.tensor([0.1])
     torch.library.opcheck(OPS["adamw"].raw, (*lists, *scalars, 1e-3, 0.9, 0.95, 1e-8, 0.1))
     copy, other = param.clone(), AdamWState(*(t.clone() for t in tensors(param, state)[1:]))
     torch._dynamo.reset()
@@ -166,6 +180,12 @@ P, G, S = torch.randn(2, 3), torch.randn(2, 3), AdamWState(torch.zeros(2, 3), to
         ((P, G, S, 0, SPEC), ValueError, "step is 0; the first is 1"),
         ((P, G, S, 1, SPEC, torch.ones(2)), ValueError, "grad_scale is .* must be one number"),
         ((P, G, S, 1, SPEC, None, torch.tensor(True)), TypeError, "skip is bool, allowed: float32"),
+        (
+            (P, G, S, 1, SPEC, None, None, torch.ones(2)),
+            ValueError,
+            r"rates is \(2,\) on cpu; it must be \(1,\) on cpu",
+        ),
+        ((P, G, S, 1, SPEC, None, None, torch.ones(1).double()), TypeError, "rates is float64, allowed: float32"),
         ((P, G.to("meta"), S, 1, SPEC), ValueError, r"grad\[0\] is on meta, param\[0\] on cpu"),
     ],
 )

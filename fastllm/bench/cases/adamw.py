@@ -9,25 +9,27 @@ from ..case import Case, Suite
 SPEC = AdamWSpec(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
 
-def run(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None, skip=None, in_place=False):
+def run(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None, skip=None, rates=None, in_place=False):
     """What the op changed: param, the moments, the master. On copies, unless in_place."""
     changed = [param, exp_avg, exp_avg_sq, *([] if master is None else [master])]
     if not in_place:
         changed = [t.detach().clone(memory_format=torch.contiguous_format) for t in changed]
-    ops.adamw(changed[0], grad, AdamWState(*changed[1:]), step, SPEC, grad_scale, skip)
+    ops.adamw(changed[0], grad, AdamWState(*changed[1:]), step, SPEC, grad_scale, skip, rates)
     return tuple(changed)
 
 
-def plain(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None, skip=None, in_place=False):
-    step = float(step)
+def plain(
+    param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None, skip=None, rates=None, in_place=False
+):
+    step, lr = float(step), SPEC.lr if rates is None else SPEC.lr * float(rates)
     weight = param if master is None else master
     wide = torch.promote_types(weight.dtype, torch.float32)
     g = grad.to(wide) if grad_scale is None else grad.to(wide) * grad_scale
     m = exp_avg.to(wide).lerp(g, 1 - SPEC.beta1)
     v = (exp_avg_sq.to(wide) * SPEC.beta2).addcmul(g, g, value=1 - SPEC.beta2)
     denominator = (v.sqrt() / (1 - SPEC.beta2**step) ** 0.5).add(SPEC.eps)
-    w = weight.to(wide) * (1 - SPEC.lr * SPEC.weight_decay)
-    w = w.addcdiv(m, denominator, value=-SPEC.lr / (1 - SPEC.beta1**step))
+    w = weight.to(wide) * (1 - lr * SPEC.weight_decay)
+    w = w.addcdiv(m, denominator, value=-lr / (1 - SPEC.beta1**step))
     old = (param, exp_avg, exp_avg_sq, *([] if master is None else [master]))
     new = tuple(x.to(o.dtype) for x, o in zip((w, m, v, w), old, strict=False))
     if in_place:
@@ -36,7 +38,9 @@ def plain(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None
     return old if in_place else new
 
 
-def fused(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None, skip=None, in_place=False):
+def fused(
+    param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None, skip=None, rates=None, in_place=False
+):
     """torch's fused step in one dtype: it has neither a master nor moments of another dtype."""
     count = torch.full((), float(step), device=param.device)
     torch._fused_adamw_(
@@ -47,15 +51,15 @@ def fused(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None
 
 
 def scalars(make):
-    scale = make.normal(1, dtype=torch.float32).square()
-    return {"step": make.integers(7, 8, 1), "grad_scale": scale, "skip": torch.zeros_like(scale)}
+    scale, rates = (make.normal(1, dtype=torch.float32).square() for _ in range(2))
+    return {"step": make.integers(7, 8, 1), "grad_scale": scale, "skip": torch.zeros_like(scale), "rates": rates}
 
 
 def case(
     *shape: int, master: bool = False, moments: torch.dtype = torch.float32, wide_grad: bool = False,
     grad_scale: float | None = None, tensors: bool = False, in_place: bool = False,
 ) -> Case:  # fmt: skip
-    """tensors: step, grad_scale and skip are tensors beside the parameters, as clipping without a wait has them."""
+    """tensors: step, grad_scale, skip and rates are tensors beside the parameters, as clipping without a wait has them."""
     count = torch.Size(shape).numel()
     notes = (" master" if master else "") + (" bf16 moments" if moments != torch.float32 else "")
     notes += (" fp32 grad" if wide_grad else "") + (f" scale {grad_scale:g}" if grad_scale is not None else "")
