@@ -216,6 +216,7 @@ SCENARIOS = {
     "bfloat16": lambda folder, n: run(folder, "bfloat16", n, decoder().bfloat16()),
     "recomputed": lambda folder, n: run(folder, "recomputed", n, decoder(), recompute=True, **HALVES),
     "frozen": frozen,
+    "sized": lambda folder, n: run(folder, "sized", n, decoder(), scale_parameter=True, lr=0.1),
     "encoder": encoder,
     "seq2seq": seq2seq,
     "not_a_number": not_a_number,

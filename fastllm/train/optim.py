@@ -10,7 +10,8 @@ Step t of n, from 1, has the rate lr * f(t) with f rising to 1 over the warm-up 
     cosine    e + (1 - e) (1 + cos(pi p)) / 2      (Loshchilov & Hutter 2017, arXiv 1608.03983)
     wsd       1, over the last fifth of all steps down to e in a line      (Hu et al. 2024, arXiv 2404.06395)
 
-where e is what is left of it at the end. Matrices decay; vectors (biases, gains of norms) do not.
+where e is what is left of it at the end. Matrices decay; vectors (biases, gains of norms) do not. `scale_parameter` is
+Adafactor's (Shazeer & Stern 2018, arXiv 1804.04235): a parameter that is about s large moves by about lr s.
 """
 
 import math
@@ -26,6 +27,7 @@ from .parallel import local, norm_over_processes
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 DECAY_SHARE = 0.2  # of all steps, at the end of "wsd"
+SMALLEST = 1e-3  # that scale_parameter takes a parameter for; Adafactor's
 
 
 def require(name: str, value: object, fits: bool, allowed: str) -> None:
@@ -48,6 +50,8 @@ class OptimOptions:
         beta2: AdamW's, of the mean square.
         eps: AdamW's.
         clip: The largest norm of all gradients; null for none.
+        scale_parameter: Each parameter's rate is lr times its root mean square, at least .001: T5's embeddings are drawn with
+            deviation 1, its queries with .01, and one rate is too low for those or too high for these.
     """
 
     lr: float = 3e-4
@@ -59,6 +63,7 @@ class OptimOptions:
     beta2: float = 0.95
     eps: float = 1e-8
     clip: float | None = 1.0
+    scale_parameter: bool = False
 
     def __post_init__(self) -> None:
         require("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
@@ -125,7 +130,10 @@ class Optimizer:
             spec = AdamWSpec(lr=rate, beta1=o.beta1, beta2=o.beta2, eps=o.eps, weight_decay=decay)
             group = [local(named[name]) for name in names]
             gradients = [local(named[name].grad) for name in names]
-            ops.adamw(group, gradients, [_local_state(self.states[n]) for n in names], self.done, spec, scale, skip)
+            rates = torch.stack([_size(named[name]) for name in names]) if o.scale_parameter else None
+            ops.adamw(
+                group, gradients, [_local_state(self.states[n]) for n in names], self.done, spec, scale, skip, rates
+            )
         for p in named.values():
             p.grad = None
         return norm
@@ -163,6 +171,12 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     norms = [ops.grad_norm(kind) for kind in kinds.values()]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     return norm_over_processes(norm, gradients[0])
+
+
+@torch.no_grad()
+def _size(parameter: nn.Parameter) -> Tensor:
+    """Its root mean square, or SMALLEST: zeros must be able to leave, a float32 scalar."""
+    return (global_norm([parameter]) / max(1, parameter.numel()) ** 0.5).clamp(min=SMALLEST)
 
 
 def _local_state(state: AdamWState) -> AdamWState:

@@ -49,6 +49,30 @@ def test_steps_are_torchs(monkeypatch):
     assert optimizer.done == 8 and all(p.grad is None for p in ours.parameters())
 
 
+def test_the_rate_of_a_parameter_by_its_size():
+    ours, theirs = model(), model()
+    with torch.no_grad():
+        for m in (ours, theirs):
+            m[0].weight.mul_(30)
+            m[2].bias.zero_()
+    optimizer = Optimizer(ours, OptimOptions(lr=0.01, clip=None, weight_decay=0.2, scale_parameter=True), steps=8)
+    torchs = torch.optim.AdamW([{"params": [p]} for p in theirs.parameters()], betas=(0.9, 0.95), eps=1e-8)
+    for step in range(1, 9):
+        x = torch.randn(4, 6)
+        for group in torchs.param_groups:
+            (p,) = group["params"]
+            group["lr"] = optimizer.options.rate(step, 8) * max(1e-3, p.detach().square().mean().sqrt().item())
+            group["weight_decay"] = 0.2 if p.dim() >= 2 else 0.0
+        for m in (ours, theirs):
+            m(x).square().sum().backward()
+        optimizer.step()
+        torchs.step()
+        torchs.zero_grad()
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert (ours[2].bias != 0).all()
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing():
     m = model()
     optimizer = Optimizer(m, OptimOptions(lr=0.1), steps=4)

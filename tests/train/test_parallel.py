@@ -86,7 +86,7 @@ def test_gradients_are_those_of_one_process(two, one):
         torch.testing.assert_close(torch.tensor(a).double(), torch.tensor(b).double(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["straight", "ends", "recomputed", "frozen", "encoder", "seq2seq"])
+@pytest.mark.parametrize("name", ["straight", "ends", "recomputed", "frozen", "sized", "encoder", "seq2seq"])
 def test_a_run_is_that_of_one_process(two, one, name):
     ours, theirs = two[1][0][name], one(name)
     assert two[1][1][name] == ours  # every process knows the same, and has the same model in the end

@@ -76,7 +76,7 @@ def test_four_kinds_of_work(corpus, tmp_path, capsys, monkeypatch):
         assert part in shown
     assert (tmp_path / "pretrain.png").read_bytes().startswith(b"\x89PNG")
     del second["translation"]  # a run that was cut off
-    assert [line.split(" | ")[2] for line in pretrain.table([first, second]).splitlines()[2:]] == [*"222211"]
+    assert [line.split(" | ")[2] for line in pretrain.table([first, second]).splitlines()[2:]] == [*"2222111"]
 
 
 def test_wrong_arguments(tmp_path, capsys):
