@@ -146,19 +146,21 @@ class Tokenizer:
         try:
             with self._lock:
                 self.backend.encode_special_tokens = not parse_special
-                if not add_special_tokens and any(len(text) > LONG for text in texts):
-                    return [self._encode_long(text) for text in texts]
-                encoded = self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+                if add_special_tokens:
+                    return [one.ids for one in self.backend.encode_batch_fast(texts)]
+                short = iter(self._plain([text for text in texts if len(text) <= LONG]))
+                return [self._plain_long(text) if len(text) > LONG else next(short) for text in texts]
         except (UnicodeEncodeError, TypeError):
             bad = next(c for text in texts for c in text if "\ud800" <= c <= "\udfff")
             raise ValueError(f"the text holds a lone surrogate {bad!r}, which no encoding has; remove it") from None
-        return [one.ids for one in encoded]
 
-    def _encode_long(self, text: str) -> list[int]:
-        def encode(part: str) -> list[int]:
-            return self.backend.encode_batch_fast([part], add_special_tokens=False)[0].ids
+    def _plain(self, texts: list[str]) -> list[list[int]]:
+        """Without special tokens around them."""
+        return [one.ids for one in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-        return [token for part in pieces(text, encode) for token in encode(part)]
+    def _plain_long(self, text: str) -> list[int]:
+        parts = pieces(text, lambda part: self._plain([part])[0])
+        return [token for part in parts for token in self._plain([part])[0]]
 
     @property
     def add_bos(self) -> bool:

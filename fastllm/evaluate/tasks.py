@@ -75,7 +75,7 @@ def load(name: str, *, quantize: str | None = None, adapter: str | None = None, 
     holds, which takes neither. ValueError: it was given one."""
     path = Path(name) if Path(name).exists() else hub.resolve(name)
     if models.kind_of(path) != "Seq2Seq":
-        llm = LLM(name, quantize=quantize, **limits)
+        llm = LLM(path, quantize=quantize, **limits)
         if adapter:
             llm.load_adapter(adapter, adapter)
         return llm

@@ -254,6 +254,8 @@ def _giving_back(share: Share) -> Iterator[None]:
 
 
 class _NotFinite(Exception):
+    """batch: its number in the step, from 1."""
+
     def __init__(self, what: str, batch: int | None, data: Any):
         self.what, self.batch, self.data = what, batch, data
 
@@ -282,7 +284,7 @@ class _Step:
         self._waited += time.perf_counter() - began
         self._forget_gradients()  # of the caller, or of a step that an error cut off
         value = 0.0
-        for number, loss in enumerate(self._losses(group, total)):
+        for number, loss in enumerate(self._losses(group, total), 1):
             value += loss
             if not math.isfinite(value):
                 self._forget_gradients()
@@ -346,7 +348,7 @@ class _Step:
 
 def _say_not_finite(problem: _NotFinite, progress: Progress, checkpoints: Checkpoints, run: Path) -> None:
     step = progress.step + 1
-    where = "" if problem.batch is None else f", in its batch {problem.batch + 1}"
+    where = "" if problem.batch is None else f", in its batch {problem.batch}"
     record = {"step": step, "batch": problem.batch, "what": problem.what, "data": problem.data}
     try:
         (run / BAD_BATCH).write_text(json.dumps(record, indent=1))
