@@ -145,7 +145,7 @@ def test_memory(monkeypatch):
     monkeypatch.setattr(_head, "CPU_BYTES", 128 * vocab * 4)
     x, weight, target, _ = draw(rows, depth, vocab)
     block, slack = 128 * (vocab + 16) * 4, 1 << 19
-    slack += torch.get_num_threads() << 20  # panels that a product packs, or 128 logits a row that it transposes
+    slack += max(2, torch.get_num_threads()) << 20  # a thread's panels that dx packs, or the block that dW transposes
 
     def used(inputs, frozen):
         return peak_memory(lambda: torch.autograd.grad(ops.linear_cross_entropy(x, frozen, target), inputs), "cpu")

@@ -10,26 +10,33 @@ SPEC = AdamWSpec(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
 
 def run(param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None, skip=None, rates=None, in_place=False):
-    """What the op changed: param, the moments, the master. On copies, unless in_place."""
+    """What the op changed: param, the moments, the master. On copies, unless in_place. rates: one for each row, which is a
+    tensor of its own then."""
     changed = [param, exp_avg, exp_avg_sq, *([] if master is None else [master])]
     if not in_place:
         changed = [t.detach().clone(memory_format=torch.contiguous_format) for t in changed]
-    ops.adamw(changed[0], grad, AdamWState(*changed[1:]), step, SPEC, grad_scale, skip, rates)
+    param, grads, states = changed[0], grad, AdamWState(*changed[1:])
+    if rates is not None:
+        param, grads = param.unbind(), grad.unbind()
+        states = [AdamWState(*row) for row in zip(*(t.unbind() for t in changed[1:]), strict=True)]
+    ops.adamw(param, grads, states, step, SPEC, grad_scale, skip, rates)
     return tuple(changed)
 
 
 def plain(
     param, grad, exp_avg, exp_avg_sq, master=None, step=7, grad_scale=None, skip=None, rates=None, in_place=False
 ):
-    step, lr = float(step), SPEC.lr if rates is None else SPEC.lr * float(rates)
+    step = float(step)
     weight = param if master is None else master
     wide = torch.promote_types(weight.dtype, torch.float32)
+    lr = SPEC.lr if rates is None else SPEC.lr * rates.to(wide).reshape(-1, *[1] * (param.dim() - 1))
+    share = 1 / (1 - SPEC.beta1**step)
     g = grad.to(wide) if grad_scale is None else grad.to(wide) * grad_scale
     m = exp_avg.to(wide).lerp(g, 1 - SPEC.beta1)
     v = (exp_avg_sq.to(wide) * SPEC.beta2).addcmul(g, g, value=1 - SPEC.beta2)
     denominator = (v.sqrt() / (1 - SPEC.beta2**step) ** 0.5).add(SPEC.eps)
     w = weight.to(wide) * (1 - lr * SPEC.weight_decay)
-    w = w.addcdiv(m, denominator, value=-lr / (1 - SPEC.beta1**step))
+    w = w.addcdiv(m, denominator, value=-lr * share) if rates is None else w - lr * share * (m / denominator)
     old = (param, exp_avg, exp_avg_sq, *([] if master is None else [master]))
     new = tuple(x.to(o.dtype) for x, o in zip((w, m, v, w), old, strict=False))
     if in_place:
@@ -51,19 +58,20 @@ def fused(
 
 
 def scalars(make):
-    scale, rates = (make.normal(1, dtype=torch.float32).square() for _ in range(2))
-    return {"step": make.integers(7, 8, 1), "grad_scale": scale, "skip": torch.zeros_like(scale), "rates": rates}
+    scale = make.normal(1, dtype=torch.float32).square()
+    return {"step": make.integers(7, 8, 1), "grad_scale": scale, "skip": torch.zeros_like(scale)}
 
 
 def case(
     *shape: int, master: bool = False, moments: torch.dtype = torch.float32, wide_grad: bool = False,
-    grad_scale: float | None = None, tensors: bool = False, in_place: bool = False,
+    grad_scale: float | None = None, tensors: bool = False, rates: bool = False, in_place: bool = False,
 ) -> Case:  # fmt: skip
-    """tensors: step, grad_scale, skip and rates are tensors beside the parameters, as clipping without a wait has them."""
+    """tensors: step, grad_scale and skip are tensors beside the parameters, as clipping without a wait has them. rates: each
+    row is a tensor, with a rate of its own."""
     count = torch.Size(shape).numel()
     notes = (" master" if master else "") + (" bf16 moments" if moments != torch.float32 else "")
     notes += (" fp32 grad" if wide_grad else "") + (f" scale {grad_scale:g}" if grad_scale is not None else "")
-    notes += " by tensors" if tensors else ""
+    notes += (" by tensors" if tensors else "") + (" rates" if rates else "")
 
     def inputs(make):
         param = make.normal(*shape)
@@ -76,6 +84,7 @@ def case(
             **({"master": param.float() + make.normal(*shape, scale=1e-4, dtype=torch.float32)} if with_master else {}),
             **({"grad_scale": grad_scale} if grad_scale is not None else {}),
             **(scalars(make) if tensors else {}),
+            **({"rates": make.normal(shape[0], dtype=torch.float32).square()} if rates else {}),
             **({"in_place": True} if in_place else {}),
         }
 
@@ -96,7 +105,7 @@ SUITE = Suite(
     op="adamw",
     run=run,
     reference=plain,
-    rows=("param", "grad", "exp_avg", "exp_avg_sq", "master"),
+    rows=("param", "grad", "exp_avg", "exp_avg_sq", "master", "rates"),
     peers={"fused": fused},
     correct=(
         *(case(*shape) for shape in ((1,), (17,), (3, 7), (4, 576), (2, 3, 64), (0, 8))),
@@ -105,6 +114,9 @@ SUITE = Suite(
         case(5, 33, moments=torch.bfloat16, master=True, wide_grad=True),
         case(5, 33, grad_scale=0.37),
         case(5, 33, master=True, tensors=True),
+        case(5, 33, rates=True),
+        case(4, 7, 3, master=True, tensors=True, rates=True),
+        case(3, 16384 + 3, rates=True),
         case(3, 16384 + 3),  # more than one block, and a tail
         Case("transposed gradient", strided),
     ),

@@ -13,15 +13,16 @@ def plain(x, weight, target, bias=None, token_weight=None, spec=None):
     return on_logits.plain(logits, target, token_weight, spec)
 
 
-def chunked(x, weight, target, chunk: int = 512):
-    """What a careful user writes: chunks of rows under activation checkpointing. The mean of all targets."""
+def chunked(x, weight, target, spec=None, chunk: int = 512):
+    """What a careful user writes: chunks of rows under activation checkpointing. The mean of all targets, or each one's."""
     from torch.utils.checkpoint import checkpoint
 
     def part(rows, wanted):
-        return torch.nn.functional.cross_entropy((rows @ weight.t()).float(), wanted, reduction="sum")
+        return torch.nn.functional.cross_entropy((rows @ weight.t()).float(), wanted, reduction="none")
 
     parts = zip(x.split(chunk), target.split(chunk), strict=True)
-    return sum(checkpoint(part, *p, use_reentrant=False) for p in parts) / len(target)
+    losses = torch.cat([checkpoint(part, *p, use_reentrant=False) for p in parts])
+    return losses if spec is not None and spec.reduction == "none" else losses.mean()
 
 
 def case(
