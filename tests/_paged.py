@@ -1,6 +1,6 @@
 """Paged forwards of one sequence without an engine, and what must hold of a cache at any time."""
 
-from fastllm.decode.cache import KVCache, chunk, pages_for
+from fastllm.decode.cache import KVCache, pages_for, pieces
 from fastllm.decode.rows import Rows
 from fastllm.decode.scheduler import Sequence
 from fastllm.models.blocks import PagedBatch
@@ -16,7 +16,7 @@ class SequenceCache:
         self.ids = self.rows.ids
 
     def chunk(self, start: int, stop: int) -> PagedBatch:
-        return chunk(self.cache, self.held, start, stop)
+        return pieces(self.cache, [(self.held, start, stop)])
 
     def next_token(self) -> PagedBatch:
         return self.rows.batch(slice(0, 1))

@@ -192,17 +192,23 @@ def _pages(block: Tensor, c: DecoderConfig, dtype: torch.dtype) -> ops.KVPages:
     )
 
 
-def chunk(cache: KVCache, pages: Sequence[int], start: int, stop: int, adapters: Adapters | None = None) -> PagedBatch:
-    """The batch that reads tokens [start, stop) of one sequence."""
-    device = cache.device
-    table = torch.tensor([pages], dtype=torch.int32, device=device)
-    position = torch.arange(start, stop, device=device)
+def pieces(
+    cache: KVCache, spans: Sequence[tuple[Sequence[int], int, int]], adapters: Adapters | None = None
+) -> PagedBatch:
+    """The batch that reads tokens [start, stop) of sequences, each given with its pages. Its numbers lie on the CPU: they are
+    few, and `to` moves them."""
+    position = torch.cat([torch.arange(start, stop) for _, start, stop in spans])
+    table = torch.full((len(spans), max(len(pages) for pages, _, _ in spans)), -1, dtype=torch.int32)
+    for row, (pages, _, _) in zip(table, spans, strict=True):
+        row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
+    counts = torch.tensor([stop - start for _, start, stop in spans])
+    owner = torch.arange(len(spans)).repeat_interleave(counts)
     return PagedBatch(
         position=position,
-        slot=table[0, position // PAGE].long() * PAGE + position % PAGE,
+        slot=table[owner, position // PAGE].long() * PAGE + position % PAGE,
         block_table=table,
-        context_len=torch.tensor([stop], dtype=torch.int32, device=device),
-        cu_q=torch.tensor([0, stop - start], dtype=torch.int32, device=device),
+        context_len=torch.tensor([stop for _, _, stop in spans], dtype=torch.int32),
+        cu_q=torch.tensor([0, *itertools.accumulate(counts.tolist())], dtype=torch.int32),
         pages=cache.layers,
         adapters=adapters,
     )

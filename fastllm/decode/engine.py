@@ -26,23 +26,19 @@ from torch import Tensor
 
 from .. import _C, ops
 from ..models.arena import lack_of_memory
-from ..models.blocks import Adapters
 from ..models.decoder import Decoder
 from ..peft import lora
 from ..sampling_params import SamplingParams
 from .adapters import Adapter, AdapterTable
-from .cache import PAGE, KVCache, chunk, pages_for
+from .cache import KVCache, pages_for
 from .forks import Home
 from .graph import Captured, CapturedGraph, capture
+from .reader import LEAST, Piece, Reader
 from .rows import Rows
 from .scheduler import Scheduler, Sequence
 from .score import Scores
 from .speculate import Speculator
 
-# What a piece of a prompt may take while others run, and while none does; and its tokens at least. Fewer than 16 take the time
-# of so many; with fewer than 64, where nobody waits for the piece's end, a slow model would read its weights too often.
-PIECE_S, PIECE_ALONE_S = 0.1, 0.25
-LEAST, LEAST_ALONE = 16, 64
 LOST_S = 0.5  # after which one who waits looks for himself, should the thread that was to wake him have died
 
 
@@ -67,7 +63,6 @@ class Engine:
     _adapted_plans: dict[int, Captured | CapturedGraph] = field(
         default_factory=dict, init=False
     )  # where any row has an adapter
-    _rate: float = field(default=LEAST / PIECE_S, init=False)  # prompt tokens a second, as the last piece had them
     _unsure: bool = field(default=False, init=False)  # rows may be a token ahead of the sequences
     _busy: bool = field(default=False, init=False)  # a thread runs a step, or changes adapters
     _wanted: int = field(default=0, init=False)  # threads that are to change adapters before the next step
@@ -79,6 +74,7 @@ class Engine:
         rows = max(self.max_num_seqs, self.speculate + 1)
         self.rows = Rows(self.cache, rows, self.capacity, self.eos_ids)
         self.scheduler = Scheduler(self.cache, self.max_num_seqs)
+        self.reader = Reader(self.model, self.cache, self.max_num_seqs, self.capacity)
         self.adapters = AdapterTable(self.model)
         self._planned = self.adapters.pools
         self._live: dict[Sequence, None] = {}  # that have not ended, as they came
@@ -329,43 +325,54 @@ class Engine:
             timing.steps += spent == "decode_s"
 
     def _read(self) -> None:
-        """Reads prompts for about as long as a piece may take."""
-        seconds, least = (PIECE_S, LEAST) if self.scheduler.running else (PIECE_ALONE_S, LEAST_ALONE)
-        most = int(self._rate * seconds) // PAGE * PAGE
-        most = min(max(most, least), self.chunk)
-        while most > 0 and (s := self.scheduler.first()):
-            try:
-                most -= max(self._read_piece(s, most), LEAST)
-            except Exception as error:
-                s.error = self._lack_of_memory(error, f"reading a prompt of {len(s.prompt)} tokens") or error
-                self._end(s)
+        """Reads prompts for about as long as a step may give them."""
+        most = self.reader.budget(bool(self.scheduler.running), self.chunk)
+        while most > 0 and (pieces := self.reader.gather(self.scheduler, most)):
+            self._read_pieces(pieces)
+            most -= max(sum(p.stop - p.start for p in pieces), LEAST)
 
-    def _read_piece(self, s: Sequence, most: int) -> int:
-        start, stop = s.read, min(s.read + most, s.to_read)
-        if stop > start:
-            began = time.perf_counter()
-            slots = s.adapter and torch.full((stop - start,), s.adapter.slot, device=self.device)
-            adapters = None if slots is None else Adapters(slots, self.adapters.pools)
-            batch = chunk(self.cache, s.pages, start, stop, adapters)
-            hidden = self.model.step(torch.tensor(s.prompt[start:stop], device=self.device), batch)
-            if s.hidden and stop > s.skip:
-                s.taking = True
-                s.hidden(hidden[max(s.skip - start, 0) :])
-            if self.device.type == "cuda":  # what it takes decides how long the next piece may be
-                torch.cuda.synchronize(self.device)
-            seconds = time.perf_counter() - began
-            s.timing.prompt_tokens += stop - start
-            s.timing.prefill_s += seconds
-            if stop - start >= LEAST:
-                self._rate = (stop - start) / seconds
+    def _read_pieces(self, pieces: list[Piece]) -> None:
+        began = time.perf_counter()
+        try:
+            hidden = self.reader.read(pieces, self.adapters.pools)
+        except Exception as error:
+            if len(pieces) > 1:  # each for itself, to its end or its own error
+                for piece in pieces:
+                    self._read_pieces([piece])
+                return
+            s = pieces[0].sequence
+            s.error = self._lack_of_memory(error, f"reading a prompt of {len(s.prompt)} tokens") or error
+            return self._end(s)
+        seconds = self._seconds_since(began)
+        for timing in {id(p.sequence.timing): p.sequence.timing for p in pieces if p.stop > p.start}.values():
+            timing.prefill_s += seconds
+        for piece, states in zip(pieces, hidden, strict=True):
+            try:
+                self._take_piece(piece, states)
+            except Exception as error:
+                piece.sequence.error = error
+                self._end(piece.sequence)
+        self.reader.took(sum(p.stop - p.start for p in pieces), self._seconds_since(began))
+
+    def _seconds_since(self, began: float) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - began
+
+    def _take_piece(self, piece: Piece, hidden: Tensor) -> None:
+        s, start, stop = piece
+        s.timing.prompt_tokens += stop - start
+        if s.hidden and stop > max(s.skip, start):
+            s.taking = True
+            s.hidden(hidden[max(s.skip - start, 0) :])
         s.read, s.taking = stop, False
-        if stop == s.to_read:
-            if s.room:
-                self.scheduler.run(s)
-                self.rows.seat(s)
-            else:
-                self._end(s)
-        return stop - start
+        if stop < s.to_read:
+            return
+        if s.room:
+            self.scheduler.run(s)
+            self.rows.seat(s)
+        else:
+            self._end(s)
 
     def _end_done(self) -> None:
         for s in reversed(self.scheduler.running):  # from the last row: what moves into an empty one goes on

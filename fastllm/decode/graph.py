@@ -87,14 +87,16 @@ class CapturedGraph:
         return 0
 
 
-def capture(step: Callable[[], Any], device: torch.device | str = "cpu") -> Captured | CapturedGraph:
+def capture(
+    step: Callable[[], Any], device: torch.device | str = "cpu", pool: tuple[int, int] | None = None
+) -> Captured | CapturedGraph:
     """Runs `step` once and records its kernels. What changes from step to step must lie in tensors that stay; the outputs
-    are tensors.
+    are tensors. pool: of a GPU's memory (torch.cuda.graph_pool_handle), shared by graphs of which one runs at a time.
 
     On a CPU RuntimeError when the step computes anything with other than fastllm's ops; on a GPU when it waits for the device.
     """
     if torch.device(device).type == "cuda":
-        return _capture_graph(step)
+        return _capture_graph(step, pool)
     plan, recorder = _C.Plan(), _Recorder()
     with torch.no_grad(), recorder:
         plan.begin()
@@ -105,11 +107,11 @@ def capture(step: Callable[[], Any], device: torch.device | str = "cpu") -> Capt
     return Captured(plan, recorder.kept, outputs)
 
 
-def _capture_graph(step: Callable[[], Any]) -> CapturedGraph:
+def _capture_graph(step: Callable[[], Any], pool: tuple[int, int] | None) -> CapturedGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
         results = step()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on with theirs
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # other threads may go on with theirs
             outputs = step()
         for output, result in zip(outputs, results, strict=True):
             output.copy_(result)

@@ -5,7 +5,8 @@ all that it may generate. So what runs never stops for want of memory, nothing i
 complete before the first step: replaying needs nobody. The price is pages that a completion which ends early did not
 need; the other way, to let in more and throw out what no longer fits, would pay with time.
 
-One prompt is read at a time, so that one which begins like another finds that beginning in the cache.
+Those first in line are read together, but for one that begins like another which is being read: it waits, and finds that
+beginning in the cache.
 """
 
 from collections import deque
@@ -122,20 +123,21 @@ class Scheduler:
         self.waiting = deque(s for s in sequences if s.row < 0)
         self.cache.mend([s.pages for s in sequences])
 
-    def first(self) -> Sequence | None:
-        """The first in line, with its pages; None where nobody waits, or it has to."""
-        if not self.waiting:
+    def next(self, reading: list[Sequence]) -> Sequence | None:
+        """Who is to be read beside these, the first in line: the one behind them, with its pages; None where nobody is, or it
+        has to wait."""
+        if len(reading) == len(self.waiting):
             return None
-        s = self.waiting[0]
+        s = self.waiting[len(reading)]
         if not s.pages:
             self.torn = True
-            admitted = self._admit(s)
+            admitted = self._admit(s, reading)
             self.torn = False
             return s if admitted else None
         return s
 
-    def _admit(self, s: Sequence) -> bool:
-        if s.room and len(self.running) == self.rows:
+    def _admit(self, s: Sequence, reading: list[Sequence]) -> bool:
+        if s.room and len(self.running) + sum(bool(r.room) for r in reading) == self.rows:
             return False
         alike = (r for r in self.running if r.prompt is s.prompt and r.adapter is s.adapter)
         sibling = next(alike, None) if s.room else None
@@ -145,9 +147,12 @@ class Scheduler:
             shared = self.cache.match(s.prompt if s.room else s.prompt[: s.skip], s.root)
             known = len(shared) * PAGE
         need = pages_for(len(s.prompt) + s.room) - len(shared)
+        if not sibling and any(self._knows_more(r, s, known) for r in reading):
+            self.cache.release(shared)
+            return False
         if need > self.cache.available:
             self.cache.release(shared)
-            if not self.running:
+            if not self.running and not reading:
                 raise RuntimeError(f"{need} pages are asked for, nobody runs, and {self.cache.available} are free")
             return False
         pages = shared + self.cache.take(need)
@@ -156,6 +161,16 @@ class Scheduler:
         s.pages, s.known, s.read = pages, known, min(known, s.to_read)
         s.timing.cached += s.read
         return True
+
+    def _knows_more(self, r: Sequence, s: Sequence, known: int) -> bool:
+        """Whether `s`, of which the cache has so many tokens, will find another page of its text once `r` has been read, or all
+        of it beside its sibling."""
+        if s.room and r.room and r.prompt is s.prompt and r.adapter is s.adapter:
+            return True
+        stop = known + PAGE
+        if not self.cache.remember or r.root != s.root or stop > (r.to_read if r.room or r.skip else 0):
+            return False
+        return stop <= (len(s.prompt) if s.room else s.skip) and r.prompt[:stop] == s.prompt[:stop]
 
     def run(self, s: Sequence) -> None:
         """The first in line has been read in: it takes the next row."""

@@ -244,3 +244,9 @@ class PagedBatch:
     cu_q: Tensor
     pages: list[ops.KVPages]
     adapters: Adapters | None = None
+
+    def to(self, device: torch.device) -> "PagedBatch":
+        """With its numbers there, where the pages are."""
+        numbers = (self.position, self.slot, self.block_table, self.context_len, self.cu_q)
+        adapters = self.adapters and Adapters(self.adapters.ids.to(device), self.adapters.pools)
+        return PagedBatch(*(n.to(device) for n in numbers), self.pages, adapters)

@@ -17,6 +17,7 @@ from _paged import check
 from fastllm import ops
 from fastllm.decode import engine as engine_module
 from fastllm.decode.engine import Engine
+from fastllm.decode.reader import Reader
 
 DECODE = str(Path(engine_module.__file__).parent)
 
@@ -73,19 +74,22 @@ def test_a_receiver_that_fails_ends_its_own_sequence():
     check(e.cache)
 
 
-def test_memory_that_runs_out_while_a_prompt_is_read(monkeypatch):
-    e, step = engine(), Engine._read_piece
-    good, bad = Made(PROMPT[5:30]), Made(PROMPT[:20])
+def test_memory_that_runs_out_while_prompts_are_read(monkeypatch):
+    """Of those that are read together the others are read without the one for which there is none."""
+    e, read, forwards = engine(), Reader.read, []
+    first, bad, last = Made(PROMPT[5:30]), Made(PROMPT[:20]), Made(PROMPT[40:50])
 
-    def read(self, s, most):
-        if s is bad:
+    def refuse(self, pieces, pools):
+        forwards.append([p.sequence for p in pieces])
+        if any(p.sequence is bad for p in pieces):
             raise MemoryError("no more")
-        return step(self, s, most)
+        return read(self, pieces, pools)
 
-    monkeypatch.setattr(Engine, "_read_piece", read)
+    monkeypatch.setattr(Reader, "read", refuse)
     with pytest.raises(MemoryError, match="no more"):
-        e.run([bad, good])
-    assert good.made == alone(good)
+        e.run([first, bad, last])
+    assert first.made == alone(first) and last.made == alone(last) and not bad.made
+    assert forwards[:4] == [[first, bad, last], [first], [bad], [last]]
     check(e.cache)
 
 
