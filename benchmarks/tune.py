@@ -94,6 +94,9 @@ def spaces() -> list[Space]:
         Space("rope", "rope", "4x4096",
               {f"{n} heads by {w} warps": {("rope", "HEADS"): n, ("rope", "WARPS"): w}
                for n, w in grid((4, 8, 16, 32), (1, 2, 4, 8))}),
+        *(Space(f"head {case}", "linear_cross_entropy", case,
+                {f"{r} rows": {("_head", "GPU_BYTES"): 1, ("_head", "GPU_ROWS"): (r, r)} for r in (768, 1280, 2048, 4096)}, True)
+          for case in ("8192x2048 to 32000", "8192x4096 to 128256")),
         Space("exact linear", "linear", "8192x4096 to 4096 exact",
               {str(t): {("linear", "MANY_ROWS_ROOMY"): t} for t in exact}),
         Space("exact linear, one row", "linear", "1x4096 to 4096 exact",

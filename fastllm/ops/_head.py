@@ -4,7 +4,8 @@ time, so that [T, V] never lies in memory.
 A block's logits x W^T + bias are handed to a step, which may leave their gradient in their place; from that come the
 block's dx = d W and its share of dW = d^T x. On a CPU all is fp32: the logits are those of `ops.linear`, bit for bit, and
 16-bit inputs are widened first (of the weight, a copy). On a GPU the products are cuBLAS's in the inputs' dtype; logits
-are rounded to it unless a step asks for them wide. dW is added up in fp32 on both, block after block, and rounded once.
+are rounded to it unless a step asks for them wide. dW is added up in fp32 on both, block after block, and rounded once, within
+its own memory: a gradient of 16 bits has room for twice its elements behind it.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from .linear import ROWS, ROWS_ACROSS, add_outer, product
 
 CPU_BYTES = 52 << 20  # of logits: enough rows that the products run at full speed, 256 of a vocabulary of 50,257
 CPU_DEPTH = 4096  # of the vocabulary that dx takes at a time: as many rows of the weight as stay in cache
-GPU_BYTES, GPU_ROWS = 100 << 20, (768, 4096)  # fewer rows starve the products
+GPU_BYTES, GPU_ROWS = 100 << 20, (1280, 4096)  # with fewer rows reading and writing dW takes longer than the products
 Step = Callable[[slice, Tensor], None]
 
 
@@ -73,7 +74,22 @@ def over_blocks(
             add_outer(dw, logits, part, begin > 0) if cpu else _product(dw, logits.t(), part, beta=float(begin > 0))
         if needs[2]:
             db += logits.sum(0, dtype=torch.float32)
-    return dx.to(x.dtype), dw.to(weight.dtype), db.to((x if bias is None else bias).dtype)
+    return dx.to(x.dtype), narrowed(dw, weight.dtype), db.to((x if bias is None else bias).dtype)
+
+
+def narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """wide, contiguous, rounded to a dtype of half its size in its own memory, or as it is where it has that dtype already."""
+    if wide.dtype == dtype or not wide.numel():
+        return wide.to(dtype)
+    rows = wide.shape[0]
+    narrow = wide.view(dtype).view(-1)[: wide.numel()].view(wide.shape)
+    done = max(1, rows >> 6)
+    narrow[:done] = wide[:done].to(dtype)
+    while done < rows:  # twice as many rows each time: they come to lie where rows were that have been read
+        block = slice(done, min(2 * done, rows))
+        narrow[block] = wide[block]
+        done = block.stop
+    return narrow
 
 
 def _across(out: Tensor, d: Tensor, w: Tensor) -> None:

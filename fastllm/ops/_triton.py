@@ -29,7 +29,7 @@ class Constant:
 
 
 class triton:
-    """What op files use of the module before it is loaded."""
+    """What op files use of the module. Its own host functions would cost a launch 2 us each: they are made to run in kernels."""
 
     @staticmethod
     def jit(function=None, **options):
@@ -66,7 +66,8 @@ def _load() -> str | None:
         import triton.language as language
     except ImportError as error:
         return f"no Triton: {error}"
-    stand_ins, package = {triton: real, tl: language}, __name__.split(".")[0]
+    triton.jit = staticmethod(real.jit)
+    stand_ins, package = {tl: language}, __name__.split(".")[0]  # this module's own tl is replaced too
     spaces = [vars(m) for n, m in list(sys.modules.items()) if n.startswith(f"{package}.")]
     found = [(space, name, value) for space in spaces for name, value in space.items()]
     for _, _, value in found:

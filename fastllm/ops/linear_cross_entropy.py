@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import _C
 from ._head import check_head, outputs, over_blocks
 from ._op import Op, is_plain
+from ._triton import tl, triton
 from .cross_entropy import PLAIN, LossSpec, check_target, check_targets, reduced, rows_and_weights
 from .cross_entropy import gpu as logits_gpu
 from .cross_entropy import gpu_backward as logits_gpu_backward
@@ -41,6 +42,18 @@ def reference_gradients(coefficient, x, weight, bias, target, *rest) -> tuple[Te
         found = iter(torch.autograd.grad(total, wanted)) if wanted else iter(())
     empty = outputs(x, weight, bias, [False] * 3)
     return total.detach(), *(next(found) if need else e for need, e in zip(needs, empty, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- Triton
+
+
+@triton.jit
+def scale_kernel(x, factor, count, BLOCK: tl.constexpr):
+    by = tl.load(factor)
+    if by != 1.0:  # the host, which would have to wait for it, does not know
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        v = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
+        tl.store(x + at, (v * by).to(x.dtype.element_ty), mask=at < count)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
@@ -103,6 +116,15 @@ def gpu_gradients(coefficient, x, weight, bias, target, *rest) -> tuple[Tensor, 
     return (loss * coefficient).sum(), *gradients
 
 
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a float32 number, in place; on a GPU nothing is read where that is 1."""
+    if gradients.kernel(x.device.type).name != "Triton":
+        return x.mul_(factor)
+    if x.numel():
+        scale_kernel[(triton.cdiv(x.numel(), 8192),)](x, factor, x.numel(), BLOCK=8192, num_warps=8)
+    return x
+
+
 # -------------------------------------------------------------------------------------------------------- registration
 
 
@@ -138,7 +160,7 @@ def _scale(ctx, dtotal, *_):
     elif torch._C._autograd._get_current_graph_task_keep_graph():
         scaled = [g * dtotal for g in found]
     else:
-        scaled = [g.mul_(dtotal) for g in found]
+        scaled = [scale_(g, dtotal) for g in found]
     kept = (g if need else None for g, need in zip(scaled, ctx.needs, strict=True))
     return None, *kept, None, None, None, None, None, None
 

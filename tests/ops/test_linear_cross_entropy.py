@@ -156,6 +156,32 @@ def test_memory(monkeypatch):
         assert peak_memory(lambda: ops.linear_cross_entropy(x, weight, target), "cpu") < block + slack
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 63, 64, 127, 128, 1000, 4096])
+def test_a_gradient_is_rounded_within_its_own_memory(rows):
+    wide = torch.randn(rows, 24)
+    for dtype in (torch.bfloat16, torch.float16):
+        expected, own = wide.to(dtype), wide.clone()
+        narrow = _head.narrowed(own, dtype)
+        assert torch.equal(narrow, expected) and narrow.is_contiguous() and narrow.data_ptr() == own.data_ptr()
+    assert _head.narrowed(wide, torch.float32) is wide
+
+
+def test_memory_of_a_gradient_of_16_bits(monkeypatch):
+    """dW in fp32, and no second one of 16 bits beside it."""
+    rows, depth, vocab = 128, 512, 4096
+    monkeypatch.setattr(_head, "CPU_BYTES", 32 * vocab * 4)
+    x, weight, target, _ = draw(rows, depth, vocab)
+    half = weight.detach().bfloat16().requires_grad_()
+
+    def used():
+        loss = ops.linear_cross_entropy(x.detach().bfloat16(), half, target)
+        torch.autograd.grad(loss, half)
+
+    widened, block = vocab * depth * 4, 32 * (vocab + 16) * 4
+    slack = max(2, torch.get_num_threads()) << 20
+    assert peak_memory(used, "cpu") < widened + vocab * depth * 4 + block + slack
+
+
 def test_functorch_and_export():
     x, weight, target, _ = (t if t is None else t.detach() for t in draw(6, 8, 30))
     for spec in (LossSpec(), LossSpec(reduction="none")):
