@@ -97,6 +97,13 @@ def spaces() -> list[Space]:
         *(Space(f"head {case}", "linear_cross_entropy", case,
                 {f"{r} rows": {("_head", "GPU_BYTES"): 1, ("_head", "GPU_ROWS"): (r, r)} for r in (768, 1280, 2048, 4096)}, True)
           for case in ("8192x2048 to 32000", "8192x4096 to 128256")),
+        Space("lora", "lora_linear", "2048x4096 to 4096",
+              {f"shrink: {k} of K, {stages} stages": {("_lora_gpu", "SHRINK_K"): k, ("_lora_gpu", "SHRINK_STAGES"): stages}
+               for k, stages in grid((32, 64, 128, 256), (3, 4))}, True),
+        Space("multi_lora", "multi_lora", "32x4096 to 4096",
+              {f"{c} columns a program, {k} of K, {b} rows of B":
+               {("multi_lora", "COLS"): c, ("multi_lora", "MOST_K"): k, ("multi_lora", "B_ROWS"): b}
+               for c, k, b in grid((512, 1024, 2048, 4096), (128, 256), (128, 256))}),
         Space("exact linear", "linear", "8192x4096 to 4096 exact",
               {str(t): {("linear", "MANY_ROWS_ROOMY"): t} for t in exact}),
         Space("exact linear, one row", "linear", "1x4096 to 4096 exact",

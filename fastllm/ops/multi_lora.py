@@ -276,41 +276,56 @@ LARGEST_RANK = 256  # of the Triton kernel: s of 16 rows is held in registers
 @triton.jit
 def kernel(
     y, x, a, b, rank, scale, gain, part, adapter, rows, cols, depth, max_rank, x_stride, half,
-    HAS_GAIN: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
-    N: tl.constexpr, R: tl.constexpr,
+    HAS_GAIN: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr, WHOLE: tl.constexpr, M: tl.constexpr,
+    K: tl.constexpr, PANELS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    # Of M rows, those of one adapter: s = scale * x A^T once a part, then y = (y + s B^T) * gain for this program's columns.
+    # Of M rows, those of one adapter: s = scale * x A^T once a part, then y = (y + s B^T) * gain for this program's panels.
+    # Masks say yes or no to 16 neighbours at once, so that loads are as wide as they can be. WHOLE: so do those of y.
     slot = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     mine = tl.load(adapter + row, mask=row < rows, other=-1) == slot
+    if tl.max(mine.to(tl.int32), 0) == 0:
+        return
     count = tl.cdiv(half, 16) * HALVES
+    r, lane = tl.arange(0, R), tl.arange(0, 16)
     for p in range(PARTS):
         its_rank = tl.load(rank + slot * PARTS + p)
-        if (tl.max(mine.to(tl.int32), 0) > 0) & (its_rank + HAS_GAIN > 0):
-            r = tl.arange(0, R)
+        if its_rank + HAS_GAIN > 0:
+            its_a = a + ((slot * PARTS + p) * tl.cdiv(max_rank, 16) + r // 16) * depth * 16 + r % 16
+            used = r // 16 < tl.cdiv(its_rank, 16)
             acc = tl.zeros((M, R), tl.float32)
-            panels = ((slot * PARTS + p) * tl.cdiv(max_rank, 16) + r // 16) * depth * 16 + r % 16
             for start in range(0, depth, K):
                 k = start + tl.arange(0, K)
-                inside = mine[:, None] & (k < depth)[None, :]
-                v = tl.load(x + row[:, None] * x_stride + k[None, :], mask=inside, other=0.0)
-                inside = (k < depth)[:, None] & (r < its_rank)[None, :]
-                w = tl.load(a + panels[None, :] + k[:, None] * 16, mask=inside, other=0.0)
+                v = tl.load(
+                    x + row[:, None] * x_stride + k[None, :], mask=mine[:, None] & (k < depth)[None, :], other=0.0
+                )
+                w = tl.load(its_a[None, :] + k[:, None] * 16, mask=(k < depth)[:, None] & used[None, :], other=0.0)
                 acc = accumulate(acc, v, w.to(v.dtype))
-            s = (acc * tl.load(scale + slot * PARTS + p)).to(y.dtype.element_ty)
-            for first in range(tl.program_id(2) * N, cols, tl.num_programs(2) * N):
-                n = first + tl.arange(0, N)
-                panel, lane = n % half // 16 * HALVES + n // half, n % half % 16
-                its = tl.load(part + panel, mask=n < cols, other=-1) == p
+            s = tl.where((r < its_rank)[None, :], acc * tl.load(scale + slot * PARTS + p), 0.0).to(y.dtype.element_ty)
+            for first in range(tl.program_id(2) * PANELS, count, tl.num_programs(2) * PANELS):
+                panel = first + tl.arange(0, PANELS)
+                its = tl.load(part + panel, mask=panel < count, other=-1) == p
                 if tl.max(its.to(tl.int32), 0) > 0:
-                    at = ((slot * count + panel)[None, :] * max_rank + r[:, None]) * 16 + lane[None, :]
-                    w = tl.load(b + at, mask=(r < its_rank)[:, None] & its[None, :], other=0.0)
-                    out, inside = y + row[:, None] * cols + n[None, :], mine[:, None] & its[None, :]
-                    low = tl.dot(s, w.to(s.dtype), input_precision="ieee")
-                    v = tl.load(out, mask=inside, other=0.0).to(tl.float32) + low
+                    at = ((slot * count + panel)[None, :, None] * max_rank + r[:, None, None]) * 16 + lane[
+                        None, None, :
+                    ]
+                    inside = (r < max_rank)[:, None, None] & its[None, :, None] & (lane >= 0)[None, None, :]
+                    w = tl.load(b + at, mask=inside, other=0.0)
+                    low = tl.dot(s, tl.reshape(w.to(s.dtype), [R, PANELS * 16]), input_precision="ieee")
+                    within = (panel // HALVES * 16)[:, None] + lane[None, :]  # its half
+                    col, inside = within + (panel % HALVES * half)[:, None], its[:, None] & (lane >= 0)[None, :]
+                    if not WHOLE:
+                        inside = inside & (within < half)
+                    out, inside = y + row[:, None, None] * cols + col[None], mine[:, None, None] & inside[None]
+                    v = tl.load(out, mask=inside, other=0.0).to(tl.float32) + tl.reshape(low, [M, PANELS, 16])
                     if HAS_GAIN:
-                        v = v * tl.load(gain + (slot * count + panel) * 16 + lane, mask=its, other=0.0)[None, :]
+                        its_gain = gain + (slot * count + panel)[:, None] * 16 + lane[None, :]
+                        v = v * tl.load(its_gain, mask=its[:, None] & (lane >= 0)[None, :], other=0.0)[None]
                     tl.store(out, v.to(y.dtype.element_ty), mask=inside)
+
+
+M, COLS = 16, 1024  # rows and columns of a program
+MOST_K, A_BYTES, MOST_PANELS, B_ROWS = 256, 1 << 13, 16, 256  # of A and B that it reads at once
 
 
 def gpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu) -> Tensor:
@@ -320,13 +335,16 @@ def gpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, 
     rows = as_rows(x if norm is None else rms_norm(x, norm, eps))
     y, halves = gpu_base(rows, weight, form, swiglu), 1 + swiglu
     if y.numel():
-        block = max(16, triton.next_power_of_2(max_rank))
-        kernel[(triton.cdiv(rows.shape[0], 16), slots, min(4, triton.cdiv(y.shape[1], 64)))](
+        block, blocks = max(16, triton.next_power_of_2(max_rank)), triton.cdiv(rows.shape[0], M)
+        shares = min(
+            triton.cdiv(y.shape[1], COLS), max(4, 64 // blocks)
+        )  # each makes s anew: few where rows fill the device
+        kernel[(blocks, slots, shares)](
             y, rows, a, b, rank, scale, y if gain is None else gain, part, adapter_id.contiguous(),
             rows.shape[0], y.shape[1], rows.shape[1], max_rank, rows.stride(0), y.shape[1] // halves,
-            HAS_GAIN=gain is not None, PARTS=parts, HALVES=halves, M=16,
-            K=64 if block <= 64 and x.dtype != torch.float32 else 32, N=64, R=block,
-            num_warps=4,
+            HAS_GAIN=gain is not None, PARTS=parts, HALVES=halves, WHOLE=y.shape[1] // halves % 16 == 0, M=M,
+            K=max(16, min(MOST_K, A_BYTES // (block * a.element_size()))),
+            PANELS=max(4, min(MOST_PANELS, B_ROWS // block)), R=block, num_warps=4,
         )  # fmt: skip
     if bias is not None:
         y += bias
