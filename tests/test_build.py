@@ -324,6 +324,31 @@ def test_cuda_kernels_compile_without_spills(source, wanted, tmp_path):
         assert {u.arch for u in uses} >= {f"sm_{a}" for a in re.findall(r"(\d+a?)", wanted)}
 
 
+def disassembled(source: str, folder: Path) -> str:
+    """What a file of csrc/cuda becomes on sm_90a."""
+    setup = setup_module()
+    nvcc = setup.find_nvcc() or pytest.skip("nvcc is not installed")
+    triton = importlib.util.find_spec("triton")
+    beside = [str(Path(triton.origin).parent / "backends/nvidia/bin")] if triton else []
+    path = os.pathsep.join([os.environ["PATH"], *beside])
+    cuobjdump = shutil.which("cuobjdump", path=path) or pytest.skip("cuobjdump is on no path, nor in Triton")
+    code, kernel = ROOT / f"csrc/cuda/{source}.cu", folder / "kernel.o"
+    run(nvcc, *setup.NVCC_FLAGS.split(), *setup.gencode(nvcc, "90a").split(), "-c", code, "-o", kernel)
+    return run(cuobjdump, "-sass", kernel).stdout
+
+
+def test_what_begins_early_reads_nothing_but_weights(tmp_path):
+    """quant_linear's product begins while the rows are being rounded: before it waits (ACQBULK) it loads quants, 16 bytes a
+    thread, and their scales. What a compiler takes for constant it may move up from behind the wait."""
+    found = re.split(r"\n\s*Function : ", disassembled("quant_linear", tmp_path))
+    products, roundings = ([f for f in found if f"{name}_kernel" in f[:200]] for name in ("linear", "quantise"))
+    assert len(products) == 16 and len(roundings) == 4 and all("PREEXIT" in f for f in roundings)
+    for kernel in products:
+        before, _, after = kernel.partition("ACQBULK")
+        assert set(re.findall(r"LDG\.E\S*", before)) == {"LDG.E.EF.128", "LDG.E.U16"} and "LDG.E" in after
+        assert "LDG.E.CONSTANT" not in kernel
+
+
 @pytest.mark.parametrize(
     ("source", "waits", "products"),
     [("attention_sm90a", 16, ("64x128x16.F32", "64x64x16.F32")), ("attention_backward_sm90a", 18, ("64x64x16.F32",))],
@@ -331,15 +356,7 @@ def test_cuda_kernels_compile_without_spills(source, wanted, tmp_path):
 def test_attention_for_hopper_runs_on_its_units(source, waits, products, tmp_path):
     """Matrix products of a warpgroup, waited for where the source does and nowhere else, the copy engine, registers passed
     on; no local memory."""
-    setup = setup_module()
-    nvcc = setup.find_nvcc() or pytest.skip("nvcc is not installed")
-    triton = importlib.util.find_spec("triton")
-    beside = [str(Path(triton.origin).parent / "backends/nvidia/bin")] if triton else []
-    path = os.pathsep.join([os.environ["PATH"], *beside])
-    cuobjdump = shutil.which("cuobjdump", path=path) or pytest.skip("cuobjdump is on no path, nor in Triton")
-    code, kernel = ROOT / f"csrc/cuda/{source}.cu", tmp_path / "kernel.o"
-    run(nvcc, *setup.NVCC_FLAGS.split(), *setup.gencode(nvcc, "90a").split(), "-c", code, "-o", kernel)
-    text = run(cuobjdump, "-sass", kernel).stdout
+    text = disassembled(source, tmp_path)
     words = Counter(re.findall(r"\b(HGMMA|HMMA|UTMALDG|USETMAXREG|LDL|STL|WARPGROUP\.DEPBAR)\b", text))
     assert set(words) == {"HGMMA", "UTMALDG", "USETMAXREG", "WARPGROUP.DEPBAR"}
     assert words["WARPGROUP.DEPBAR"] == waits and words["USETMAXREG"] == 2 * 4  # of two head dims in two dtypes

@@ -60,15 +60,29 @@ template <class T> __device__ __forceinline__ T* at_rank(T* p, unsigned rank) {
 #endif
 }
 
+// A kernel that `launch_early` launches begins when all blocks of the one before it have called `next_may_begin` (or are done),
+// and may read what that one writes, or what was written before that one, after `wait_for_previous`. Before sm_90 it begins
+// when the other one is done.
+__device__ __forceinline__ void next_may_begin() {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 inline int attribute(cudaDeviceAttr what) {
   int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, what, device) != cudaSuccess) return 0;
   return value;
 }
 
-// Launches a grid of one dimension, in clusters where `cluster` is above 1; returns a cudaError_t.
 template <class... P, class... A>
-int launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, int cluster, void* stream, A... arguments) {
+int launch_with(bool early, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, int cluster, void* stream,
+                A... arguments) {
   if (blocks <= 0) return int(cudaSuccess);
   if (blocks > INT32_MAX) return int(cudaErrorInvalidValue);
   if (shared > 48 << 10) {
@@ -79,15 +93,35 @@ int launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, in
     const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (e != cudaSuccess) return int(e);
   }
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = unsigned(cluster), attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
+  if (cluster > 1) {
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeClusterDimension;
+    a.val.clusterDim.x = unsigned(cluster), a.val.clusterDim.y = a.val.clusterDim.z = 1;
+  }
+#if CUDART_VERSION >= 12030    // from here on graphs can hold it
+  if (early && attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    a.val.programmaticStreamSerializationAllowed = 1;
+  }
+#endif
   config.gridDim.x = unsigned(blocks), config.blockDim.x = unsigned(threads);
   config.gridDim.y = config.gridDim.z = config.blockDim.y = config.blockDim.z = 1;
   config.dynamicSmemBytes = size_t(shared), config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute, config.numAttrs = cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
   return int(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// Launches a grid of one dimension, in clusters where `cluster` is above 1; returns a cudaError_t.
+template <class... P, class... A>
+int launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, int cluster, void* stream, A... a) {
+  return launch_with(false, kernel, blocks, threads, shared, cluster, stream, a...);
+}
+template <class... P, class... A>
+int launch_early(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, int cluster, void* stream, A... a) {
+  return launch_with(true, kernel, blocks, threads, shared, cluster, stream, a...);
 }
 
 }  // namespace

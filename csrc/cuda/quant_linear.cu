@@ -4,7 +4,8 @@
 // One kernel rounds the rows to s8. In the other a block has a panel of 16 rows of the weight, and each half of a warp 32 of
 // k: a lane loads 16 bytes, four k or eight of four rows, and multiplies them by dp4a. Three shuffles give every lane the
 // exact integer sum of one row. Sums and the products of the scales go through shared memory to the threads that run the
-// chains, one for each output, over all 32s of k ascending; two buffers, so that the next sums are made meanwhile.
+// chains, one for each output, over all 32s of k ascending; two buffers, so that the next sums are made meanwhile. The product
+// begins while the rows are being rounded: its first loads are of the weight.
 #include <cuda_fp16.h>
 
 #include "../records/quant_linear.h"
@@ -33,6 +34,7 @@ struct Format {
 // A warp for each 32 of k of a row.
 template <int kBits, bool kMin>
 __global__ void __launch_bounds__(kThreads) quantise_kernel(const LinearArgs a, Activations to, int groups) {
+  next_may_begin();    // what came before this kernel has ended: nobody writes the weight any more
   const int64_t at = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32, row = at / groups;
   const int64_t k = at % groups * kGroup + threadIdx.x % 32;
   if (row >= a.rows) return;
@@ -118,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 4 : 3) linear_kernel(co
     for (int slot = 0; slot < count; ++slot) {
       const float2 t = s.term[buffer][slot][of_row][of_column];
       acc = fmaf(t.x, t.y, acc);
-      if (kMin) acc = fmaf(s.minimum[buffer][slot][of_column], __ldg(moments + begin + slot), acc);
+      if (kMin) acc = fmaf(s.minimum[buffer][slot][of_column], moments[begin + slot], acc);
     }
   };
 
@@ -136,6 +138,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 4 : 3) linear_kernel(co
       scale[i] = __half2float(halves[row]);
       minimum[i] = kMin ? __half2float(halves[kPanel + row]) : 0;
     }
+    if (begin == 0) wait_for_previous();    // x is read by plain loads: __ldg promises that nobody writes, and may be moved up
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int place = i * kTeams + team;
@@ -143,10 +146,10 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 4 : 3) linear_kernel(co
       for (int r = 0; r < kRows; ++r) {
         const int64_t at = (r < a.rows ? r : a.rows - 1) * f.groups + group[i];
         int sums[4];
-        q[i].dot(__ldg(reinterpret_cast<const int2*>(x.bytes + at * kGroup + lane / 4 * 8)), sums);
+        q[i].dot(*reinterpret_cast<const int2*>(x.bytes + at * kGroup + lane / 4 * 8), sums);
         int sum = reduce(sums, lane);
-        if ((kBits == 8) == kMin) sum += __ldg(x.starts + at);
-        s.term[buffer][place][r][row] = make_float2(float(sum), scale[i] * __ldg(x.scales + at));
+        if ((kBits == 8) == kMin) sum += x.starts[at];
+        s.term[buffer][place][r][row] = make_float2(float(sum), scale[i] * x.scales[at]);
       }
       if (kMin) s.minimum[buffer][place][row] = minimum[i];
     }
@@ -162,7 +165,7 @@ template <int kBits, bool kMin, int kRows>
 int launch_rows(const LinearArgs& a, const Activations& x, const Format& f, void* stream) {
   const int64_t halves = a.halves ? 2 : 1, panels = (a.cols / halves + kPanel - 1) / kPanel * halves;
   const int64_t shared = sizeof(Sums<kMin, kRows, slots_of(kRows)>);
-  return launch(linear_kernel<kBits, kMin, kRows>, panels, kThreads, shared, 1, stream, a, x, f);
+  return launch_early(linear_kernel<kBits, kMin, kRows>, panels, kThreads, shared, 1, stream, a, x, f);
 }
 
 template <int kBits, bool kMin> int product(const LinearArgs& a, const Activations& x, const Format& f, void* stream) {

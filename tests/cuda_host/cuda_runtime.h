@@ -242,9 +242,10 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributeNonPortableClusterSizeAllowed = 9 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4, cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
 struct cudaLaunchAttributeValue {
   dim3 clusterDim;
+  int programmaticStreamSerializationAllowed = 0;    // grids run one after another here
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -287,7 +288,8 @@ namespace cuda_host {
 template <class F> cudaError_t launch(const cudaLaunchConfig_t& c, const void* kernel, const F& run) {
   Machine& m = machine;
   dim3 cluster;
-  for (unsigned i = 0; i < c.numAttrs; ++i) cluster = c.attrs[i].val.clusterDim;
+  for (unsigned i = 0; i < c.numAttrs; ++i)
+    if (c.attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = c.attrs[i].val.clusterDim;
   const int threads = int(c.blockDim.x), allowed = m.shared_allowed.count(kernel) ? m.shared_allowed[kernel] : 48 << 10;
   if (int64_t(c.dynamicSmemBytes) > std::max(allowed, 48 << 10) || threads < 1 || threads > 1024 || c.gridDim.x % cluster.x ||
       !c.gridDim.x || cluster.x > (m.large_clusters.count(kernel) ? 16 : 8) || (cluster.x > 1 && m.capability < 9) || c.blockDim.y * c.blockDim.z != 1 || c.gridDim.z != 1)
