@@ -1,6 +1,6 @@
 """The CUDA C++ kernels without a GPU: compiled for this processor by tests/cuda_host they run against the CPU's kernels, bit for
-bit, and attention, whose arithmetic is the matrix unit's, against its formula. With one (`pytest -m gpu`): the same tests on it,
-and the kernels under compute-sanitizer."""
+bit, and attention and linear, whose arithmetic is the matrix unit's, against their formulas. With one (`pytest -m gpu`): the same
+tests on it, and the kernels under compute-sanitizer."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ from fastllm.ops import _cuda
 from fastllm.ops._op import OPS, Kernel
 
 HERE = Path(__file__).parent
-BITS, ATTENTION, DECODE = (HERE / f"_cuda_{name}.py" for name in ("bits", "attention", "decode"))
+BITS, ATTENTION, DECODE, LINEAR = (HERE / f"_cuda_{name}.py" for name in ("bits", "attention", "decode", "linear"))
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
 FLAGS += ["-march=native", "-I", HERE / "cuda_host", "-x", "c++"]  # native: an fma is one instruction
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="contexts and shared libraries of Linux")
@@ -50,8 +50,8 @@ def test_kernels_have_the_bits_of_the_cpu(host_library):
     passes(BITS, FASTLLM_CUDA_HOST=host_library)
 
 
-@pytest.mark.parametrize("file", [ATTENTION, DECODE], ids=lambda p: p.stem)
-def test_attention_has_the_values_of_its_formula(host_library, file):
+@pytest.mark.parametrize("file", [ATTENTION, DECODE, LINEAR], ids=lambda p: p.stem)
+def test_kernels_have_the_values_of_their_formulas(host_library, file):
     passes(file, FASTLLM_CUDA_HOST=host_library)
 
 
@@ -76,6 +76,8 @@ def test_a_sound_kernel_has_one_result(faults):
         ("elsewhere", r"threads meet at different places, lines \d+ and \d+ \(block \d, thread \d+\)"),
         ("lane", r"a barrier that not all threads reach"),
         ("cluster", r"a barrier that not all threads reach"),
+        ("twice", r"a thread arrives twice at its cluster's barrier"),
+        ("waits", r"a thread waits at its cluster's barrier and has not arrived"),
     ],
 )
 def test_a_barrier_that_not_all_reach_fails_the_launch(faults, fault, message):
@@ -134,7 +136,7 @@ def test_names_of_the_switch(monkeypatch):
     monkeypatch.setenv(_cuda.VARIABLE, "sample,softmax")
     with pytest.raises(
         ValueError,
-        match=r"FASTLLM_CUDA_KERNELS names softmax; allowed: attention, attention_backward, paged_attention, "
+        match=r"FASTLLM_CUDA_KERNELS names softmax; allowed: attention, attention_backward, linear, paged_attention, "
         "quant_linear, sample, or all alone",
     ):
         _cuda.wanted.__wrapped__()
@@ -263,7 +265,7 @@ def test_a_record_is_counted():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("file", [BITS, ATTENTION, DECODE], ids=lambda p: p.stem)
+@pytest.mark.parametrize("file", [BITS, ATTENTION, DECODE, LINEAR], ids=lambda p: p.stem)
 def test_kernels_on_a_gpu(file):
     if file is ATTENTION and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("attention in CUDA C++ is for compute capability 9.0")
@@ -274,12 +276,12 @@ def test_kernels_on_a_gpu(file):
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool):
     """Of every kernel some tests: `compute-sanitizer --tool TOOL python -m pytest -m "gpu or not gpu" tests/_cuda_bits.py
-    tests/_cuda_attention.py tests/_cuda_decode.py` runs all of them."""
+    tests/_cuda_attention.py tests/_cuda_decode.py tests/_cuda_linear.py` runs all of them."""
     program = shutil.which("compute-sanitizer") or pytest.skip(
         "compute-sanitizer is not on the path: it comes with CUDA's toolkit"
     )
-    chosen = "hard_rows or penalties or distribution or by_rows or two_halves or stay or strides or cluster or sinks"
-    tests = [sys.executable, "-m", "pytest", BITS, ATTENTION, DECODE, *ON_A_GPU, "-k", chosen]
+    chosen = "hard_rows or penalties or distribution or by_rows or two_halves or stay or strides or cluster or sinks or fused"
+    tests = [sys.executable, "-m", "pytest", BITS, ATTENTION, DECODE, LINEAR, *ON_A_GPU, "-k", chosen]
     command = [program, "--tool", tool, "--error-exitcode", "9", *tests]
     done = run(*command, check=False, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -6,7 +6,7 @@
 
 namespace fastllm {
 
-constexpr int kCudaAbi = 6;
+constexpr int kCudaAbi = 7;
 
 enum CudaKernel : int {
 #define CUDA_KERNEL(name, Args) kCuda_##name,

@@ -43,14 +43,20 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return 0;
 #endif
 }
-__device__ __forceinline__ void cluster_sync() {
+// All threads of the cluster have arrived before any goes on from where it waits.
+__device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
   __cluster_barrier_wait();
 #else
   __syncthreads();
 #endif
 }
+__device__ __forceinline__ void cluster_sync() { cluster_arrive(), cluster_wait(); }
 // The same place in the shared memory of another block of the cluster.
 template <class T> __device__ __forceinline__ T* at_rank(T* p, unsigned rank) {
 #if __CUDA_ARCH__ >= 900

@@ -28,11 +28,20 @@ struct Command {
 
 enum Sum : int { kSum, kMoment, kTempered, kFinite, kFirst, kSums = 6 };
 
+// A prefix of the row in the order: its last logit, what it weighs, how many it has.
+struct Prefix {
+  int64_t cut;
+  uint64_t sum;
+  int kept;
+};
+
 struct Shared {
   uint64_t sum[kSums][kMostBlocks * kWarps];    // what each warp found, in the first block
   int64_t list[kList];                          // orders of candidates, in the first block
   uint64_t weight[kList];                       // of those that count
+  SampleRow row;
   Command command;
+  Prefix best, nucleus;                         // by top_k, by top_p
   float group[kGroups];
   int64_t cut;
   uint64_t mass, spread;                        // at temperature 1: of the weights, and of weight * (max - x)
@@ -92,7 +101,8 @@ __device__ __forceinline__ void collect(Shared& s, int64_t order) {
 
 // ---------------------------------------------------------------------------------------------------- before the weights
 
-// The largest logit; a NaN where there is one. Leaves the maxima of the groups in every block.
+// The largest logit; a NaN where there is one. Leaves the maxima of the groups in every block. All threads have called
+// cluster_arrive since the block began, or since it last read the maxima.
 __device__ float maxima(Shared& s, const Part& p, float top, bool nan) {
   const int lanes = 2 * p.blocks;    // of a group
   if (nan) top = not_a_number();
@@ -100,7 +110,7 @@ __device__ float maxima(Shared& s, const Part& p, float top, bool nan) {
     const float other = __shfl_xor_sync(kWhole, top, with);
     top = top != top || other != other ? not_a_number() : fmaxf(top, other);
   }
-  cluster_sync();    // all blocks have begun, and have read the maxima before these
+  cluster_wait();    // all blocks have begun, and have read the maxima before these
   if (lane() % lanes == 0)
     for (int r = 0; r < p.blocks; ++r)
       at_rank(&s, r)->group[int(cluster_rank()) * (kGroups / p.blocks) + warp() * (32 / lanes) + lane() / lanes] = top;

@@ -104,6 +104,47 @@ struct Row {
   bool knows_tempered;    // else `tempered` means nothing
 };
 
+// Truncation and draw where the list holds the answer, as it nearly always does: a thread that knows how many logits stand before
+// its own in the order, and what they weigh, knows whether a cut is there. False, and nothing is changed, where it does not.
+__device__ bool decide_on_list(Shared& s, const Scale& scale, const SampleRow& r, const Row& row, Outcome& out) {
+  const bool has_k = r.top_k > 0 && r.top_k < row.finite, has_p = r.top_p < 1;
+  const int t = threadIdx.x, count = s.count;
+  if (count > kList || r.min_p > 0 || !(has_k ? count >= r.top_k : has_p && row.knows_tempered)) return false;
+  const bool listed = t < count, busy = t - lane() < count;    // the other warps have nothing to compare
+  const int64_t mine = listed ? s.list[t] : 0;
+  const uint64_t w = listed ? weight(scale.of(value_of(mine))) : 0;
+  s.weight[t] = w;
+  __syncthreads();
+  int ahead = 0;
+  uint64_t before = 0;
+  if (busy)
+    for (int i = 0; i < count; ++i)
+      if (s.list[i] > mine) ++ahead, before += s.weight[i];
+  Prefix kept = {kUncut, row.tempered, row.finite};
+  if (has_k) {
+    if (listed && ahead == r.top_k - 1) s.best = {mine, before + w, r.top_k};
+    __syncthreads();
+    kept = s.best;
+  }
+  if (has_p) {
+    const uint64_t target = nucleus(r.top_p, kept.sum);
+    const bool here = listed && before < target && before + w >= target;
+    if (here) s.nucleus = {mine, before + w, ahead + 1};
+    if (!__syncthreads_or(here)) return false;
+    kept = s.nucleus;
+  }
+  const uint64_t left = __umul64hi(random_bits(r.seed, r.index, r.position), kept.sum);
+  const int64_t index = index_of(mine);
+  uint64_t running = 0;    // of the kept set in the order of the vocabulary
+  if (busy)
+    for (int i = 0; i < count; ++i)
+      if (s.list[i] >= kept.cut && index_of(s.list[i]) < index) running += s.weight[i];
+  if (listed && mine >= kept.cut && running <= left && left < running + w) s.drawn = int32_t(index), s.drawn_value = value_of(mine);
+  __syncthreads();
+  out = {s.drawn, s.drawn_value, kept.kept, kept.sum};
+  return true;
+}
+
 // Truncation and draw, for a temperature above 0.
 __device__ Outcome decide(Shared& s, const Part& p, const Logits& x, const Scale& scale, const SampleRow& r, const Row& row,
                           float bound) {
@@ -161,10 +202,22 @@ __device__ Outcome decide(Shared& s, const Part& p, const Logits& x, const Scale
   return {s.drawn, s.drawn_value, kept, kept_sum};
 }
 
-__device__ __forceinline__ void write(const SampleArgs& a, int64_t row, int64_t token, float logprob, float truncated, int32_t kept,
-                                      float nats) {
-  a.token[row] = token, a.logprob[row] = logprob, a.truncated_logprob[row] = truncated, a.kept[row] = kept;
-  if (a.entropy) a.entropy[row] = nats;
+// A row without a token.
+__device__ __forceinline__ void write_none(const SampleArgs& a, int64_t row, float value, int32_t kept) {
+  a.token[row] = 0, a.logprob[row] = value, a.truncated_logprob[row] = value, a.kept[row] = kept;
+  if (a.entropy) a.entropy[row] = value;
+}
+
+// The warp of the row that holds its first largest logit: they stand in the order of the vocabulary.
+__device__ __forceinline__ int first_warp(const Shared& s, const Part& p) {
+  int first = kMostBlocks * kWarps;
+  for (int w = lane(); w < p.blocks * kWarps; w += 32)
+    if (s.sum[kFirst][w] && w < first) first = w;
+  for (int with = 16; with; with /= 2) {
+    const int other = __shfl_xor_sync(kWhole, first, with);
+    first = other < first ? other : first;
+  }
+  return first;
 }
 
 // ------------------------------------------------------------------------------------------------------------ the kernel
@@ -177,20 +230,20 @@ __global__ void __launch_bounds__(kThreads, 2)
   Shared& s = shared_memory<Shared>();
   const int64_t row = blockIdx.x / blocks, which = a.rows ? a.rows[row] : row;
   if (which < 0 || which >= a.state_rows) {
-    const float none = which < 0 ? 0 : not_a_number();
-    if (leads()) write(a, row, 0, none, none, which < 0 ? 0 : -1, none);
+    if (leads()) write_none(a, row, which < 0 ? 0 : not_a_number(), which < 0 ? 0 : -1);
     return;
   }
-  const SampleRow& r = a.state[which];
+  cluster_arrive();
+  constexpr int kWords = sizeof(SampleRow) / 4;
+  const int word = threadIdx.x < kWords ? reinterpret_cast<const int*>(a.state + which)[threadIdx.x] : 0;
   const int vocab = int(a.vocab), begin = int(cluster_rank()) * chunk, share = chunk / kWarps;
   const int end = begin + chunk < vocab ? begin + chunk : vocab;
   Part p = {begin + warp() * share, begin + (warp() + 1) * share, blocks};
   if (p.end > end) p.end = end;
   const float* from = a.logits + row * a.logits_stride;
   const Logits raw = {from, vocab, reinterpret_cast<uintptr_t>(from) % 16 == 0};
-  const bool changed = changes_logits(r, a.suppressed);
   // Where the logits that are sampled from stand, by their index in the row.
-  float* own = kResident ? reinterpret_cast<float*>(&s + 1) - begin : changed ? adjusted + row * a.vocab : nullptr;
+  float* own = kResident ? reinterpret_cast<float*>(&s + 1) - begin : adjusted + row * a.vocab;
   if (leads()) s.count = 0;
 
   // 1. the row is read, and its largest logit found
@@ -201,37 +254,43 @@ __global__ void __launch_bounds__(kThreads, 2)
     nan = nan || v.x != v.x || v.y != v.y || v.z != v.z || v.w != v.w;
     top = fmaxf(fmaxf(fmaxf(top, v.x), fmaxf(v.y, v.z)), v.w);
   };
-  int i = p.begin + lane() * 4;
-  if (raw.aligned && p.end % 4 == 0)
-    for (; i + (kAhead - 1) * kStep < p.end; i += kAhead * kStep) {
+  auto read = [&](auto load) {    // as many loads on their way in the last turn as in the others
+    for (int i = p.begin + lane() * 4; i < p.end; i += kAhead * kStep) {
       float4 v[kAhead];
 #pragma unroll
-      for (int n = 0; n < kAhead; ++n) v[n] = __ldcs(reinterpret_cast<const float4*>(from + i + n * kStep));
+      for (int n = 0; n < kAhead; ++n)
+        if (i + n * kStep < p.end) v[n] = load(i + n * kStep);
 #pragma unroll
-      for (int n = 0; n < kAhead; ++n) take(v[n], i + n * kStep);
+      for (int n = 0; n < kAhead; ++n)
+        if (i + n * kStep < p.end) take(v[n], i + n * kStep);
     }
-  for (; i < p.end; i += kStep) take(raw.load(i), i);
+  };
+  if (raw.aligned && p.end % 4 == 0)
+    read([&](int i) { return __ldcs(reinterpret_cast<const float4*>(from + i)); });
+  else
+    read([&](int i) { return raw.load(i); });
+  if (threadIdx.x < kWords) reinterpret_cast<int*>(&s.row)[threadIdx.x] = word;
   const float raw_most = maxima(s, p, top, nan), raw_top = fminf(raw_most, kLargest);
   float most = raw_most;
+  const SampleRow& r = s.row;
+  const bool changed = changes_logits(r, a.suppressed);
   Logits x = kResident ? Logits{own, begin + chunk, true} : raw;    // what lies beyond the vocabulary is -inf
 
-  // 2. sums of weights at temperature 1, and penalties
+  // 2. penalties. What the weights of the logits as they came add up to at temperature 1 is found before, or else in the next pass
   const bool lost = raw_most != raw_most || !(raw_most >= -kLargest);
-  if (!lost) {
-    uint64_t sum = 0, moment = 0;
-    each(x, p, [&](const float(&v)[4], int) {
-      Fixed w, m;
+  uint64_t sum = 0, moment = 0;
+  auto weigh = [&](const float(&v)[4]) {
+    Fixed w, m;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float z = exponent(v[j], raw_top, 1), e = exponential(z);
-        w.add(e);
-        if (a.entropy) m.add(e * (0 - z));
-      }
-      sum += w.total(), moment += m.total();
-    });
-    publish(s, kSum, sum), publish(s, kMoment, moment), publish(s, kTempered, sum);
-  }
+    for (int j = 0; j < 4; ++j) {
+      const float z = exponent(v[j], raw_top, 1), e = exponential(z);
+      w.add(e);
+      if (a.entropy) m.add(e * (0 - z));
+    }
+    sum += w.total(), moment += m.total();
+  };
   if (changed && !lost) {
+    each(x, p, [&](const float(&v)[4], int) { weigh(v); });
     if (!kResident) {
       for (int i = p.begin + lane() * 4; i < p.end; i += kStep) {
         const float4 v = raw.load(i);
@@ -246,11 +305,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int j = 0; j < 4; ++j) nan = nan || v[j] != v[j], top = fmaxf(top, v[j]);
     });
+    cluster_arrive();
     most = maxima(s, p, top, nan);
   }
   if (lost || most != most || !(most >= -kLargest)) {
-    const float none = not_a_number();
-    if (leads()) write(a, row, 0, none, none, 0, none);
+    if (leads()) write_none(a, row, not_a_number(), 0);
     return;
   }
   const bool greedy = !(r.temperature > 0), some_k = r.top_k > 0 && r.top_k < vocab, has_p = r.top_p < 1;
@@ -259,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const bool needed = !greedy && (all_on || (has_p && !some_k)), plain = !changed && scale.scale == 1;
   const bool wants_list = !greedy && !all_on;
 
-  // 3. the logits above a bound; sums of weights at the row's own temperature
+  // 3. the logits above a bound; sums of weights, also at the row's own temperature
   float bound = infinity();    // of no list
   if (wants_list && r.top_k > 0 && r.top_k <= kMostWanted)
     bound = bound_of_best(s, r.top_k);
@@ -267,6 +326,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     bound = bound_of_best(s, kWanted);
   int finite = 0, first = 0;    // first: the lowest index of the largest logit, plus 1
   each(x, p, [&](const float(&v)[4], int i) {
+    if (!changed) weigh(v);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       finite += v[j] >= -kLargest;
@@ -274,17 +334,18 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (greedy && !first && v[j] == most) first = i + j + 1;
     }
   });
-  publish(s, kFinite, uint64_t(finite));
+  publish(s, kFinite, uint64_t(finite)), publish(s, kSum, sum);
+  if (a.entropy) publish(s, kMoment, moment);
   if (needed && !plain) {
-    uint64_t sum = 0;
+    sum = 0;
     each(x, p, [&](const float(&v)[4], int) {
       Fixed w;
 #pragma unroll
       for (int j = 0; j < 4; ++j) w.add(scale.of(v[j]));
       sum += w.total();
     });
-    publish(s, kTempered, sum);
   }
+  if (needed || plain) publish(s, kTempered, sum);
   if (greedy) {    // the lowest index in the warp: a thread has its own in ascending order
     for (int with = 16; with; with /= 2) {
       const int other = __shfl_xor_sync(kWhole, first, with);
@@ -295,23 +356,35 @@ __global__ void __launch_bounds__(kThreads, 2)
   cluster_sync();
   if (cluster_rank()) return serve(s, p, x, scale);
 
-  // 4. the token
-  const uint64_t mass = whole(s, p, kSum), spread = whole(s, p, kMoment);
-  if (threadIdx.x == 0) s.mass = mass, s.spread = spread;    // passes that follow overwrite the sums
+  // 4. the token. Sums of the first passes are added up before others take their place: `ask` waits for all threads.
+  if (warp() == 1) {
+    const uint64_t mass = whole(s, p, kSum);
+    if (lane() == 0) s.mass = mass;
+  } else if (warp() == 2 && a.entropy) {
+    const uint64_t spread = whole(s, p, kMoment);
+    if (lane() == 0) s.spread = spread;
+  }
   Outcome out = {0, most, 1, 0};
   if (greedy) {
-    int w = 0;
-    while (!s.sum[kFirst][w]) ++w;    // warps stand in the order of the vocabulary
-    out.token = int64_t(s.sum[kFirst][w]) - 1;
+    out.token = int64_t(s.sum[kFirst][first_warp(s, p)]) - 1;
   } else {
-    const Row found = {most, int(whole(s, p, kFinite)), whole(s, p, kTempered), needed || plain};
-    out = decide(s, p, x, scale, r, found, bound);
+    const bool knows = needed || plain;
+    const Row found = {most, int(whole(s, p, kFinite)), knows ? whole(s, p, kTempered) : 0, knows};
+    if (!decide_on_list(s, scale, r, found, out)) out = decide(s, p, x, scale, r, found, bound);
   }
-  ask(s, p, x, scale, {0, 0, 0, kDone, 0, 0});
-  if (threadIdx.x) return;
-  const float truncated = greedy ? 0 : log_probability(out.value, most, out.sum, r.temperature);
-  write(a, row, out.token, log_probability(from[out.token], raw_most, s.mass), truncated, out.kept,
-        a.entropy ? entropy(s.mass, s.spread) : 0);
+  __syncthreads();
+  if (threadIdx.x < unsigned(p.blocks)) at_rank(&s, threadIdx.x)->command.what = kDone;
+  cluster_arrive();
+  // Logarithms are long chains: three threads have one each.
+  if (threadIdx.x == 0) {
+    a.token[row] = out.token, a.kept[row] = out.kept;
+    a.truncated_logprob[row] = greedy ? 0 : log_probability(out.value, most, out.sum, r.temperature);
+  } else if (threadIdx.x == 32) {
+    a.logprob[row] = log_probability(from[out.token], raw_most, s.mass);
+  } else if (threadIdx.x == 64 && a.entropy) {
+    a.entropy[row] = entropy(s.mass, s.spread);
+  }
+  cluster_wait();
 }
 
 // Blocks of a row: enough that their logits stay small, and more where rows alone would not fill the device.

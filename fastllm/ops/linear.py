@@ -14,6 +14,7 @@ A transformer block needs four linears, with these around them, so that no pass 
 On a GPU cuBLAS multiplies, by the algorithm that it likes best for a number of rows, and rounds y before residual and
 swiglu: quick, and a row may differ in its last bits from the same row in another batch. exact=True holds the contract
 there: one order of K for any number of rows, tiles of M and N alone may differ, fp32 until the one rounding at the end.
+Up to 16 rows of 16 bits have a kernel in CUDA C++, which rounds once too (not measured on a GPU yet: `cuda` below).
 
 On a CPU the weights are read in panels of 16 output columns, [N/16, K, 16]: `Panels.pack(weight)` once, or row-major
 weights are packed on every call, 2-12 % of it at 500 rows, most of it at one row.
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from . import _cuda
 from ._fused_linear import check_fusion, check_plain, check_rows_at, compose, must_compose
 from ._gated import silu
 from ._op import DTYPES, Op, as_rows, check_dtype, check_like, pointer
@@ -292,6 +294,34 @@ def gpu(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
     return y.to(torch.float32 if wide else x.dtype)
 
 
+CUDA_ROWS = 16
+
+
+def cuda_refusal(x: Tensor, weight: Tensor, bias: Tensor | None, swiglu: bool) -> str | None:
+    """Why csrc/cuda/linear.cu does not take rows x [T, K]; None when it does."""
+    if x.dtype == torch.float32:
+        return "float32"
+    if not 0 < x.shape[0] <= CUDA_ROWS:
+        return f"{x.shape[0]} rows: 1 to {CUDA_ROWS}"
+    if not x.shape[1] or any(n % 8 for n in (x.shape[1], x.stride(0), weight.stride(0))) or weight.stride(1) != 1:
+        return "rows whose lengths or distances are no multiples of 8"
+    if any(t.data_ptr() % 16 for t in (x, weight)):
+        return "rows that do not begin at multiples of 16 bytes"
+    return "a bias of gate and up" if swiglu and bias is not None else None
+
+
+def cuda(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
+    """Few rows in CUDA C++: one pass over the weight, and all around it on its way. FASTLLM_CUDA_KERNELS=linear runs it."""
+    rows = as_rows(x)
+    if not weight.shape[0] or cuda_refusal(rows, weight, bias, swiglu) is not None:
+        return gpu(x, weight, bias, norm, eps, residual, swiglu, wide)
+    y = _output(x, weight.shape[0] // (1 + swiglu), wide)
+    rows, other = rows if norm is None else rms_norm(rows, norm, eps), None if residual is None else as_rows(residual)
+    halves = SWIGLU if swiglu else WHOLE
+    _cuda.launch("linear", fields(y, rows, weight, ROWS, bias, None, 0.0, other, halves), None, x.device)
+    return y
+
+
 # Rows, columns and depth of a tile, warps, steps on their way. The order of a sum is the same for every depth, 16 at a time.
 # No tile of tensor cores below 64 rows: smaller ones run on other instructions, which add in an order of their own.
 MANY_ROWS, FEW_ROWS = (128, 128, 32, 8, 4), (64, 32, 32, 4, 4)
@@ -371,6 +401,8 @@ forward = Op(
     triton=gpu,
     triton_name="cuBLAS",
     triton_reason="the matmul by torch, norm and swiglu around it in Triton; exact=True has a kernel of its own",
+    cuda=cuda,
+    cuda_name=f"CUDA C++ (up to {CUDA_ROWS} rows of 16 bits; else cuBLAS)",
     save=_save,
     backward=_backward,
 )

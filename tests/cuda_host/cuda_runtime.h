@@ -97,6 +97,7 @@ struct Fiber {
   uint3 thread;
   Block* block;
   uint64_t cluster_times;    // how often its cluster had met when it arrived
+  bool arrived;              // there, and has not waited since
   bool begun;
   sigjmp_buf here;
   ucontext_t start;
@@ -351,10 +352,16 @@ inline int __syncthreads_or(int value, int line = __builtin_LINE()) {
 inline unsigned __clusterRelativeBlockRank() { return cuda_host::machine.self->block->rank; }
 inline void __cluster_barrier_arrive() {
   cuda_host::Machine& m = cuda_host::machine;
-  m.self->cluster_times = m.meeting.times;
+  if (m.self->arrived) cuda_host::fail("a thread arrives twice at its cluster's barrier");
+  m.self->arrived = true, m.self->cluster_times = m.meeting.times;
   cuda_host::come(m.meeting, int(m.fibers.size()));
 }
-inline void __cluster_barrier_wait() { cuda_host::wait_for(cuda_host::machine.meeting, cuda_host::machine.self->cluster_times); }
+inline void __cluster_barrier_wait() {
+  cuda_host::Machine& m = cuda_host::machine;
+  if (!m.self->arrived) cuda_host::fail("a thread waits at its cluster's barrier and has not arrived");
+  m.self->arrived = false;
+  cuda_host::wait_for(m.meeting, m.self->cluster_times);
+}
 inline void* __cluster_map_shared_rank(const void* p, unsigned rank) {
   const cuda_host::Block& mine = *cuda_host::machine.self->block;
   return cuda_host::machine.blocks[rank].shared + (static_cast<const char*>(p) - mine.shared);

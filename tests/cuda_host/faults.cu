@@ -29,6 +29,10 @@ __global__ void lane(int*) {    // a shuffle that one lane does not take part in
 __global__ void cluster(int*) {    // a cluster's barrier that one block does not reach
   if (__clusterRelativeBlockRank() == 0) __cluster_barrier_arrive(), __cluster_barrier_wait();
 }
+__global__ void twice(int*) { __cluster_barrier_arrive(), __cluster_barrier_arrive(), __cluster_barrier_wait(); }
+__global__ void waits(int*) {    // once more than it arrived
+  __cluster_barrier_arrive(), __cluster_barrier_wait(), __cluster_barrier_wait();
+}
 __global__ void race(int* out) {    // no barrier between the writes and the read
   memory()[threadIdx.x / 32] = int(threadIdx.x);
   if (threadIdx.x == 40) *out = memory()[0];
@@ -47,7 +51,8 @@ int main(int count, char** words) {
     const char* name;
     void (*kernel)(int*);
   } kernels[] = {{"sound", sound}, {"missed", missed}, {"elsewhere", elsewhere}, {"lane", lane}, {"cluster", cluster},
-                 {"race", race},   {"unwritten", unwritten}, {"beyond", beyond}};
+                 {"twice", twice}, {"waits", waits},   {"race", race},
+                 {"unwritten", unwritten}, {"beyond", beyond}};
   if (count != 3) return 2;
   cuda_host_seed(strtoull(words[2], nullptr, 10));
   for (const auto& k : kernels)

@@ -53,6 +53,21 @@ def test_replay_is_the_step(path):
     assert [s.made for s in sequences[0]] == [s.made for s in sequences[1]]
 
 
+def test_prompts_are_read_in_captured_forwards(path):
+    e, plain = engine(path), engine(path)
+    plain.reader.captures = False
+    for lengths in ((20, 1, 40), (90,), (300, 7, 12, 33)):  # several in one forward; in several
+        made = []
+        for one in (e, plain):
+            sequences = [Made(PROMPT[i : i + n], KINDS["sampled"], seed=i) for i, n in enumerate(lengths)]
+            one.run(sequences)
+            made.append([s.made for s in sequences])
+        for ours, theirs in zip(*made, strict=True):
+            assert ours[0][1] == pytest.approx(theirs[0][1], abs=1e-3)
+            close(ours, theirs, 1e-3)
+    assert e.reader._plans and all(e.reader._plans.values()) and not plain.reader._plans
+
+
 def test_rows_come_and_go(path):
     sequences = [Made(PROMPT[: 5 + 37 * i], KINDS["penalised"], count=5 + 7 * i, seed=i) for i in range(9)]
     engine(path, torch.bfloat16, max_num_seqs=3).run(sequences)

@@ -135,5 +135,10 @@ SUITE = Suite(
             )
         ),
     ),
-    gpu=tuple(case(rows, 4096, cols=4096, exact=True) for rows in (1, 16, 8192)),
+    gpu=(
+        *(case(rows, 4096, cols=4096, exact=True) for rows in (1, 16, 8192)),
+        *(case(rows, 2048, cols=3072) for rows in (1, 16)),
+        *(case(rows, 4096, cols=4096) for rows in (1, 16)),
+        *(case(rows, 4096, cols=14336, swiglu=True) for rows in (1, 16)),
+    ),
 )  # fmt: skip
