@@ -181,6 +181,7 @@ def generate(
         int,
         typer.Option(help="Guess up to so many tokens a step from the text itself: the same output, perhaps sooner."),
     ] = 0,
+    exact: Annotated[bool, typer.Option("--exact", help="On a GPU, too, the same bits in any batch; slower.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of text.")] = False,
     stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Measure, and say how fast it was.")] = True,
 ) -> None:
@@ -219,7 +220,7 @@ def generate(
             raise ValueError(f"--beams {beams}: {path} is no encoder-decoder; leave it out")
         llm = LLM(
             path, device=device, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len,
-            num_threads=threads, speculate=speculate,
+            num_threads=threads, speculate=speculate, exact=exact,
         )  # fmt: skip
         if adapter:
             llm.load_adapter(str(adapter), adapter)

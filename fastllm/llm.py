@@ -98,7 +98,9 @@ class LLM:
     values as the model computes them, float32 on a CPU, "int8" and "fp8" (E4M3) in some quarter of that, a scale for
     each token and head beside them: nearly the same text, not the same bits. num_threads: None takes torch's number.
     speculate: how many tokens a step may guess from what stands in the text already (prompt lookup): the same output,
-    sooner where the text repeats; 0: none, 7 or 15 are good numbers.
+    sooner where the text repeats; 0: none, 7 or 15 are good numbers. exact: on a GPU too each request has the bits that it would
+    have alone, and a log-probability those that a forward of the whole text gives; slower, and without adapters. A CPU, and
+    quantised weights, keep it anyway, but for attention.
 
     ValueError for a file or an argument that cannot be used, HubError when a model cannot be fetched, MemoryError when
     it does not fit. Calls from several threads run together, each with the bits that it would have alone. A stream may
@@ -123,13 +125,14 @@ class LLM:
         num_threads: int | None = None,
         revision: str | None = None,
         speculate: int = 0,
+        exact: bool = False,
     ):
         where = decoding_device(device)
         if dtype not in ("auto", "float32"):
             raise ValueError(f"LLM: dtype={dtype!r}; allowed: 'auto', 'float32'")
         limits = Limits(
             quantize=quantize, max_model_len=max_model_len, max_num_seqs=max_num_seqs, kv_bytes=kv_bytes, kv_dtype=kv_dtype,
-            num_threads=num_threads, speculate=speculate,
+            num_threads=num_threads, speculate=speculate, exact=exact,
         )  # fmt: skip
         settle()
         self.path = hub.resolve(name, revision=revision)
@@ -178,6 +181,7 @@ class LLM:
         if len(self.tokenizer) > config.vocab:
             raise ValueError(f"{self.path}: the tokenizer has {len(self.tokenizer)} ids, the model {config.vocab}")
         stream = self.model.norm.weight
+        self.model.exact = limits.exact
         kv_dtype = limits.cache_dtype(stream.dtype)
         pages = limits.pages(config, kv_dtype, stream.device)
         self.max_model_len = limits.max_model_len or config.max_position

@@ -8,6 +8,7 @@ import _oracle
 import numpy as np
 import pytest
 import torch
+from _exact import check_exact_model
 from _interpreter import narrow, repair_bfloat16, repair_conditions, repair_patching, repair_products, widen
 
 from fastllm import _C, ops
@@ -148,6 +149,20 @@ def test_quantised_pages_have_the_bits_of_the_cpu(pages, dtype, rotary):
     rotated = [f(k, v, *c.as_bits(), slot, position, table, q) for f, c in ((op.triton, ours), (op.cpu, cpu))]
     for a, b in zip((rotated[0], *ours.as_bits()), (rotated[1], *cpu.as_bits()), strict=True):
         assert torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_exact_model_has_the_same_bits_however_a_text_is_cut(dtype):
+    check_exact_model(dtype)
+
+
+@pytest.mark.skipif(_C.isa() == "generic", reason="the generic tier rounds an fma twice")
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_has_the_bits_of_the_cpu(interleaved):
+    q, k, position = torch.randn(9, 3, 20), torch.randn(9, 1, 20), torch.randint(40, (9,))
+    arguments = q, k, position, ops.rope_table(40, 16), interleaved
+    for ours, theirs in zip(OPS["rope"].triton(*arguments), OPS["rope"].cpu(*arguments), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_bad_lengths_and_pages_are_nan_in_their_sequence_alone():

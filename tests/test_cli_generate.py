@@ -116,6 +116,11 @@ def test_speculate(generate, llm):
     assert status == 2 and "speculate=64; allowed: an integer in [0, 63]" in err
 
 
+def test_exact_is_what_a_cpu_is_anyway(generate):
+    found = [json.loads(generate(PROMPT, "--json", *more)[1]) for more in ((), ("--exact",))]
+    assert found[0]["token_ids"] == found[1]["token_ids"] and found[0]["logprobs"] == found[1]["logprobs"]
+
+
 def test_several_completions(generate, llm):
     params = SamplingParams(seed=3, n=3, max_new_tokens=12)
     texts = [c.text for c in llm.generate(PROMPT, params)[0].outputs]

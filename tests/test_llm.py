@@ -354,6 +354,7 @@ def test_bad_calls(llm, call, error, message):
         ({"max_model_len": 1025}, "max_model_len=1025, but the model has 1024 positions"),
         ({"max_model_len": 0}, "max_model_len=0; allowed: an integer of at least 1"),
         ({"num_threads": True}, "num_threads=True; allowed"),
+        ({"exact": 1}, "exact=1; allowed: True, False"),
         ({"max_num_seqs": 2.5}, "max_num_seqs=2.5; allowed"),
         ({"kv_bytes": 2e9}, "kv_bytes=2000000000.0; allowed: an integer of at least 1"),
         ({"kv_bytes": 100_000}, "1024 tokens need 524288 bytes of KV cache, kv_bytes=100000 allows 192 tokens; lower"),

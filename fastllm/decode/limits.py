@@ -39,6 +39,7 @@ class Limits:
     kv_dtype: str = "auto"
     num_threads: int | None = None
     speculate: int = 0
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.quantize not in (None, "int8", "int4"):
@@ -51,6 +52,8 @@ class Limits:
                 raise ValueError(f"LLM: {name}={value!r}; allowed: an integer of at least 1")
         if not _is_int(self.speculate) or not 0 <= self.speculate <= MOST_GUESSES:
             raise ValueError(f"LLM: speculate={self.speculate!r}; allowed: an integer in [0, {MOST_GUESSES}]")
+        if not isinstance(self.exact, bool):
+            raise ValueError(f"LLM: exact={self.exact!r}; allowed: True, False")
 
     def cache_dtype(self, model: torch.dtype) -> torch.dtype:
         """Of keys and values; `model`: of the activations."""

@@ -23,8 +23,10 @@ class Projection(nn.Module):
     """y = norm(x) W^T + bias, then + residual or swiglu.
 
     The weight [N, K] is a Parameter until `pack` replaces it by panels or quantised panels for decoding on a CPU. A swiglu
-    projection stacks gate over up, [2F, K], and has no bias.
+    projection stacks gate over up, [2F, K], and has no bias. exact: as in ops.linear; quantised weights always are.
     """
+
+    exact = False
 
     def __init__(self, inputs: int, outputs: int, swiglu: bool = False, bias: bool = False):
         super().__init__()
@@ -50,12 +52,15 @@ class Projection(nn.Module):
         if adapted is not None:
             return ops.multi_lora(x, self.weight, *adapted, self.bias, **fused)
         fused["swiglu"] = self.swiglu and gate
-        linear = ops.quant_linear if isinstance(self.weight, QWeight) else ops.linear
-        return linear(x, self.weight, self.bias, **fused)
+        if isinstance(self.weight, QWeight):
+            return ops.quant_linear(x, self.weight, self.bias, **fused)
+        return ops.linear(x, self.weight, self.bias, exact=self.exact, **fused)
 
     def gates_apart(self, x: Tensor) -> bool:
         """Whether the gate of x is to be an op of its own, for `activated`: in training, where that has the bits of the fused
-        call, which rounds the product once on a CPU."""
+        call, which rounds the product once on a CPU. An exact one on a GPU, where it has not, takes the gate apart always."""
+        if self.exact and x.is_cuda and isinstance(self.weight, Tensor):
+            return True
         if not torch.is_grad_enabled() or not isinstance(self.weight, Tensor):
             return False
         return (x.requires_grad or self.weight.requires_grad) and (x.is_cuda or x.dtype == torch.float32)

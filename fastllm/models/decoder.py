@@ -292,7 +292,10 @@ def alibi_slopes(heads: int) -> Tensor:
 
 class Decoder(nn.Module):
     """model(ids [B, S]) -> logits [B, S, V]; model.hidden(ids) -> [B, S, dim]; model.packed_hidden(batch) -> [T, dim];
-    model.step(...) over a paged cache."""
+    model.step(...) over a paged cache.
+
+    exact, False unless set: the arithmetic contract on a GPU too, for all of these: a token has the same bits in training and
+    in decoding, in any batch, however its text was cut (as always on a CPU). Not with adapters."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -329,11 +332,22 @@ class Decoder(nn.Module):
                 self._buffers[name] = table.to(self._buffers[name].device)
         return self
 
+    @property
+    def exact(self) -> bool:
+        return self.head.exact
+
+    @exact.setter
+    def exact(self, exact: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, Projection):
+                module.exact = exact
+
     def spec(self, layer: int) -> AttentionSpec:
         """The attention of a layer."""
         c = self.config
         scale = None if c.query_scalar is None else c.query_scalar**-0.5
-        return AttentionSpec(window=c.window_of(layer), scale=scale, softcap=c.softcap, alibi=self.alibi)
+        window = c.window_of(layer)
+        return AttentionSpec(window=window, scale=scale, softcap=c.softcap, alibi=self.alibi, exact=self.exact)
 
     def table(self, layer: int) -> Tensor:
         """The angles by which a layer turns."""

@@ -20,7 +20,7 @@ from ._e4m3 import encode
 from ._op import DTYPES, Op, check, check_dtype, check_like, pointer
 from ._triton import tl, triton
 from .kv_cache import PAGE, PAGE_DTYPES, KVPages, check_pages, quantised
-from .rope import check_table, unit_stride
+from .rope import check_table, turned, unit_stride
 from .rope import reference as rotate
 
 # ---------------------------------------------------------------------------------------------------------- reference
@@ -90,7 +90,7 @@ def turn(
     first, second = x + head * x_head + i, x + head * x_head + half + i
     a = tl.load(first, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(second, mask=inside, other=0.0).to(tl.float32)
-    a, b = tl.fma(a, cosine, -(b * sine)), tl.fma(a, sine, b * cosine)
+    a, b = turned(a, b, cosine, sine)
     to = out + head * out_head + i * out_element
     if REST > 0:  # elements past the table's width
         j = 2 * half + tl.arange(0, REST)[None, :]

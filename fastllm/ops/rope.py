@@ -51,6 +51,12 @@ def reference_backward(
 
 
 @triton.jit
+def turned(a, b, cosine, sine):
+    """Every rounding stated: the bits of the CPU, and of kv_append."""
+    return tl.fma(a, cosine, -(b * sine)), tl.fma(a, sine, b * cosine)
+
+
+@triton.jit
 def kernel(
     q_out, k_out, q, k, position, table,
     tokens, heads, kv_heads, dim, rotary, positions,
@@ -82,16 +88,14 @@ def kernel(
         inside = (head[:, None] < count) & (both[None, :] < rotary)
         v = tl.load(x + both[None, :], mask=inside, other=0.0).to(tl.float32)
         left, right = tl.split(tl.reshape(v, (HEADS, HALF, 2)))
-        new_left = left * cosine[None, :] - right * sine[None, :]
-        new_right = right * cosine[None, :] + left * sine[None, :]
-        turned = tl.reshape(tl.join(new_left, new_right), (HEADS, 2 * HALF))
-        tl.store(out + both[None, :], turned.to(q_out.dtype.element_ty), mask=inside)
+        new_left, new_right = turned(left, right, cosine[None, :], sine[None, :])
+        both_new = tl.reshape(tl.join(new_left, new_right), (HEADS, 2 * HALF))
+        tl.store(out + both[None, :], both_new.to(q_out.dtype.element_ty), mask=inside)
     else:
         inside = (head[:, None] < count) & (pair[None, :] < half)
         left = tl.load(x + pair[None, :], mask=inside, other=0.0).to(tl.float32)
         right = tl.load(x + half + pair[None, :], mask=inside, other=0.0).to(tl.float32)
-        new_left = left * cosine[None, :] - right * sine[None, :]
-        new_right = right * cosine[None, :] + left * sine[None, :]
+        new_left, new_right = turned(left, right, cosine[None, :], sine[None, :])
         tl.store(out + pair[None, :], new_left.to(q_out.dtype.element_ty), mask=inside)
         tl.store(out + half + pair[None, :], new_right.to(q_out.dtype.element_ty), mask=inside)
     if REST > 0:

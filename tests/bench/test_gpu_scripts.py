@@ -1,9 +1,11 @@
 """The scripts for a GPU, as far as they go without one."""
 
 import importlib
+import json
 
 import decode
 import decode_gpu
+import exact
 import launch
 import pytest
 import tune
@@ -48,3 +50,14 @@ def test_launch_measures_the_smallest_case(monkeypatch, capsys):
     rows = capsys.readouterr().out.splitlines()[1:]
     assert [row.split()[0] for row in rows] == ["torch.layer_norm", "autograd", "rms_norm", "sample"]
     assert all(float(row.split()[2]) > 0 for row in rows)
+
+
+def test_exact_costs_nothing_where_it_always_is(tmp_path, capsys):
+    options = ["--shape", "micro", "--device", "cpu", "--tokens", "20", "--texts", "2", "--repeats", "1", "--new", "5"]
+    assert exact.main([*options, "--json", str(tmp_path / "exact.json")]) == 0
+    rows = json.loads((tmp_path / "exact.json").read_text())["rows"]
+    assert rows["forward"]["ratio"] > 0 and {
+        f"decode {n} {mode}" for n in (1, 16) for mode in ("default", "exact")
+    } < set(rows)
+    assert all(row["delta"] == 0 and row["tokens_per_s"] > 0 for name, row in rows.items() if name != "forward")
+    assert len(capsys.readouterr().out.splitlines()) == 5

@@ -5,6 +5,7 @@ import _tiny
 import pytest
 import torch
 from _engine import KINDS, PROMPT, Made
+from _exact import check_exact_model
 
 from fastllm import LLM, SamplingParams
 from fastllm.decode.engine import Engine
@@ -105,6 +106,26 @@ def test_llm(path, kv_dtype):
     assert llm.perplexity([[5, 6, 7]])[0] > 1
     cpu = LLM(path, device="cpu", max_model_len=256)
     assert cpu.logprobs([[5, 6, 7, 8]])[0] == pytest.approx(llm.logprobs([[5, 6, 7, 8]])[0], abs=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_exact_model_has_the_same_bits_however_a_text_is_cut(dtype):
+    check_exact_model(dtype, "cuda", layers=2, tokens=300)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_an_exact_llm(path, quantize):
+    """What a request is given does not depend on others, and is what a forward of the whole text says."""
+    llm = LLM(path, device="cuda", quantize=quantize, max_model_len=256, exact=True)
+    drawn = SamplingParams(temperature=0.8, top_k=20, seed=3, max_new_tokens=20)
+    prompts = [PROMPT[:40], PROMPT[5:12], PROMPT[60:200], PROMPT[3:4]]
+    together, alone = llm.generate(prompts, drawn), [llm.generate([p], drawn)[0] for p in prompts]
+    for one, other in zip(together, alone, strict=True):
+        assert one.token_ids == other.token_ids and one.logprobs == other.logprobs
+        scored = llm.logprobs([[*one.prompt_token_ids, *one.token_ids]], starts=len(one.prompt_token_ids))[0]
+        assert list(scored) == one.logprobs
+    with pytest.raises(ValueError, match="adapter 'one': exact=True, which multi_lora does not hold on a GPU"):
+        llm.engine.load_adapter("one", _lora.draw(llm.model, seed=3))
 
 
 def test_adapters(path):

@@ -1,0 +1,129 @@
+"""What bits that depend on the text alone cost on a GPU: `exact=True` beside the default, a Llama of random weights in bfloat16.
+
+    python benchmarks/exact.py                       # Llama 1.24 G on a GPU
+    python benchmarks/exact.py --shape micro --device cpu --tokens 64 --texts 2 --repeats 1    # only to see it run
+
+forward: of training, packed texts with gradients, the head and its loss left out, the two in turns. decode: tokens a second
+of one request and of sixteen, in the steps. delta: the largest difference between the log-probability that a request was
+given and that of a forward over the whole text, as training sees it.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from decode_gpu import SAMPLING, SHAPES, prompts
+
+from fastllm import SamplingParams, ops
+from fastllm.data.packed import Packed
+from fastllm.decode.engine import Engine
+from fastllm.decode.scheduler import Sequence
+from fastllm.info import machine, versions
+from fastllm.models.decoder import Decoder
+
+GOAL = 1.10  # of the default forward's time
+
+
+def draw(shape: str, device: str) -> Decoder:
+    with torch.device(device):
+        model = Decoder(SHAPES[shape])
+    model = model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.02, generator=generator) if p.dim() > 1 else p.fill_(1)
+    return model
+
+
+def packed(vocab: int, texts: int, tokens: int, device: str) -> Packed:
+    ids = torch.randint(vocab, (texts * tokens,), generator=torch.Generator().manual_seed(1)).to(device)
+    position = torch.arange(tokens, device=device).repeat(texts)
+    return Packed(ids, position, torch.arange(texts + 1, dtype=torch.int32, device=device) * tokens, tokens)
+
+
+def seconds(call, device: str) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    begin = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - begin
+
+
+def forward_times(model: Decoder, batch: Packed, repeats: int, device: str) -> dict[bool, float]:
+    """Seconds by mode, medians of turns."""
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(repeats + 1):
+        for exact in times:
+            model.exact = exact
+            took = seconds(lambda: model.packed_hidden(batch), device)
+            if turn:  # the first one compiles
+                times[exact].append(took)
+    return {exact: statistics.median(found) for exact, found in times.items()}
+
+
+def decoded(model: Decoder, batch: int, new: int) -> tuple[float, float]:
+    """(tokens a second in the steps, the largest difference of a log-probability)"""
+    given = prompts(batch, model.config.vocab)
+    engine = Engine(
+        model, len(given[0]) + new + 1, frozenset(), batch, prefix_cache=False, chunk=2048, kv_dtype=model.norm.weight.dtype
+    )  # fmt: skip
+    found: list[list[tuple[int, float]]] = []
+    for _ in range(2):  # the first one captures
+        found = [[] for _ in given]
+        sequences = [
+            Sequence(
+                ids, new, SamplingParams(**SAMPLING), seed=i, receive=lambda s, to=to: to.append((s.token, s.logprob))
+            )
+            for i, (ids, to) in enumerate(zip(given, found, strict=True))
+        ]
+        engine.run(sequences)
+    steps, spent = max(s.timing.steps for s in sequences), statistics.mean(s.timing.decode_s for s in sequences)
+    worst = 0.0
+    for ids, made in zip(given, found, strict=True):
+        text = torch.tensor([*ids, *(token for token, _ in made)], device=engine.device)
+        with torch.no_grad():
+            logits = model(text[None, :-1])[0, len(ids) - 1 :]
+            wanted = ops.target_logprobs(logits.float(), text[len(ids) :]).tolist()
+        worst = max(worst, *(abs(a - b) for (_, a), b in zip(made, wanted, strict=True)))
+    return batch * steps / spent, worst
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-1.2b")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2048, help="of a text")
+    parser.add_argument("--new", type=int, default=128, help="tokens that a request is given")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    o = parser.parse_args(arguments)
+    model, rows = draw(o.shape, o.device), {}
+    times = forward_times(model, packed(model.config.vocab, o.texts, o.tokens, o.device), o.repeats, o.device)
+    ratio = times[True] / times[False]
+    rows["forward"] = {"default_s": times[False], "exact_s": times[True], "ratio": ratio, "goal": GOAL}
+    print(
+        f"forward {o.texts} x {o.tokens}: default {times[False] * 1e3:.1f} ms, exact {times[True] * 1e3:.1f} ms", end=""
+    )
+    print(f", {ratio:.3f} of its time (goal {GOAL})", flush=True)
+    model.eval().requires_grad_(False)
+    for batch in (1, 16):
+        for exact in (False, True):
+            model.exact = exact
+            rate, delta = decoded(model, batch, o.new)
+            name = "exact" if exact else "default"
+            rows[f"decode {batch} {name}"] = {"tokens_per_s": rate, "delta": delta}
+            print(f"decode {batch:2} {name:8} {rate:9.0f} tokens/s, delta {delta:.2e}", flush=True)
+            if exact and delta:
+                print("exact bits differ: a fault", flush=True)
+    if o.json:
+        o.json.write_text(json.dumps({"machine": machine(), "versions": versions(), "rows": rows}, indent=1) + "\n")
+    return int(any(row.get("delta") for name, row in rows.items() if name.endswith("exact")))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
