@@ -357,6 +357,7 @@ class Engine:
             except Exception as error:
                 piece.sequence.error = error
                 self._end(piece.sequence)
+        self.rows.seat(*(p.sequence for p in pieces if p.sequence.row >= 0))
         self.reader.took(sum(p.stop - p.start for p in pieces), self._seconds_since(began))
 
     def _seconds_since(self, began: float) -> float:
@@ -375,14 +376,19 @@ class Engine:
             return
         if s.room:
             self.scheduler.run(s)
-            self.rows.seat(s)
         else:
             self._end(s)
 
     def _end_done(self) -> None:
-        for s in reversed(self.scheduler.running):  # from the last row: what moves into an empty one goes on
+        running = self.scheduler.running
+        before = {s: s.row for s in running}
+        for s in reversed(before):  # from the last row: what moves into an empty one goes on
             if s.done or s.error:
-                self._end(s)
+                self._leave(s)
+        if len(running) < len(before):
+            self.rows.seat(*(s for s in running if s.row != before[s]))
+            self.rows.clear(len(running), len(before))
+            self.scheduler.torn = False
 
     def _seat_all(self) -> None:
         """All rows anew from their sequences. One whose token was being taken when that was interrupted has failed."""
@@ -392,8 +398,7 @@ class Engine:
                 if s.row < 0:
                     self._end(s)
         self._end_done()
-        for s in self.scheduler.running:
-            self.rows.seat(s)
+        self.rows.seat(*self.scheduler.running)
         self.rows.clear(len(self.scheduler.running), self.sizes[-1])
 
     def _mend(self) -> None:
@@ -412,19 +417,23 @@ class Engine:
 
     def _end(self, s: Sequence) -> None:
         row, running = s.row, self.scheduler.running
-        self.scheduler.torn = s.leaving = True
-        self.scheduler.leave(s)
+        self._leave(s)
         if row >= 0:
             if row < len(running):
                 self.rows.seat(running[row])
             self.rows.clear(len(running), len(running) + 1)
+        self.scheduler.torn = False
+
+    def _leave(self, s: Sequence) -> None:
+        """It has ended. Left to be written: its row, and that of who has it now."""
+        self.scheduler.torn = s.leaving = True
+        self.scheduler.leave(s)
         s.ended = True
         if s.adapter:
             s.adapter.users.discard(s)
             if s.adapter.retired and not s.adapter.users:
                 self._retire(s.adapter)
         self._live.pop(s, None)
-        self.scheduler.torn = False
 
     # ------------------------------------------------------------------------------------------------------- prompts
 

@@ -20,9 +20,14 @@ class Rows:
     drafts. An empty row is padding: it sees no key, writes nowhere and draws nothing.
     """
 
-    def __init__(self, cache: KVCache, count: int, capacity: int, eos_ids: Iterable[int]):
+    def __init__(
+        self, cache: KVCache, count: int, capacity: int, eos_ids: Iterable[int], device: torch.device | None = None
+    ):
         self.cache, self._eos = cache, sorted(eos_ids)
-        self.device = cache.device
+        self.device = cache.device if device is None else device
+        # Where a sequence takes a row of a GPU, it is written on the CPU first: a number there costs a launch.
+        on_gpu = self.device.type == "cuda"
+        self._draft = Rows(cache, count, capacity, self._eos, torch.device("cpu")) if on_gpu else None
         on = {"device": self.device}
         self.ids, self.position, self.slot = (torch.zeros(count, dtype=torch.int64, **on) for _ in range(3))
         self.context_len = torch.zeros(count, dtype=torch.int32, **on)
@@ -43,8 +48,26 @@ class Rows:
         self._table, self._history, self._suppress, self._who, self._adapter, self._starts = (view(t) for t in others)
         self._count = view(torch.arange(count + 1, **on))
 
-    def seat(self, s: Sequence) -> None:
-        """The row of `s` is about to read its last token and to draw the one after it."""
+    def seat(self, *sequences: Sequence) -> None:
+        """The row of each is about to read its last token and to draw the one after it."""
+        for s in sequences:
+            (self._draft or self)._write(s)
+        if self._draft and sequences:
+            rows = sorted(s.row for s in sequences)
+            runs = [slice(rows[0], rows[-1] + 1)] if rows[-1] - rows[0] < len(rows) else [slice(r, r + 1) for r in rows]
+            tokens = max(len(s.prompt) + len(s.tokens) for s in sequences)
+            for run in runs:
+                self._copy(self._draft, run, tokens, max(len(s.pages) for s in sequences))
+
+    def _copy(self, other: "Rows", rows: slice, tokens: int, pages: int) -> None:
+        for name in ("ids", "position", "slot", "context_len", "who", "adapter"):
+            getattr(self, name)[rows] = getattr(other, name)[rows]
+        self.block_table[rows, :pages] = other.block_table[rows, :pages]
+        ours, theirs = self.state, other.state
+        ours.settings[rows], ours.suppress[rows] = theirs.settings[rows], theirs.suppress[rows]
+        ours.history[rows, :tokens] = theirs.history[rows, :tokens]
+
+    def _write(self, s: Sequence) -> None:
         ids, row = [*s.prompt, *s.tokens], s.row
         last = len(ids) - 1
         self.ids[row], self.position[row], self.context_len[row] = ids[last], last, len(ids)
