@@ -9,7 +9,7 @@ from fastllm.ops._op import OPS
 from fastllm.ops.linear import CUDA_ROWS, cuda_refusal
 
 SEEDS = (0, 1, 3) if HOST else (0, 0)  # threads take turns in another order with each
-DTYPES = [torch.bfloat16, torch.float16]
+DTYPES, EPS = [torch.bfloat16, torch.float16], 1e-3
 
 pose()
 
@@ -19,8 +19,10 @@ def draw(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = to
     return (torch.randn(*shape, generator=make) * scale).to(dtype).to(DEVICE)
 
 
-def formula(x, weight, bias=None, residual=None, swiglu=False) -> torch.Tensor:
+def formula(x, weight, bias=None, residual=None, swiglu=False, norm=None) -> torch.Tensor:
     x, weight = x.double(), weight.double()
+    if norm is not None:
+        x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * norm.double()).to(norm.dtype).double()
     y = x @ weight.t()
     if bias is not None:
         y = y + bias.double()
@@ -30,17 +32,22 @@ def formula(x, weight, bias=None, residual=None, swiglu=False) -> torch.Tensor:
     return y if residual is None else y + residual.double()
 
 
-def check(x, weight, bias=None, residual=None, swiglu=False, wide=False) -> torch.Tensor:
-    """Rounded once, so within half a step of float64 and what float32 sums lose; the same bits whatever ran first."""
-    assert cuda_refusal(x, weight, bias, swiglu) is None
-    exact, out = formula(x, weight, bias, residual, swiglu), None
+def check(x, weight, bias=None, residual=None, swiglu=False, wide=False, norm=None) -> torch.Tensor:
+    """Rounded once, so within half a step of float64 and what float32 sums lose; the same bits whatever ran first. Of a norm an
+    element in some thousands is rounded the other way."""
+    assert cuda_refusal(x, weight, bias, norm, swiglu) is None
+    exact, out = formula(x, weight, bias, residual, swiglu, norm), None
     for seed in SEEDS:
         order(seed)
-        again = OPS["linear"].cuda(x, weight, bias, None, 0.0, residual, swiglu, wide)
+        again = OPS["linear"].cuda(x, weight, bias, norm, EPS, residual, swiglu, wide)
         assert out is None or torch.equal(again, out)
         out = again
     assert out.dtype == (torch.float32 if wide else x.dtype) and out.shape == exact.shape
+    if norm is not None:
+        x = formula(x, torch.eye(x.shape[1], device=DEVICE), norm=norm)
     lost = (x.double().abs() @ weight.double().abs().t()).max() * 2e-6  # of a float32 sum
+    if norm is not None:
+        lost = lost + x.abs().max() * weight.double().abs().max() * torch.finfo(weight.dtype).eps
     step = 0 if wide else torch.finfo(x.dtype).eps / 2 * 1.01
     assert ((out.double() - exact).abs() <= exact.abs() * step + lost * 4).all()
     return out
@@ -70,11 +77,24 @@ def test_fused(rows, cols, wide, dtype):
     check(x, weight, residual=residual, swiglu=True, wide=wide)
 
 
-def test_a_row_has_the_same_bits_alone():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "depth", "cols"), [(1, 8, 3), (2, 264, 17), (9, 2056, 20), (16, 328, 33)])
+def test_norm(rows, depth, cols, dtype):
+    x, weight = draw(rows, depth, scale=3, dtype=dtype), draw(2 * cols, depth, seed=1, scale=depth**-0.5, dtype=dtype)
+    x[0] *= 0.01  # eps counts
+    norm, residual = draw(depth, seed=5, dtype=dtype), draw(rows, cols, seed=3, dtype=dtype)
+    check(x, weight, norm=norm)
+    check(x, weight[:cols], residual=residual, norm=norm, wide=True)
+    check(x, weight, swiglu=True, norm=norm)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_row_has_the_same_bits_alone(normed):
     x, weight = draw(CUDA_ROWS, 1096), draw(50, 1096, seed=1, scale=0.03)
-    whole = check(x, weight)
+    norm = draw(1096, seed=2) if normed else None
+    whole = check(x, weight, norm=norm)
     for rows in (slice(0, 1), slice(3, 4), slice(7, 12), slice(15, 16), slice(2, 10)):
-        assert torch.equal(check(x[rows], weight), whole[rows])
+        assert torch.equal(check(x[rows], weight, norm=norm), whole[rows])
 
 
 def test_strides_and_more_dimensions():
@@ -112,4 +132,4 @@ def test_a_nan_and_an_infinity_stay_in_their_rows():
     ],
 )  # fmt: skip
 def test_what_it_leaves_to_cublas(x, weight, bias, swiglu, reason):
-    assert reason in cuda_refusal(x, weight, bias, swiglu)
+    assert reason in cuda_refusal(x, weight, bias, None, swiglu)

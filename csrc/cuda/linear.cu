@@ -1,12 +1,10 @@
-// linear on a GPU for up to 16 rows of 16 bits, where a product is a pass over the weight: y = x W^T + bias + residual, or
+// linear on a GPU for up to 16 rows of 16 bits, where a product is a pass over the weight: y = norm(x) W^T + bias + residual, or
 // silu(gate) * up + residual. Sums are float32, and rounded once, at the end.
 //
 // A block has 16 rows of the weight, each of its warps a share of k. A lane loads 16 bytes of two of them, which go to the matrix
 // unit as they are: eight elements that lie beside each other are no eight that belong together there, but any order of k will
 // do that is also that of x. x stands on the narrow side, 8 or 16 rows wide, so that a row has the same bits alone and beside
 // others. What the warps have found is added up in their order.
-#include <cuda_fp16.h>
-
 #include "../records/linear.h"
 #include "mma.cuh"
 
@@ -19,17 +17,24 @@ constexpr int ahead_of(int tiles) { return tiles == 1 ? 8 : 4; }    // steps who
 
 template <int kTiles> struct Sums {
   float of[kWarps][kTiles * kTile][kColumns];
+  float scale[kTiles * kTile];    // of the rows of x, for their norm
 };
 
-template <bool kHalf> __device__ __forceinline__ float widened(const void* from, int64_t at) {
-  if constexpr (kHalf)
-    return __half2float(static_cast<const __half*>(from)[at]);
-  else
-    return __int_as_float(int(uint32_t(static_cast<const uint16_t*>(from)[at]) << 16));
+template <bool kHalf> __device__ __forceinline__ float element(const void* of, int64_t at) {
+  return wide<kHalf>(static_cast<const uint16_t*>(of)[at]);
+}
+template <bool kHalf> __device__ __forceinline__ float2 both(uint32_t word) {
+  return make_float2(wide<kHalf>(word & 0xffff), wide<kHalf>(word >> 16));
 }
 
-// kTiles: of eight rows of x.
-template <bool kHalf, int kTiles> __global__ void __launch_bounds__(kWarps * 32, 2) linear_kernel(const LinearArgs a) {
+// Two elements, times the row's scale and the norm's weight, rounded.
+template <bool kHalf> __device__ __forceinline__ uint32_t normed(uint32_t two, uint32_t gain, float scale) {
+  const float2 v = both<kHalf>(two), w = both<kHalf>(gain);
+  return pack<kHalf>(v.x * scale * w.x, v.y * scale * w.y);
+}
+
+// kTiles: of eight rows of x. kNorm: of their rms_norm, whose scales a block finds while its first part of the weight is on its way.
+template <bool kHalf, int kTiles, bool kNorm> __global__ void __launch_bounds__(kWarps * 32, 2) linear_kernel(const LinearArgs a) {
   constexpr int kAhead = ahead_of(kTiles);
   auto& s = shared_memory<Sums<kTiles>>();
   const int warp = int(threadIdx.x / 32), t = int(threadIdx.x % 4), g = int(threadIdx.x % 32 / 4);
@@ -39,15 +44,13 @@ template <bool kHalf, int kTiles> __global__ void __launch_bounds__(kWarps * 32,
   const bool has_first = first + g < a.cols, has_second = halves ? has_first : second + g < a.cols;
   const auto* weight = static_cast<const uint16_t*>(a.weight);
   const uint16_t *w0 = weight + (first + g) * a.weight_stride, *w1 = weight + (second + g) * a.weight_stride;
-  const auto* x = static_cast<const uint16_t*>(a.x) + g * a.x_stride;
+  const auto *rows = static_cast<const uint16_t*>(a.x), *x = rows + g * a.x_stride;
   const int depth = int(a.depth), steps = (depth + kStep - 1) / kStep, share = (steps + kWarps - 1) / kWarps;
   const int from = warp * share, to = from + share < steps ? from + share : steps;
 
   const uint4 none = {0, 0, 0, 0};
-  float acc[kTiles][4] = {};    // of columns g, g + 8 and rows 2t, 2t + 1
-#pragma unroll 1
-  for (int step = from; step < to; step += kAhead) {
-    uint4 lower_rows[kAhead], upper_rows[kAhead];
+  uint4 lower_rows[kAhead], upper_rows[kAhead];
+  auto load = [&](int step) {
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
       const int k = (step + n) * kStep + t * 8;
@@ -55,15 +58,47 @@ template <bool kHalf, int kTiles> __global__ void __launch_bounds__(kWarps * 32,
       lower_rows[n] = there && has_first ? __ldcs(reinterpret_cast<const uint4*>(w0 + k)) : none;
       upper_rows[n] = there && has_second ? __ldcs(reinterpret_cast<const uint4*>(w1 + k)) : none;
     }
+  };
+  load(from);
+  float scale[kTiles];
+  if constexpr (kNorm) {
+    for (int row = warp; row < a.rows; row += kWarps) {
+      float squares = 0;
+      for (int k = int(threadIdx.x % 32) * 8; k < depth; k += 256) {
+        const uint4 v = *reinterpret_cast<const uint4*>(rows + row * a.x_stride + k);
+        const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 two = both<kHalf>(words[i]);
+          squares = fmaf(two.x, two.x, squares), squares = fmaf(two.y, two.y, squares);
+        }
+      }
+      squares = warp_sum(squares);
+      if (threadIdx.x % 32 == 0) s.scale[row] = 1.0f / sqrtf(squares / float(depth) + float(a.eps));
+    }
+    __syncthreads();
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) scale[tile] = tile * kTile + g < a.rows ? s.scale[tile * kTile + g] : 0;
+  }
+
+  float acc[kTiles][4] = {};    // of columns g, g + 8 and rows 2t, 2t + 1
+#pragma unroll 1
+  for (int step = from; step < to; step += kAhead) {
+    if (step > from) load(step);
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
       const int k = (step + n) * kStep + t * 8;
       const bool there = step + n < to && k < depth;
       const uint4 &w = lower_rows[n], &u = upper_rows[n];
+      const uint4 gain = kNorm && there ? *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(a.norm) + k) : none;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const bool row = tile * kTile + g < a.rows;
-        const uint4 v = there && row ? *reinterpret_cast<const uint4*>(x + tile * kTile * a.x_stride + k) : none;
+        uint4 v = there && row ? *reinterpret_cast<const uint4*>(x + tile * kTile * a.x_stride + k) : none;
+        if constexpr (kNorm) {
+          v.x = normed<kHalf>(v.x, gain.x, scale[tile]), v.y = normed<kHalf>(v.y, gain.y, scale[tile]);
+          v.z = normed<kHalf>(v.z, gain.z, scale[tile]), v.w = normed<kHalf>(v.w, gain.w, scale[tile]);
+        }
         mma<kHalf>(acc[tile], {w.x, u.x, w.y, u.y}, {v.x, v.y});
         mma<kHalf>(acc[tile], {w.z, u.z, w.w, u.w}, {v.z, v.w});
       }
@@ -85,31 +120,34 @@ template <bool kHalf, int kTiles> __global__ void __launch_bounds__(kWarps * 32,
     return v;
   };
   float v = sum(at);
-  if (a.bias) v += widened<kHalf>(a.bias, n);
+  if (a.bias) v += element<kHalf>(a.bias, n);
   if (halves) v = v / (1.0f + expf(-v)) * sum(at + kTile);
-  if (a.residual) v += widened<kHalf>(a.residual, row * a.residual_stride + n);
+  if (a.residual) v += element<kHalf>(a.residual, row * a.residual_stride + n);
   if (a.y_dtype == kFloat32)
     static_cast<float*>(a.y)[row * a.y_stride + n] = v;
   else
     static_cast<uint16_t*>(a.y)[row * a.y_stride + n] = uint16_t(pack<kHalf>(v, 0.0f));
 }
 
-template <bool kHalf, int kTiles> int launch_linear(const LinearArgs& a, void* stream) {
-  const int64_t columns = a.halves == kSwiglu ? kTile : kColumns;
-  return launch(linear_kernel<kHalf, kTiles>, (a.cols + columns - 1) / columns, kWarps * 32, sizeof(Sums<kTiles>), 1, stream, a);
+template <bool kHalf, int kTiles, bool kNorm> int launch_linear(const LinearArgs& a, void* stream) {
+  const int64_t columns = a.halves == kSwiglu ? kTile : kColumns, blocks = (a.cols + columns - 1) / columns;
+  return launch(linear_kernel<kHalf, kTiles, kNorm>, blocks, kWarps * 32, sizeof(Sums<kTiles>), 1, stream, a);
 }
-template <bool kHalf> int of_rows(const LinearArgs& a, void* stream) {
-  return a.rows <= kTile ? launch_linear<kHalf, 1>(a, stream) : launch_linear<kHalf, 2>(a, stream);
+template <bool kHalf, bool kNorm> int of_rows(const LinearArgs& a, void* stream) {
+  return a.rows <= kTile ? launch_linear<kHalf, 1, kNorm>(a, stream) : launch_linear<kHalf, 2, kNorm>(a, stream);
+}
+template <bool kHalf> int of_norm(const LinearArgs& a, void* stream) {
+  return a.norm ? of_rows<kHalf, true>(a, stream) : of_rows<kHalf, false>(a, stream);
 }
 
 }  // namespace
 
-// Rows of x and of the weight begin at multiples of 16 bytes and are as long; x was normalised before.
+// Rows of x and of the weight, and the norm's weight, begin at multiples of 16 bytes; rows are as long.
 int linear(const LinearArgs& a, char*, void* stream) {
-  if (a.form != kRows || a.rows > kMostRows || a.dtype == kFloat32 || a.norm || a.depth % 8 || a.x_stride % 8 ||
+  if (a.form != kRows || a.rows > kMostRows || a.dtype == kFloat32 || a.depth % 8 || a.x_stride % 8 ||
       a.weight_stride % 8 || a.halves == kGateUp || (a.bias && a.halves))
     return int(cudaErrorInvalidValue);
-  return a.dtype == kFloat16 ? of_rows<true>(a, stream) : of_rows<false>(a, stream);
+  return a.dtype == kFloat16 ? of_norm<true>(a, stream) : of_norm<false>(a, stream);
 }
 
 }  // namespace fastllm

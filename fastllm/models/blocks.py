@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..ops import Panels, QWeight
+from ..ops.linear import one_kernel
 
 Weight = Tensor | Panels | QWeight
 Result = TypeVar("Result")
@@ -64,6 +65,14 @@ class Projection(nn.Module):
         if not torch.is_grad_enabled() or not isinstance(self.weight, Tensor):
             return False
         return (x.requires_grad or self.weight.requires_grad) and (x.is_cuda or x.dtype == torch.float32)
+
+    def adds(self, x: Tensor) -> bool:
+        """Whether on a GPU a residual is added, and a norm taken, on the way: by the one kernel of few rows. Else that takes a
+        kernel more, which the next norm is anyway."""
+        w = self.weight
+        if not isinstance(w, Tensor) or self.exact or torch.compiler.is_compiling():
+            return False
+        return not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)) and one_kernel(x, w)
 
     def pack(self, weight: Panels | QWeight) -> None:
         replace_weight(self, weight)

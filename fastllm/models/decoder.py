@@ -247,8 +247,8 @@ class Layer(Recomputable):
         self, projection: Projection, norm: RMSNorm | None, x: Tensor, h: Tensor, adapted: Adapted | None
     ) -> tuple[Tensor, Tensor | None]:
         """The stream with the projection of h added, or to be added once it is normed."""
-        if norm is None and x.is_cuda:  # there the next norm adds it on its way, in the place of a kernel
-            return x, projection(h, adapted=adapted)
+        if norm is None and x.is_cuda and (adapted is not None or not projection.adds(h)):
+            return x, projection(h, adapted=adapted)  # there the next norm adds it on its way, in the place of a kernel
         if norm is None:
             return projection(h, residual=x, adapted=adapted), None
         return x, norm(projection(h, adapted=adapted))

@@ -297,7 +297,7 @@ def gpu(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
 CUDA_ROWS = 16
 
 
-def cuda_refusal(x: Tensor, weight: Tensor, bias: Tensor | None, swiglu: bool) -> str | None:
+def cuda_refusal(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, swiglu: bool) -> str | None:
     """Why csrc/cuda/linear.cu does not take rows x [T, K]; None when it does."""
     if x.dtype == torch.float32:
         return "float32"
@@ -305,21 +305,26 @@ def cuda_refusal(x: Tensor, weight: Tensor, bias: Tensor | None, swiglu: bool) -
         return f"{x.shape[0]} rows: 1 to {CUDA_ROWS}"
     if not x.shape[1] or any(n % 8 for n in (x.shape[1], x.stride(0), weight.stride(0))) or weight.stride(1) != 1:
         return "rows whose lengths or distances are no multiples of 8"
-    if any(t.data_ptr() % 16 for t in (x, weight)):
+    if any(t.data_ptr() % 16 for t in (x, weight, x if norm is None else norm)):
         return "rows that do not begin at multiples of 16 bytes"
     return "a bias of gate and up" if swiglu and bias is not None else None
 
 
 def cuda(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
     """Few rows in CUDA C++: one pass over the weight, and all around it on its way. FASTLLM_CUDA_KERNELS=linear runs it."""
-    rows = as_rows(x)
-    if not weight.shape[0] or cuda_refusal(rows, weight, bias, swiglu) is not None:
+    rows, norm = as_rows(x), None if norm is None else norm.contiguous()
+    if not weight.shape[0] or cuda_refusal(rows, weight, bias, norm, swiglu) is not None:
         return gpu(x, weight, bias, norm, eps, residual, swiglu, wide)
-    y = _output(x, weight.shape[0] // (1 + swiglu), wide)
-    rows, other = rows if norm is None else rms_norm(rows, norm, eps), None if residual is None else as_rows(residual)
+    y, other = _output(x, weight.shape[0] // (1 + swiglu), wide), None if residual is None else as_rows(residual)
     halves = SWIGLU if swiglu else WHOLE
-    _cuda.launch("linear", fields(y, rows, weight, ROWS, bias, None, 0.0, other, halves), None, x.device)
+    _cuda.launch("linear", fields(y, rows, weight, ROWS, bias, norm, eps, other, halves), None, x.device)
     return y
+
+
+def one_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether linear(x, weight), without a gradient, is one kernel on this GPU that takes a norm and a residual along."""
+    few = x.is_cuda and x.shape[:-1].numel() <= CUDA_ROWS and forward.kernel("cuda").name == forward.cuda_name
+    return few and cuda_refusal(as_rows(x), weight, None, None, False) is None
 
 
 # Rows, columns and depth of a tile, warps, steps on their way. The order of a sum is the same for every depth, 16 at a time.

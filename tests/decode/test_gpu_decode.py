@@ -10,6 +10,7 @@ from _exact import check_exact_model
 from fastllm import LLM, SamplingParams
 from fastllm.decode.engine import Engine
 from fastllm.models.weights import load_packed, to_device
+from fastllm.ops._op import OPS
 
 pytestmark = pytest.mark.gpu
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12)
@@ -67,6 +68,20 @@ def test_prompts_are_read_in_captured_forwards(path):
             assert ours[0][1] == pytest.approx(theirs[0][1], abs=1e-3)
             close(ours, theirs, 1e-3)
     assert e.reader._plans and all(e.reader._plans.values()) and not plain.reader._plans
+
+
+def test_linears_of_few_rows(path):
+    """In one kernel each, with norms and residuals: as close to float32 as those of cuBLAS."""
+    op, made = OPS["linear"], []
+    for dtype, cuda in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        with op.using("cuda", op.gpu_kernel(cuda, "a test")):
+            e = engine(path, dtype)
+            sequences = [Made(PROMPT[i : i + n], count=8) for i, n in enumerate((9, 40, 1))]
+            e.run(sequences)
+            made.append([s.made for s in sequences])
+    for wanted, others, ours in zip(*made, strict=True):
+        assert ours[0][1] == pytest.approx(wanted[0][1], abs=0.05 + 2 * abs(others[0][1] - wanted[0][1]))
+        close(ours, wanted, 0.15)
 
 
 def test_rows_come_and_go(path):
