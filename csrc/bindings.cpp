@@ -159,6 +159,9 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cuda_error", [](int code) { return std::string(cuda ? cuda->error_string(code) : "the CUDA library is not loaded"); });
   m.def("cuda_runtime_version", [] { return cuda ? cuda->runtime_version : 0; });
+  m.def("cuda_weights_rest", [](bool yes) {
+    if (cuda) cuda->weights_rest(yes);
+  });
   m.def("cuda_copy", [](uintptr_t to, uintptr_t from, int64_t bytes, uintptr_t stream) {
     if (!cuda) throw std::runtime_error("the CUDA library is not loaded; see `fastllm info`");
     return cuda->copy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes, reinterpret_cast<void*>(stream));

@@ -38,6 +38,9 @@ def cuda_runtime_version() -> int: ...
 def cuda_kernels() -> list[str]:
     """Each is the function cuda_<name>: the CPU kernel's arguments, then scratch and stream; returns CUDA's error."""
 
+def cuda_weights_rest(yes: bool, /) -> None:
+    """Of the kernels that this thread launches from here on: those before them write no weight. Nothing without the library."""
+
 def cuda_copy(to: int, source: int, nbytes: int, stream: int, /) -> int: ...
 def __getattr__(name: str) -> Callable[..., int]:
     """Every other name is a kernel of csrc/cpu/kernels.def; it returns a status."""

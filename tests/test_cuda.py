@@ -256,6 +256,15 @@ print(OPS["sample"].cpu(*arguments)[3].tolist())
         assert lines[1].startswith("sample: the CUDA kernel could not be launched: ")
 
 
+def test_weights_rest_within_a_block_alone(monkeypatch):
+    said = []
+    monkeypatch.setattr(_C, "cuda_weights_rest", said.append)
+    with pytest.raises(ZeroDivisionError), _cuda.weights_rest():
+        assert said == [True]
+        raise ZeroDivisionError
+    assert said == [True, False]
+
+
 def test_a_record_is_counted():
     with pytest.raises(TypeError, match=r"_C\.cuda_sample takes 18 arguments \(p+l+pp\), got 1"):
         _C.cuda_sample(0)

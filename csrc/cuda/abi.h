@@ -20,6 +20,8 @@ struct CudaTable {
   int runtime_version;
   int (*device_count)();    // negative: minus a cudaError_t (no driver, driver too old)
   const char* (*error_string)(int code);
+  // Of the kernels that this thread launches from here on: those before them write no weight, so that reading one may begin early.
+  void (*weights_rest)(int yes);
   int (*copy)(void* to, const void* from, int64_t bytes, void* stream);    // 16-byte aligned; the bandwidth ceiling
   int (*run[kCudaKernelCount])(const void* record, char* scratch, void* stream);
 };

@@ -7,6 +7,9 @@
 #include "../common.h"
 
 namespace fastllm {
+
+bool weights_rest();    // what the host has said of this thread's launches: see abi.h
+
 namespace {
 
 constexpr unsigned kWhole = 0xffffffff;    // all lanes of a warp

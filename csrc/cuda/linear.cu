@@ -4,7 +4,8 @@
 // A block has 16 rows of the weight, each of its warps a share of k. A lane loads 16 bytes of two of them, which go to the matrix
 // unit as they are: eight elements that lie beside each other are no eight that belong together there, but any order of k will
 // do that is also that of x. x stands on the narrow side, 8 or 16 rows wide, so that a row has the same bits alone and beside
-// others. What the warps have found is added up in their order.
+// others. What the warps have found is added up in their order. In a captured step, whose weights nobody writes, a block begins
+// with them while the kernel before is still at work.
 #include "../records/linear.h"
 #include "mma.cuh"
 
@@ -60,6 +61,8 @@ template <bool kHalf, int kTiles, bool kNorm> __global__ void __launch_bounds__(
     }
   };
   load(from);
+  wait_for_previous();    // what comes before may still be making x
+  next_may_begin();
   float scale[kTiles];
   if constexpr (kNorm) {
     for (int row = warp; row < a.rows; row += kWarps) {
@@ -131,7 +134,7 @@ template <bool kHalf, int kTiles, bool kNorm> __global__ void __launch_bounds__(
 
 template <bool kHalf, int kTiles, bool kNorm> int launch_linear(const LinearArgs& a, void* stream) {
   const int64_t columns = a.halves == kSwiglu ? kTile : kColumns, blocks = (a.cols + columns - 1) / columns;
-  return launch(linear_kernel<kHalf, kTiles, kNorm>, blocks, kWarps * 32, sizeof(Sums<kTiles>), 1, stream, a);
+  return launch_with(weights_rest(), linear_kernel<kHalf, kTiles, kNorm>, blocks, kWarps * 32, sizeof(Sums<kTiles>), 1, stream, a);
 }
 template <bool kHalf, bool kNorm> int of_rows(const LinearArgs& a, void* stream) {
   return a.rows <= kTile ? launch_linear<kHalf, 1, kNorm>(a, stream) : launch_linear<kHalf, 2, kNorm>(a, stream);

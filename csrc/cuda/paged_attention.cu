@@ -172,6 +172,7 @@ constexpr int kMostSplits = 16;
 
 template <int kDim, bool kHalf, int kTiles>
 __global__ void __launch_bounds__(kWarps * 32, kTiles == 1 ? 2 : 1) decode_kernel(const PagedAttentionArgs a, int splits) {
+  next_may_begin();
   auto& s = shared_memory<Parts<kDim, kTiles>>();
   const int group = int(a.heads / a.kv_heads), warp = int(threadIdx.x / 32);
   const int split = int(blockIdx.x) % splits, kv_head = int(blockIdx.x) / splits % int(a.kv_heads);

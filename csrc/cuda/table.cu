@@ -7,9 +7,14 @@
 namespace fastllm {
 
 int copy(void* to, const void* from, int64_t bytes, void* stream);    // copy.cu
+bool weights_rest();                                                  // common.cuh
 #define CUDA_KERNEL(name, Args) int name(const Args&, char* scratch, void* stream);
 #include "kernels.def"
 #undef CUDA_KERNEL
+
+static thread_local bool resting = false;
+bool weights_rest() { return resting; }
+static void set_weights_rest(int yes) { resting = yes != 0; }
 
 static int device_count() {
   int n = 0;
@@ -23,7 +28,7 @@ static const char* error_string(int code) { return cudaGetErrorString(cudaError_
 extern "C" __attribute__((visibility("default"))) const fastllm::CudaTable* fastllm_cuda_table() {
   using namespace fastllm;
   static const CudaTable table = {
-      kCudaAbi, CUDART_VERSION, device_count, error_string, copy, {
+      kCudaAbi, CUDART_VERSION, device_count, error_string, set_weights_rest, copy, {
 #define CUDA_KERNEL(name, Args) \
   [](const void* record, char* scratch, void* stream) { return name(*static_cast<const Args*>(record), scratch, stream); },
 #include "kernels.def"

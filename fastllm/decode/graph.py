@@ -5,8 +5,8 @@ replay walks the list in one parallel region without entering Python. A capture 
 that the step does, so any compute op that is not ours is refused, also inside our launchers (a hidden copy would not be
 replayed).
 
-On a GPU it is a CUDA graph, of every kernel whoever wrote it. The step runs once before, which compiles and loads its
-kernels, and then is recorded without running.
+On a GPU it is a CUDA graph, of every kernel whoever wrote it; none may write a weight that another one reads. The step runs
+once before, which compiles and loads its kernels, and then is recorded without running.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _C
+from ..ops import _cuda
 from ..ops._op import OPS
 
 _ALLOCATES = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
@@ -111,7 +112,8 @@ def _capture_graph(step: Callable[[], Any], pool: tuple[int, int] | None) -> Cap
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
         results = step()
-        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # other threads may go on with theirs
+        # other threads may go on with theirs
+        with _cuda.weights_rest(), torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
             outputs = step()
         for output, result in zip(outputs, results, strict=True):
             output.copy_(result)

@@ -4,8 +4,10 @@ Where an op has both, FASTLLM_CUDA_KERNELS names the ops that run in CUDA C++; w
 `fastllm bench OP --device cuda` found faster. This is the one place where that is decided.
 """
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -62,6 +64,17 @@ def driver(path: str = "/proc/driver/nvidia/version") -> str | None:
     lines = Path(path).read_text().splitlines() if Path(path).exists() else []
     words = next((line for line in lines if "NVRM" in line), "").split()
     return next((word for word in words if word[0].isdigit() and "." in word), None)
+
+
+@contextlib.contextmanager
+def weights_rest() -> Iterator[None]:
+    """What this thread launches within writes no weight that it reads, as in a step of decoding: a kernel may begin with its
+    weights while the one before is still at work."""
+    _C.cuda_weights_rest(True)
+    try:
+        yield
+    finally:
+        _C.cuda_weights_rest(False)
 
 
 def launch(kernel: str, fields: tuple, scratch: Tensor | None, device: torch.device) -> None:
