@@ -85,8 +85,9 @@ def spaces() -> list[Space]:
               {label: {("cross_entropy", "READ"): pair} for label, pair in pairs.items()}),
         Space("cross_entropy backward", "cross_entropy", "8192x128256",
               {label: {("cross_entropy", "WRITE"): pair} for label, pair in pairs.items()}, True),
-        Space("adamw", "adamw", "16384x24576 master",
-              {f"{n} by {w} warps": {("adamw", "LANES"): n, ("adamw", "WARPS"): w} for n, w in vectors}),
+        *(Space(f"adamw{of}", "adamw", f"16384x24576{of}",
+                {f"{n} by {w} warps": {("adamw", "LANES"): n, ("adamw", "WARPS"): w} for n, w in vectors})
+          for of in (" master", " bf16 moments")),
         Space("swiglu", "swiglu", "8192x14336",
               {f"{n} by {w} warps": {("_gated", "BLOCK"): n, ("_gated", "WARPS"): w} for n, w in vectors}),
         Space("swiglu backward", "swiglu", "8192x14336",

@@ -135,7 +135,10 @@ def _dropping(p: float, seed: int, call: int) -> tuple[float, tuple[int, int, in
     return 1 / (1 - p), (seed, call, threshold(p) if p else 0), p > 0
 
 
-SHRINK_K, SHRINK_STAGES = 128, 3  # of 16 bits: as much of a row at once as hides the latency of memory
+SHRINK_K, SHRINK_STAGES = (
+    128,
+    3,
+)  # of 16 bits: as much of a row at once as hides the latency of memory
 
 
 def shrink(x: Tensor, a: Tensor, scale: float, p: float = 0.0, seed: int = 0, call: int = 0) -> Tensor:
@@ -143,11 +146,12 @@ def shrink(x: Tensor, a: Tensor, scale: float, p: float = 0.0, seed: int = 0, ca
     (rows, depth), rank = x.shape, a.shape[0]
     s = torch.empty((rows, rank), dtype=torch.float32, device=x.device)
     kept, mask, drop = _dropping(p, seed, call)
-    narrow = x.dtype != torch.float32
+    narrow, block = x.dtype != torch.float32, rank_block(rank)
     m = 16 if narrow and rows < 32 * programs(x.device) else 32
-    shrink_kernel[(triton.cdiv(rows, m), triton.cdiv(rank, rank_block(rank)))](
+    shrink_kernel[(triton.cdiv(rows, m), triton.cdiv(rank, block))](
         s, x, a, rows, depth, rank, x.stride(0), *a.stride(), scale * kept, *mask,
-        DROP=drop, M=m, K=SHRINK_K if narrow else 32, R=rank_block(rank), num_warps=4, num_stages=SHRINK_STAGES,
+        DROP=drop, M=m, K=SHRINK_K if narrow else 32, R=block, num_warps=8 if narrow and block > 32 else 4,
+        num_stages=SHRINK_STAGES,
     )  # fmt: skip
     return s
 

@@ -206,12 +206,12 @@ def gpu(
         return
     columns = _columns(param, grad, exp_avg, exp_avg_sq, master)
     tensors, owner, aligned = device_table(columns)
-    if step_at is None:
-        corrections, (step_size, root, keep) = tensors, constants(step, lr, beta1, beta2, weight_decay)
-    else:  # on the device, without asking it
-        first, second, keep = constants(step_at.double(), lr, beta1, beta2, weight_decay)
-        corrections, step_size, root = torch.stack((first, second)).float(), 0.0, 0.0
     t = step if step_at is None else step_at.double()
+    if step_at is None:
+        corrections, (step_size, root, keep) = tensors, constants(t, lr, beta1, beta2, weight_decay)
+    else:  # on the device, without asking it
+        first, second, keep = constants(t, lr, beta1, beta2, weight_decay)
+        corrections, step_size, root = torch.stack((first, second)).float(), 0.0, 0.0
     each = tensors if rates is None else constants_of_each(t, rates, lr, beta1, weight_decay)
     kernel[(count,)](
         tensors, owner, tensors if grad_scale is None else grad_scale, tensors if skip is None else skip, corrections, each,
