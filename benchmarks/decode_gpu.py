@@ -39,13 +39,20 @@ def prompts(batch: int, vocab: int) -> list[list[int]]:
     return torch.randint(vocab, (batch, PROMPT), generator=torch.Generator().manual_seed(batch)).tolist()
 
 
+@torch.no_grad()
+def draw(config: DecoderConfig, device: str = "cuda") -> Decoder:
+    """Random weights, of bfloat16 on a GPU."""
+    with torch.device(device):
+        model = Decoder(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    generator = torch.Generator(device).manual_seed(0)
+    for p in model.parameters():
+        p.normal_(0, 0.02, generator=generator) if p.dim() > 1 else p.fill_(1)
+    return model
+
+
 class Ours:
     def __init__(self, config: DecoderConfig, batches: list[int]):
-        with torch.device("cuda"):
-            model = Decoder(config)
-        self.model = model.to("cuda", torch.bfloat16).requires_grad_(False).eval()
-        for p in self.model.parameters():
-            p.normal_(0, 0.02) if p.dim() > 1 else p.fill_(1)
+        self.model = draw(config).requires_grad_(False).eval()
         self.engine = Engine(
             self.model,
             PROMPT + NEW + 1,

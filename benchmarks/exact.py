@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from decode_gpu import SAMPLING, SHAPES, prompts
+from decode_gpu import SAMPLING, SHAPES, draw, prompts
 
 from fastllm import SamplingParams, ops
 from fastllm.data.packed import Packed
@@ -25,17 +25,6 @@ from fastllm.info import machine, versions
 from fastllm.models.decoder import Decoder
 
 GOAL = 1.10  # of the default forward's time
-
-
-def draw(shape: str, device: str) -> Decoder:
-    with torch.device(device):
-        model = Decoder(SHAPES[shape])
-    model = model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, 0.02, generator=generator) if p.dim() > 1 else p.fill_(1)
-    return model
 
 
 def packed(vocab: int, texts: int, tokens: int, device: str) -> Packed:
@@ -102,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
     o = parser.parse_args(arguments)
-    model, rows = draw(o.shape, o.device), {}
+    model, rows = draw(SHAPES[o.shape], o.device), {}
     times = forward_times(model, packed(model.config.vocab, o.texts, o.tokens, o.device), o.repeats, o.device)
     ratio = times[True] / times[False]
     rows["forward"] = {"default_s": times[False], "exact_s": times[True], "ratio": ratio, "goal": GOAL}

@@ -340,6 +340,7 @@ class Engine:
         began = time.perf_counter()
         try:
             hidden = self.reader.read(pieces, self.adapters.pools)
+            seconds = self._seconds_since(began)  # where a GPU tells of its errors
         except Exception as error:
             if len(pieces) > 1:  # each for itself, to its end or its own error
                 for piece in pieces:
@@ -348,7 +349,6 @@ class Engine:
             s = pieces[0].sequence
             s.error = self._lack_of_memory(error, f"reading a prompt of {len(s.prompt)} tokens") or error
             return self._end(s)
-        seconds = self._seconds_since(began)
         for timing in {id(p.sequence.timing): p.sequence.timing for p in pieces if p.stop > p.start}.values():
             timing.prefill_s += seconds
         for piece, states in zip(pieces, hidden, strict=True):
@@ -357,7 +357,7 @@ class Engine:
             except Exception as error:
                 piece.sequence.error = error
                 self._end(piece.sequence)
-        self.rows.seat(*(p.sequence for p in pieces if p.sequence.row >= 0))
+        self.rows.send(*(p.sequence for p in pieces if p.sequence.row >= 0))
         self.reader.took(sum(p.stop - p.start for p in pieces), self._seconds_since(began))
 
     def _seconds_since(self, began: float) -> float:
@@ -376,6 +376,7 @@ class Engine:
             return
         if s.room:
             self.scheduler.run(s)
+            self.rows.write(s)
         else:
             self._end(s)
 

@@ -51,7 +51,11 @@ class Rows:
     def seat(self, *sequences: Sequence) -> None:
         """The row of each is about to read its last token and to draw the one after it."""
         for s in sequences:
-            (self._draft or self)._write(s)
+            self.write(s)
+        self.send(*sequences)
+
+    def send(self, *sequences: Sequence) -> None:
+        """What was written of these holds from now on, on a GPU too."""
         if self._draft and sequences:
             rows = sorted(s.row for s in sequences)
             runs = [slice(rows[0], rows[-1] + 1)] if rows[-1] - rows[0] < len(rows) else [slice(r, r + 1) for r in rows]
@@ -67,7 +71,10 @@ class Rows:
         ours.settings[rows], ours.suppress[rows] = theirs.settings[rows], theirs.suppress[rows]
         ours.history[rows, :tokens] = theirs.history[rows, :tokens]
 
-    def _write(self, s: Sequence) -> None:
+    def write(self, s: Sequence) -> None:
+        """Prepares the row of one that takes it; `send` follows."""
+        if self._draft:
+            return self._draft.write(s)
         ids, row = [*s.prompt, *s.tokens], s.row
         last = len(ids) - 1
         self.ids[row], self.position[row], self.context_len[row] = ids[last], last, len(ids)

@@ -19,14 +19,16 @@ from .linear import ROWS, ROWS_ACROSS, add_outer, product
 CPU_BYTES = 52 << 20  # of logits: enough rows that the products run at full speed, 256 of a vocabulary of 50,257
 CPU_DEPTH = 4096  # of the vocabulary that dx takes at a time: as many rows of the weight as stay in cache
 GPU_BYTES, GPU_ROWS = 100 << 20, (1280, 4096)  # with fewer rows reading and writing dW takes longer than the products
+GPU_ROWS_ALONE = 768  # without a dW; fewer starve the products
 Step = Callable[[slice, Tensor], None]
 
 
-def rows_at_once(rows: int, vocab: int, itemsize: int, cpu: bool) -> int:
-    """How many rows a block has."""
+def rows_at_once(rows: int, vocab: int, itemsize: int, cpu: bool, gathers: bool) -> int:
+    """How many rows a block has. gathers: dW is added up over blocks."""
     if cpu:
         return min(rows, max(32, CPU_BYTES // (vocab * itemsize) // 32 * 32))
-    return min(rows, max(GPU_ROWS[0], min(GPU_ROWS[1], GPU_BYTES // (vocab * itemsize) // 128 * 128)))
+    least = GPU_ROWS[0] if gathers else min(GPU_ROWS[0], GPU_ROWS_ALONE)
+    return min(rows, max(least, min(GPU_ROWS[1], GPU_BYTES // (vocab * itemsize) // 128 * 128)))
 
 
 def outputs(x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple[Tensor, ...]:
@@ -43,7 +45,7 @@ def over_blocks(
     (rows, depth), vocab = x.shape, weight.shape[0]
     dtype = torch.float32 if cpu else x.dtype
     logits_dtype = torch.float32 if wide else dtype
-    size = max(1, rows_at_once(rows, vocab, logits_dtype.itemsize, cpu))
+    size = max(1, rows_at_once(rows, vocab, logits_dtype.itemsize, cpu, needs[1]))
     w = weight.to(dtype)
     w = w if w.stride(1) == 1 else w.contiguous()
     b = None if bias is None else bias.to(dtype).contiguous()

@@ -324,7 +324,7 @@ def kernel(
                     tl.store(out, v.to(y.dtype.element_ty), mask=inside)
 
 
-M, COLS = 16, 1024  # rows and columns of a program
+ROWS, COLS = 16, 1024  # of a program
 MOST_K, A_BYTES, MOST_PANELS, B_ROWS = 256, 1 << 13, 16, 256  # of A and B that it reads at once
 
 
@@ -335,14 +335,14 @@ def gpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, 
     rows = as_rows(x if norm is None else rms_norm(x, norm, eps))
     y, halves = gpu_base(rows, weight, form, swiglu), 1 + swiglu
     if y.numel():
-        block, blocks = max(16, triton.next_power_of_2(max_rank)), triton.cdiv(rows.shape[0], M)
+        block, blocks = max(16, triton.next_power_of_2(max_rank)), triton.cdiv(rows.shape[0], ROWS)
         shares = min(
             triton.cdiv(y.shape[1], COLS), max(4, 64 // blocks)
         )  # each makes s anew: few where rows fill the device
         kernel[(blocks, slots, shares)](
             y, rows, a, b, rank, scale, y if gain is None else gain, part, adapter_id.contiguous(),
             rows.shape[0], y.shape[1], rows.shape[1], max_rank, rows.stride(0), y.shape[1] // halves,
-            HAS_GAIN=gain is not None, PARTS=parts, HALVES=halves, WHOLE=y.shape[1] // halves % 16 == 0, M=M,
+            HAS_GAIN=gain is not None, PARTS=parts, HALVES=halves, WHOLE=y.shape[1] // halves % 16 == 0, M=ROWS,
             K=max(16, min(MOST_K, A_BYTES // (block * a.element_size()))),
             PANELS=max(4, min(MOST_PANELS, B_ROWS // block)), R=block, num_warps=4,
         )  # fmt: skip

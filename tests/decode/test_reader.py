@@ -8,6 +8,7 @@ from _engine import GREEDY, PROMPT, SAMPLED, Made, alone, engine
 from _paged import check
 
 from fastllm.decode import reader
+from fastllm.decode.rows import Rows
 from fastllm.decode.scheduler import Sequence
 
 
@@ -166,3 +167,20 @@ def test_where_none_can_be_captured_it_is_said(error, monkeypatch):
 )  # fmt: skip
 def test_sizes(tokens, size):
     assert reader.padded_size(tokens) == size
+
+
+def test_a_row_that_cannot_be_written_ends_its_own_request(monkeypatch):
+    e, write = engine(), Rows.write
+    first, bad, last = (Made(PROMPT[i : i + 20], SAMPLED) for i in (0, 50, 100))
+
+    def refuse(self, s):
+        if s is bad:
+            raise ValueError("no such seed")
+        return write(self, s)
+
+    monkeypatch.setattr(Rows, "write", refuse)
+    forwards = counted(e, monkeypatch)
+    with pytest.raises(ValueError, match="no such seed"):
+        e.run([first, bad, last])
+    assert forwards == [[19, 19, 19]] and first.made == alone(first) and last.made == alone(last) and not bad.made
+    check(e.cache)
