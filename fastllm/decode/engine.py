@@ -382,14 +382,17 @@ class Engine:
 
     def _end_done(self) -> None:
         running = self.scheduler.running
+        ended = [
+            s for s in reversed(running) if s.done or s.error
+        ]  # from the last row: what moves into an empty one goes on
+        if not ended:
+            return
         before = {s: s.row for s in running}
-        for s in reversed(before):  # from the last row: what moves into an empty one goes on
-            if s.done or s.error:
-                self._leave(s)
-        if len(running) < len(before):
-            self.rows.seat(*(s for s in running if s.row != before[s]))
-            self.rows.clear(len(running), len(before))
-            self.scheduler.torn = False
+        for s in ended:
+            self._leave(s)
+        self.rows.seat(*(s for s in running if s.row != before[s]))
+        self.rows.clear(len(running), len(before))
+        self.scheduler.torn = False
 
     def _seat_all(self) -> None:
         """All rows anew from their sequences. One whose token was being taken when that was interrupted has failed."""

@@ -27,7 +27,7 @@ class Rows:
         self.device = cache.device if device is None else device
         # Where a sequence takes a row of a GPU, it is written on the CPU first: a number there costs a launch.
         on_gpu = self.device.type == "cuda"
-        self._draft = Rows(cache, count, capacity, self._eos, torch.device("cpu")) if on_gpu else None
+        self._staged = Rows(cache, count, capacity, self._eos, torch.device("cpu")) if on_gpu else None
         on = {"device": self.device}
         self.ids, self.position, self.slot = (torch.zeros(count, dtype=torch.int64, **on) for _ in range(3))
         self.context_len = torch.zeros(count, dtype=torch.int32, **on)
@@ -56,12 +56,12 @@ class Rows:
 
     def send(self, *sequences: Sequence) -> None:
         """What was written of these holds from now on, on a GPU too."""
-        if self._draft and sequences:
+        if self._staged and sequences:
             rows = sorted(s.row for s in sequences)
             runs = [slice(rows[0], rows[-1] + 1)] if rows[-1] - rows[0] < len(rows) else [slice(r, r + 1) for r in rows]
             tokens = max(len(s.prompt) + len(s.tokens) for s in sequences)
             for run in runs:
-                self._copy(self._draft, run, tokens, max(len(s.pages) for s in sequences))
+                self._copy(self._staged, run, tokens, max(len(s.pages) for s in sequences))
 
     def _copy(self, other: "Rows", rows: slice, tokens: int, pages: int) -> None:
         for name in ("ids", "position", "slot", "context_len", "who", "adapter"):
@@ -73,8 +73,8 @@ class Rows:
 
     def write(self, s: Sequence) -> None:
         """Prepares the row of one that takes it; `send` follows."""
-        if self._draft:
-            return self._draft.write(s)
+        if self._staged:
+            return self._staged.write(s)
         ids, row = [*s.prompt, *s.tokens], s.row
         last = len(ids) - 1
         self.ids[row], self.position[row], self.context_len[row] = ids[last], last, len(ids)

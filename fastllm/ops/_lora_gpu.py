@@ -135,10 +135,8 @@ def _dropping(p: float, seed: int, call: int) -> tuple[float, tuple[int, int, in
     return 1 / (1 - p), (seed, call, threshold(p) if p else 0), p > 0
 
 
-SHRINK_K, SHRINK_STAGES = (
-    128,
-    3,
-)  # of 16 bits: as much of a row at once as hides the latency of memory
+# Of 16 bits: as much of a row at once as hides the latency of memory.
+SHRINK_K, SHRINK_STAGES = 128, 3
 
 
 def shrink(x: Tensor, a: Tensor, scale: float, p: float = 0.0, seed: int = 0, call: int = 0) -> Tensor:

@@ -306,11 +306,9 @@ def kernel(
                 panel = first + tl.arange(0, PANELS)
                 its = tl.load(part + panel, mask=panel < count, other=-1) == p
                 if tl.max(its.to(tl.int32), 0) > 0:
-                    at = ((slot * count + panel)[None, :, None] * max_rank + r[:, None, None]) * 16 + lane[
-                        None, None, :
-                    ]
-                    inside = (r < max_rank)[:, None, None] & its[None, :, None] & (lane >= 0)[None, None, :]
-                    w = tl.load(b + at, mask=inside, other=0.0)
+                    at = ((slot * count + panel)[None, :] * max_rank + r[:, None]) * 16
+                    inside = ((r < max_rank)[:, None] & its[None, :])[:, :, None] & (lane >= 0)[None, None, :]
+                    w = tl.load(b + at[:, :, None] + lane[None, None, :], mask=inside, other=0.0)
                     low = tl.dot(s, tl.reshape(w.to(s.dtype), [R, PANELS * 16]), input_precision="ieee")
                     within = (panel // HALVES * 16)[:, None] + lane[None, :]  # its half
                     col, inside = within + (panel % HALVES * half)[:, None], its[:, None] & (lane >= 0)[None, :]
@@ -336,9 +334,8 @@ def gpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, 
     y, halves = gpu_base(rows, weight, form, swiglu), 1 + swiglu
     if y.numel():
         block, blocks = max(16, triton.next_power_of_2(max_rank)), triton.cdiv(rows.shape[0], ROWS)
-        shares = min(
-            triton.cdiv(y.shape[1], COLS), max(4, 64 // blocks)
-        )  # each makes s anew: few where rows fill the device
+        # Each share of the columns makes s anew: few of them where rows fill the device.
+        shares = min(triton.cdiv(y.shape[1], COLS), max(4, 64 // blocks))
         kernel[(blocks, slots, shares)](
             y, rows, a, b, rank, scale, y if gain is None else gain, part, adapter_id.contiguous(),
             rows.shape[0], y.shape[1], rows.shape[1], max_rank, rows.stride(0), y.shape[1] // halves,

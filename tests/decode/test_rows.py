@@ -9,16 +9,16 @@ from _paged import check
 from fastllm.decode.rows import Rows
 
 
-def drafted(e):
+def staged(e):
     """The engine's rows, written as on a GPU."""
     rows = e.rows
-    rows._draft = Rows(e.cache, len(rows.ids), e.capacity, e.eos_ids)
+    rows._staged = Rows(e.cache, len(rows.ids), e.capacity, e.eos_ids)
     return rows
 
 
 def test_rows_are_copied_whole():
     e = engine(max_num_seqs=6)
-    rows, plain = drafted(e), Rows(e.cache, 6, e.capacity, e.eos_ids)
+    rows, plain = staged(e), Rows(e.cache, 6, e.capacity, e.eos_ids)
     for wanted in ([0], [1, 2], [5, 3], [4, 0, 2], [1, 2, 3, 4]):
         sequences = []
         for row in wanted:
@@ -37,7 +37,7 @@ def test_rows_are_copied_whole():
 
 def test_sequences_that_come_and_go():
     e, draw = engine(max_num_seqs=4), random.Random(1)
-    drafted(e)
+    staged(e)
     sequences = [Made(PROMPT[i : i + draw.randint(1, 40)], PENALISED, draw.randint(1, 20), seed=i) for i in range(14)]
     e.run(sequences)
     assert all(s.made == alone(s) for s in sequences)
