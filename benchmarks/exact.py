@@ -3,19 +3,21 @@
     python benchmarks/exact.py                       # Llama 1.24 G on a GPU
     python benchmarks/exact.py --shape micro --device cpu --tokens 64 --texts 2 --repeats 1    # only to see it run
 
-forward: of training, packed texts with gradients, the head and its loss left out, the two in turns. decode: tokens a second
-of one request and of sixteen, in the steps. delta: the largest difference between the log-probability that a request was
-given and that of a forward over the whole text, as training sees it.
+forward: of training, packed texts with gradients, the two in turns: without the head, and with it and the log-probability and
+entropy of each next token. decode: tokens a second of one request and of sixteen, in the steps. delta: the largest difference
+between the log-probability that a request was given and the one that training finds of it in a forward over the whole text.
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from decode_gpu import SAMPLING, SHAPES, draw, prompts
+from torch import Tensor
 
 from fastllm import SamplingParams, ops
 from fastllm.data.packed import Packed
@@ -42,13 +44,18 @@ def seconds(call, device: str) -> float:
     return time.perf_counter() - begin
 
 
-def forward_times(model: Decoder, batch: Packed, repeats: int, device: str) -> dict[bool, float]:
+def logprobs(model: Decoder, hidden: Tensor, target: Tensor) -> Tensor:
+    """As training finds them."""
+    return ops.token_logprobs(model.norm(hidden), model.head.weight, target, exact=model.exact)[0]
+
+
+def forward_times(model: Decoder, forward: Callable[[], Tensor], repeats: int, device: str) -> dict[bool, float]:
     """Seconds by mode, medians of turns."""
     times: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(repeats + 1):
         for exact in times:
             model.exact = exact
-            took = seconds(lambda: model.packed_hidden(batch), device)
+            took = seconds(forward, device)
             if turn:  # the first one compiles
                 times[exact].append(took)
     return {exact: statistics.median(found) for exact, found in times.items()}
@@ -75,8 +82,7 @@ def decoded(model: Decoder, batch: int, new: int) -> tuple[float, float]:
     for ids, made in zip(given, found, strict=True):
         text = torch.tensor([*ids, *(token for token, _ in made)], device=engine.device)
         with torch.no_grad():
-            logits = model(text[None, :-1])[0, len(ids) - 1 :]
-            wanted = ops.target_logprobs(logits.float(), text[len(ids) :]).tolist()
+            wanted = logprobs(model, model.hidden(text[None, :-1])[0, len(ids) - 1 :], text[len(ids) :]).tolist()
         worst = max(worst, *(abs(a - b) for (_, a), b in zip(made, wanted, strict=True)))
     return batch * steps / spent, worst
 
@@ -92,21 +98,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     o = parser.parse_args(arguments)
     model, rows = draw(SHAPES[o.shape], o.device), {}
-    times = forward_times(model, packed(model.config.vocab, o.texts, o.tokens, o.device), o.repeats, o.device)
-    ratio = times[True] / times[False]
-    rows["forward"] = {"default_s": times[False], "exact_s": times[True], "ratio": ratio, "goal": GOAL}
-    print(
-        f"forward {o.texts} x {o.tokens}: default {times[False] * 1e3:.1f} ms, exact {times[True] * 1e3:.1f} ms", end=""
-    )
-    print(f", {ratio:.3f} of its time (goal {GOAL})", flush=True)
+    batch = packed(model.config.vocab, o.texts, o.tokens, o.device)
+    forwards = {
+        "forward": lambda: model.packed_hidden(batch),
+        "forward and log-probabilities": lambda: logprobs(model, model.packed_hidden(batch), batch.ids.roll(-1)),
+    }
+    for name, forward in forwards.items():
+        times = forward_times(model, forward, o.repeats, o.device)
+        default, exact = times[False], times[True]
+        rows[name] = {"default_s": default, "exact_s": exact, "ratio": exact / default, "goal": GOAL}
+        took = f"default {default * 1e3:.1f} ms, exact {exact * 1e3:.1f} ms, {exact / default:.3f} of its time"
+        print(f"{name} {o.texts} x {o.tokens}: {took} (goal {GOAL})", flush=True)
     model.eval().requires_grad_(False)
-    for batch in (1, 16):
+    for count in (1, 16):
         for exact in (False, True):
             model.exact = exact
-            rate, delta = decoded(model, batch, o.new)
+            rate, delta = decoded(model, count, o.new)
             name = "exact" if exact else "default"
-            rows[f"decode {batch} {name}"] = {"tokens_per_s": rate, "delta": delta}
-            print(f"decode {batch:2} {name:8} {rate:9.0f} tokens/s, delta {delta:.2e}", flush=True)
+            rows[f"decode {count} {name}"] = {"tokens_per_s": rate, "delta": delta}
+            print(f"decode {count:2} {name:8} {rate:9.0f} tokens/s, delta {delta:.2e}", flush=True)
             if exact and delta:
                 print("exact bits differ: a fault", flush=True)
     if o.json:

@@ -33,7 +33,7 @@ class LowRank(Projection):
     def forward(self, x, norm=None, residual=None, adapted=None, gate=True):
         assert adapted is None  # of a batch that is served
         b = self.b[0] if len(self.b) == 1 else torch.block_diag(*self.b)
-        y = ops.lora_linear(x if norm is None else norm(x), self.weight, self.a, b, SCALE, bias=self.bias)
+        y = ops.lora_linear(x if norm is None else norm(x), self.weight, self.a, b, ops.LoraSpec(SCALE), bias=self.bias)
         if self.swiglu and gate:
             y = GATED["swiglu"](y)
         return y if residual is None else y + residual

@@ -106,9 +106,9 @@ def spaces() -> list[Space]:
                {("multi_lora", "COLS"): c, ("multi_lora", "MOST_K"): k, ("multi_lora", "B_ROWS"): b}
                for c, k, b in grid((512, 1024, 2048, 4096), (128, 256), (128, 256))}),
         Space("exact linear", "linear", "8192x4096 to 4096 exact",
-              {str(t): {("linear", "MANY_ROWS_ROOMY"): t} for t in exact}),
+              {str(t): {("_linear_exact", "MANY_ROWS_ROOMY"): t} for t in exact}),
         Space("exact linear, one row", "linear", "1x4096 to 4096 exact",
-              {str(t): {("linear", "FEW_ROWS_ROOMY"): t}
+              {str(t): {("_linear_exact", "FEW_ROWS_ROOMY"): t}
                for t in ((64, 32, 128, 4, 6), (64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (64, 64, 256, 4, 2))}),
     ]  # fmt: skip
     for op in ("rms_norm", "layer_norm"):

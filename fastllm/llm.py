@@ -99,8 +99,7 @@ class LLM:
     each token and head beside them: nearly the same text, not the same bits. num_threads: None takes torch's number.
     speculate: how many tokens a step may guess from what stands in the text already (prompt lookup): the same output,
     sooner where the text repeats; 0: none, 7 or 15 are good numbers. exact: on a GPU too each request has the bits that it would
-    have alone, and a log-probability those that a forward of the whole text gives; slower, and without adapters. A CPU keeps
-    it anyway.
+    have alone, and a log-probability those that a forward of the whole text gives; slower. A CPU keeps it anyway.
 
     ValueError for a file or an argument that cannot be used, HubError when a model cannot be fetched, MemoryError when
     it does not fit. Calls from several threads run together, each with the bits that it would have alone. A stream may

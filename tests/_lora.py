@@ -44,13 +44,16 @@ class Adapted(nn.Module):
 
     def __init__(self, plain: Projection, given: Parts, sizes: tuple[int, ...]):
         super().__init__()
-        self.swiglu, self.held, self.given, first = plain.swiglu, [], given, 0
+        self.swiglu, self.exact, self.held, self.given, first = plain.swiglu, plain.exact, [], given, 0
         for i, size in enumerate(sizes):
             bias = None if plain.bias is None else plain.bias[first : first + size]
             self.held.append((rows_of(plain.weight, first, size, i), bias))
             first += size
 
     def gates_apart(self, x):
+        return False
+
+    def adds(self, x):
         return False
 
     def forward(self, x, norm=None, residual=None, adapted=None, gate=True):
@@ -61,11 +64,13 @@ class Adapted(nn.Module):
         each = []
         for (weight, bias), part in zip(self.held, self.given, strict=True):
             if part is None:
-                linear = ops.quant_linear if isinstance(weight, QWeight) else ops.linear
-                each.append(linear(x, weight, bias))
+                quantised, more = isinstance(weight, QWeight), {"exact": self.exact}
+                each.append(ops.quant_linear(x, weight, bias) if quantised else ops.linear(x, weight, bias, **more))
             else:
                 pair, scale = part
-                each.append(ops.lora_linear(x, weight, pair.a, pair.b, scale, bias=bias, magnitude=pair.magnitude))
+                a, b, magnitude = (None if t is None else t.to(x) for t in (pair.a, pair.b, pair.magnitude))
+                spec = ops.LoraSpec(scale, exact=self.exact)
+                each.append(ops.lora_linear(x, weight, a, b, spec, bias=bias, magnitude=magnitude))
         y = ops.swiglu(*each) if self.swiglu else torch.cat(each, -1)
         return y if residual is None else y + residual
 

@@ -11,7 +11,7 @@ import torch
 from _interpreter import repair_patching, repair_products
 from _sample_rows import FIELDS, HARD_PENALTIES, hard_rows, penalised
 
-from fastllm import _C
+from fastllm import _C, ops
 from fastllm.bench.case import Make
 from fastllm.bench.cases.lora_linear import QUANTISED as LORA_QUANTISED
 from fastllm.bench.cases.lora_linear import SUITE as LORA
@@ -20,6 +20,9 @@ from fastllm.bench.cases.quant_linear import GROUPED, random_weight
 from fastllm.bench.cases.sample import PENALTIES, SUITE, USUAL
 from fastllm.ops import _quant_gpu, _sample_gpu, _triton
 from fastllm.ops._op import OPS, Kernel
+from fastllm.ops.lora_linear import split
+from fastllm.ops.multi_lora import AdapterPool
+from fastllm.ops.quant_linear import QWeight
 from fastllm.ops.sample import SampleState
 
 repair_patching()
@@ -176,3 +179,93 @@ def test_exact_linear_of_a_row_alone(dtype, swiglu):
     for begin, end in ((0, 1), (77, 78), (149, 150), (3, 60), (10, 90)):
         alone = OPS["linear_exact"].triton(x[begin:end], weight, None, None, 1e-6, None, swiglu, False)
         assert torch.equal(alone, whole[begin:end])
+
+
+SIZES = {(80,): False, (48, 16, 16): False, (33, 33): True}  # of what a weight stacks; whether they are gate and up
+
+
+@pytest.mark.parametrize("form", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("most", [20, 100])
+def test_exact_rows_with_adapters(most, sizes, form, monkeypatch):
+    """Each has the bits of lora_linear with its adapter alone, or of the plain op, whatever stands beside it."""
+    monkeypatch.setitem(OPS["swiglu"]._kernels, "cpu", Kernel(OPS["swiglu"].triton, "Triton", "interpreter"))
+    make, swiglu, dtype = Make(seed=4), SIZES[sizes], torch.float16 if form == "float16" else torch.float32
+    cols, depth, rows = sum(sizes), 96, 70
+    weight, x = make.normal(cols, depth, scale=depth**-0.5).to(dtype), make.normal(rows, depth).to(dtype)
+    bias = None if swiglu else make.normal(cols).to(dtype)
+
+    def held(some=slice(None), swiglu=False):
+        return split(QWeight.quantize(weight[some], 8, swiglu) if form == "int8" else weight[some])
+
+    pool = AdapterPool(sizes, depth, 5, most, dora=True, swiglu=swiglu, exact=True)
+    each, ids = [], make.integers(-1, 3, rows)
+    pool.a, pool.b = pool.a.to(dtype), pool.b.to(dtype)  # as on a GPU
+    for ranks in ((16, 4, 20), (3, 0, most), (most, 16, 1)):
+        a, b = ([make.normal(*s, scale=0.2).to(dtype) for s in shapes]
+                for shapes in ([(r, depth) for r in ranks], list(zip(sizes, ranks, strict=False))))  # fmt: skip
+        parts = [(p, q, 0.5 + i) if p.numel() else None for i, (p, q) in enumerate(zip(a, b, strict=False))]
+        each.append((parts, make.normal(cols).abs() + 0.5))
+        pool.add_parts(*each[-1])
+
+    def mixed(some):
+        fields = (pool.a, pool.b, pool.rank, pool.scale, pool.gain, pool.part, ids[some], bias)
+        return OPS["multi_lora"].triton(x[some], *held(swiglu=swiglu), *fields, None, 1e-6, None, swiglu, True)
+
+    def alone(some, parts, gain):
+        found, first = [], 0
+        for size, part in zip(sizes, parts, strict=True):
+            its = slice(first, first := first + size)
+            a, b, scale = part or (torch.zeros(1, depth, dtype=dtype), torch.zeros(size, 1, dtype=dtype), 0.0)
+            more = (None if bias is None else bias[its], gain[its], 0.0, 0, 0, True)
+            found.append(OPS["lora_linear"].triton(x[some], *held(its), a, b, scale, *more)[0])
+        return ops.swiglu(*found) if swiglu else torch.cat(found, -1)
+
+    whole = mixed(slice(None))
+    for some in (slice(0, 1), slice(30, 70)):
+        assert torch.equal(mixed(some), whole[some])
+    for i, adapter in enumerate(each):
+        mine = (ids == i).nonzero()[:, 0]
+        assert torch.equal(whole[mine[:1]], alone(mine[:1], *adapter))
+        assert torch.equal(whole[mine], alone(mine, *adapter))
+    none = x[ids < 0]
+    if form == "int8":
+        wanted = OPS["quant_linear"].triton(
+            none, *held(swiglu=swiglu)[0:1], cols, depth, 8, False, bias, None, 1e-6, None, int(swiglu)
+        )
+    else:
+        wanted = OPS["linear_exact"].triton(none, weight, bias, None, 1e-6, None, swiglu, False)
+    assert torch.equal(whole[ids < 0], wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("fields", [{}, {"temperature": 0.7}, USUAL, {"top_p": 0.8, "temperature": 1.3}], ids=str)
+def test_exact_log_probabilities_are_the_sampler_s(fields, dtype):
+    """And an exact loss is a row's own; gradients of either are those of the sum."""
+    x, weight = torch.randn(70, 33).to(dtype) * 4, torch.randn(1030, 33).to(dtype) / 4
+    x[5], weight[400] = x[4], weight[1]
+    logits = OPS["linear_exact"].triton(x, weight, None, None, 1e-6, None, False, True)
+    state = SampleState.create(70, seed=torch.arange(70), **fields)
+    token, logprob, truncated, kept, entropy = SAMPLE.triton(
+        logits, state.settings, state.history, state.suppress, state.rows, True
+    )
+    op = OPS["token_logprobs"]
+    assert_same_bits(op.triton(x, weight, token, None, 1.0, True), (logprob, entropy))
+    temperature = fields.get("temperature", 1.0)
+    whole = op.triton(x, weight, token, kept, temperature, True)
+    assert_same_bits(whole[:1], (truncated,))
+    assert_same_bits(op.triton(x[3:9], weight, token[3:9], kept[3:9], temperature, True), [w[3:9] for w in whole])
+    wanted = op.reference(x.double(), weight.double(), token, kept, temperature)
+    torch.testing.assert_close(whole, tuple(w.float() for w in wanted), rtol=1e-4, atol=1e-4)
+    given = token, -100, 0.1, 0.0, 0.0, True
+    losses = OPS["linear_cross_entropy"].triton(x, weight, None, *given)
+    assert torch.equal(OPS["linear_cross_entropy"].triton(x[3:9], weight, None, token[3:9], *given[1:]), losses[3:9])
+
+
+@pytest.mark.parametrize(("weight", "target", "kept"), [
+    ([0, NAN, 1], 0, 3), ([-INF, -INF, -INF], 0, 3), ([0, 1, 2], 3, 3), ([0, 1, 2], -1, 3), ([0, 1, 2], 1, 0),
+], ids=["NaN", "nothing", "beyond", "below", "nothing kept"])  # fmt: skip
+def test_exact_log_probabilities_of_bad_rows(weight, target, kept):
+    given = (torch.tensor([target]), torch.tensor([kept], dtype=torch.int32), 1.0, True)
+    found = OPS["token_logprobs"].triton(torch.ones(1, 1), torch.tensor([weight]).float().t(), *given)
+    assert all(t.isnan().all() for t in found)

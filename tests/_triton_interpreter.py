@@ -4,11 +4,13 @@ tests/test_triton.py runs this file in a process of its own: `TRITON_INTERPRET=1
 since Triton decides at import whether it interprets.
 """
 
+import importlib
+
 import _oracle
 import numpy as np
 import pytest
 import torch
-from _exact import check_exact_model
+from _exact import check_exact_adapters, check_exact_model
 from _interpreter import narrow, repair_bfloat16, repair_conditions, repair_patching, repair_products, widen
 
 from fastllm import _C, ops
@@ -43,6 +45,7 @@ def triton_on_cpu():
     for op in OPS.values():
         if op.triton:
             op._kernels["cpu"] = interpreted(op)
+    importlib.import_module("fastllm.ops.linear").rounds = lambda x, exact, swiglu: swiglu or not exact
     kv_cache.COLUMNS.clear()  # CPU tensors stand in for a GPU's: their pages lie as there
     # The interpreter pays for an operation, hardly for its size: large blocks, still several to a case.
     for name in ("EXACT", "DENSE", "KEYS", "QUERIES", "BIAS", "DECODE"):
@@ -154,6 +157,10 @@ def test_quantised_pages_have_the_bits_of_the_cpu(pages, dtype, rotary):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_exact_model_has_the_same_bits_however_a_text_is_cut(dtype):
     check_exact_model(dtype)
+
+
+def test_an_exact_model_has_the_same_bits_beside_any_adapters():
+    check_exact_adapters(torch.float32)
 
 
 @pytest.mark.skipif(_C.isa() == "generic", reason="the generic tier rounds an fma twice")

@@ -21,7 +21,7 @@ import torch
 
 from fastllm.bench.case import Make, as_tuple
 from fastllm.bench.cases import suites
-from fastllm.ops import _triton
+from fastllm.ops import _lora_gpu, _triton
 from fastllm.ops._op import OPS, Kernel
 
 if reason := _triton.load():
@@ -208,3 +208,23 @@ def test_memory_is_read_and_written_in_wide_words(monkeypatch, tmp_path):
     for launch, kernel in found.items():
         accesses = re.findall(r"\b(?:ld|st)\.global\S*\.b(?:8|16)\b", compiled(90, launch, kernel).asm["ptx"])
         assert launch.kernel in NARROW or len(accesses) <= 2, (launch, accesses)
+
+
+def is_exact(launch: Launch) -> bool:
+    """Whether it makes sums of `linear(exact=True)`, or of the adapters that go on in them."""
+    name, constants = launch.kernel, dict(launch.constants)
+    if name == "_lora_gpu.shrink_kernel":
+        return constants["K"] == _lora_gpu.EXACT_K[2]
+    return name == "_linear_exact.exact_kernel" or (name == "multi_lora.kernel" and constants["EXACT"])
+
+
+@pytest.mark.slow
+def test_exact_sums_are_made_by_one_kind_of_instruction(monkeypatch, tmp_path):
+    """On Hopper, whose two kinds of matrix products add in orders of their own: the same row has the same bits in a tile of any
+    size, and in training, which knows one adapter, as in serving, which knows many."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    found = {launch: kernel for launch, kernel in noted(hopper=True, gpu_alone=True).items() if is_exact(launch)}
+    assert len({launch.kernel for launch in found}) == 3
+    for launch, kernel in found.items():
+        ptx = compiled(90, launch, kernel).asm["ptx"]
+        assert "wgmma.mma_async" in ptx and "mma.sync" not in ptx, launch

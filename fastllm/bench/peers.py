@@ -153,14 +153,18 @@ def liger_cross_entropy(_, logits, target, token_weight=None, spec=None):
     return liger_cross_entropy(logits.clone(), target, **plain_loss(token_weight, spec))
 
 
-def liger_linear_cross_entropy(_, x, target, weight=None, frozen=None, bias=None, token_weight=None, spec=None):
+def liger_linear_cross_entropy(
+    _, x, target, weight=None, frozen=None, bias=None, token_weight=None, spec=None, exact=False
+):  # fmt: skip
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     weight = frozen.detach() if weight is None else weight
     return liger_fused_linear_cross_entropy(x, weight, target, bias, **plain_loss(token_weight, spec))
 
 
-def cut_cross_entropy(_, x, target, weight=None, frozen=None, bias=None, token_weight=None, spec=None):
+def cut_cross_entropy(
+    _, x, target, weight=None, frozen=None, bias=None, token_weight=None, spec=None, exact=False
+):  # fmt: skip
     from cut_cross_entropy import linear_cross_entropy
 
     given = plain_loss(token_weight, spec)
@@ -262,7 +266,9 @@ def flashinfer_sample(_, logits, state):
     )
 
 
-def lora_module(x, a, b, weight=None, packed=None, frozen=None, scale=1.0, bias=None, magnitude=None, dropout=None):
+def lora_module(
+    x, a, b, weight=None, packed=None, frozen=None, scale=1.0, bias=None, magnitude=None, dropout=None, exact=False
+):  # fmt: skip
     from peft import LoraConfig
     from peft.tuners.lora import Linear
 

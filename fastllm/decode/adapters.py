@@ -119,7 +119,7 @@ class AdapterTable:
         rows, depth = self._weight(place).shape
         sizes = self.model.config.stacks[place[1]] if count > 1 else (rows,)
         swiglu = self.model.layers[place[0]].get_submodule(place[1]).swiglu
-        where = {"dtype": self.dtype, "device": self.device}
+        where = {"dtype": self.dtype, "device": self.device, "exact": self.model.exact}
         pool = AdapterPool(sizes, depth, *size, swiglu=swiglu, take=take, **where)
         for slot in self._held:  # they leave this projection as it is
             pool.add_parts([None] * count, slot=slot)

@@ -162,13 +162,8 @@ class Engine:
 
     def load_adapter(self, name: str, adapter: lora.Lora) -> None:
         """Sequences that are put in line from now on may name it; those that have an older one of that name keep it.
-        Waits for the step that is running. ValueError for an adapter of another base, or where a GPU is to be exact, MemoryError
-        where it does not fit."""
+        Waits for the step that is running. ValueError for an adapter of another base, MemoryError where it does not fit."""
         parts = lora.parts(adapter, self.model)
-        if self.model.exact and self.device.type == "cuda":
-            raise ValueError(
-                f"adapter {name!r}: exact=True, which multi_lora does not hold on a GPU; leave exact out, or decode on the CPU"
-            )
         with self._between_steps():
             old = self.adapters.named.get(name)
             try:

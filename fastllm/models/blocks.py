@@ -59,9 +59,7 @@ class Projection(nn.Module):
 
     def gates_apart(self, x: Tensor) -> bool:
         """Whether the gate of x is to be an op of its own, for `activated`: in training, where that has the bits of the fused
-        call, which rounds the product once on a CPU. An exact one on a GPU, where it has not, takes the gate apart always."""
-        if self.exact and x.is_cuda and isinstance(self.weight, Tensor):
-            return True
+        call, which rounds the product once on a CPU."""
         if not torch.is_grad_enabled() or not isinstance(self.weight, Tensor):
             return False
         return (x.requires_grad or self.weight.requires_grad) and (x.is_cuda or x.dtype == torch.float32)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..data.packed import Packed
 from ..ops import AttentionSpec, RopeScaling
+from ..ops.linear import exact_logits
 from .blocks import (
     ACTIVATIONS,
     GATED,
@@ -295,7 +296,8 @@ class Decoder(nn.Module):
     model.step(...) over a paged cache.
 
     exact, False unless set: the arithmetic contract on a GPU too, for all of these: a token has the same bits in training and
-    in decoding, in any batch, however its text was cut (as always on a CPU). Not with adapters."""
+    in decoding, in any batch, beside any adapters, however its text was cut (as always on a CPU). Logits are float32 then,
+    and those of `ops.token_logprobs(exact=True)`."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -403,6 +405,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., V], final norm included."""
+        if self.exact and isinstance(self.head.weight, Tensor):
+            return exact_logits(self.norm(hidden), self.head.weight)
         return self.head(hidden, norm=self.norm)
 
     def forward(self, ids: Tensor, adapters: Adapters | None = None) -> Tensor:

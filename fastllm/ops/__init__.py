@@ -15,7 +15,7 @@ from .kv_cache import PAGE, KVPages
 from .layer_norm import layer_norm
 from .linear import Panels, linear
 from .linear_cross_entropy import linear_cross_entropy
-from .lora_linear import lora_linear
+from .lora_linear import LoraSpec, lora_linear
 from .multi_lora import AdapterPool, multi_lora
 from .quant_linear import QWeight, quant_linear
 from .rms_norm import rms_norm
@@ -37,6 +37,7 @@ __all__ = [
     "Dropout",
     "KVPages",
     "LogitsError",
+    "LoraSpec",
     "LossSpec",
     "Panels",
     "QWeight",

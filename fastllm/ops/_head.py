@@ -4,8 +4,9 @@ time, so that [T, V] never lies in memory.
 A block's logits x W^T + bias are handed to a step, which may leave their gradient in their place; from that come the
 block's dx = d W and its share of dW = d^T x. On a CPU all is fp32: the logits are those of `ops.linear`, bit for bit, and
 16-bit inputs are widened first (of the weight, a copy). On a GPU the products are cuBLAS's in the inputs' dtype; logits
-are rounded to it unless a step asks for them wide. dW is added up in fp32 on both, block after block, and rounded once, within
-its own memory: a gradient of 16 bits has room for twice its elements behind it.
+are rounded to it unless a step asks for them wide, or exact: then they are those of `exact_logits`. dW is
+added up in fp32 on both, block after block, and rounded once, within its own memory: a gradient of 16 bits has room for
+twice its elements behind it.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ._linear_exact import exact_product
 from ._op import check, check_dtype, check_like
 from .linear import ROWS, ROWS_ACROSS, add_outer, product
 
@@ -38,13 +40,13 @@ def outputs(x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -
 
 
 def over_blocks(
-    x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], step: Step, cpu: bool, wide: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], step: Step, cpu: bool, wide=False, exact=False
 ) -> tuple[Tensor, ...]:
     """Runs step(rows, logits) on every block; dx, dweight and dbias, empty where not needed. wide: logits are float32,
-    whatever the inputs are (without a bias)."""
+    whatever the inputs are (without a bias); exact: that too, and on a GPU in one order for any number of rows."""
     (rows, depth), vocab = x.shape, weight.shape[0]
     dtype = torch.float32 if cpu else x.dtype
-    logits_dtype = torch.float32 if wide else dtype
+    logits_dtype = torch.float32 if wide or exact else dtype
     size = max(1, rows_at_once(rows, vocab, logits_dtype.itemsize, cpu, needs[1]))
     w = weight.to(dtype)
     w = w if w.stride(1) == 1 else w.contiguous()
@@ -52,10 +54,10 @@ def over_blocks(
     width = -(-vocab // 16) * 16  # aligned rows, not a power of two apart: they would meet in the same cache sets
     width += 16 * (width % 1024 == 0)
     buffer = torch.empty((size, width), dtype=logits_dtype, device=x.device)[:, :vocab]
-    exact = dtype if rows <= size else torch.float32  # one block's product is rounded once anyway
+    summed = dtype if rows <= size else torch.float32  # one block's product is rounded once anyway
     dx = torch.empty((rows, depth) if needs[0] else (0,), dtype=dtype, device=x.device)
     fresh = torch.empty if rows else torch.zeros
-    dw = fresh((vocab, depth) if needs[1] else (0,), dtype=exact, device=x.device)
+    dw = fresh((vocab, depth) if needs[1] else (0,), dtype=summed, device=x.device)
     db = torch.zeros((vocab,) if needs[2] else (0,), dtype=torch.float32, device=x.device)
     for begin in range(0, rows, size):
         block = slice(begin, min(begin + size, rows))
@@ -63,6 +65,8 @@ def over_blocks(
         part = part if part.stride(1) == 1 else part.contiguous()
         if cpu:
             product(logits, part, w, ROWS, b)
+        elif exact:
+            exact_product(logits, part, w, b)
         elif b is None:
             _product(logits, part, w.t())
         else:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._dot import accumulate
 from ._dropout import keep_tile, threshold
+from ._linear_exact import ROWS, rank_block
 from ._triton import programs, tl, triton
 
 
@@ -126,10 +127,6 @@ def norms_kernel(
     tl.store(norms + n, tl.sqrt(total), mask=n < cols)
 
 
-def rank_block(rank: int) -> int:
-    return min(64, max(16, triton.next_power_of_2(rank)))
-
-
 def _dropping(p: float, seed: int, call: int) -> tuple[float, tuple[int, int, int], bool]:
     """The scale of what is kept, what draws the mask, and whether anything is dropped."""
     return 1 / (1 - p), (seed, call, threshold(p) if p else 0), p > 0
@@ -137,19 +134,22 @@ def _dropping(p: float, seed: int, call: int) -> tuple[float, tuple[int, int, in
 
 # Of 16 bits: as much of a row at once as hides the latency of memory.
 SHRINK_K, SHRINK_STAGES = 128, 3
+# By the bytes of an element; sums of `multi_lora` have this order too.
+EXACT_ROWS, EXACT_K = {2: ROWS, 4: 16}, {2: 64, 4: 32}
 
 
-def shrink(x: Tensor, a: Tensor, scale: float, p: float = 0.0, seed: int = 0, call: int = 0) -> Tensor:
+def shrink(x: Tensor, a: Tensor, scale: float, p: float = 0.0, seed: int = 0, call: int = 0, exact=False) -> Tensor:
     """scale * drop(x) a^T, float32; a [R, K] of any strides."""
     (rows, depth), rank = x.shape, a.shape[0]
     s = torch.empty((rows, rank), dtype=torch.float32, device=x.device)
     kept, mask, drop = _dropping(p, seed, call)
     narrow, block = x.dtype != torch.float32, rank_block(rank)
-    m = 16 if narrow and rows < 32 * programs(x.device) else 32
+    m, k = 16 if narrow and rows < 32 * programs(x.device) else 32, SHRINK_K if narrow else 32
+    if exact:
+        m, k = EXACT_ROWS[x.itemsize], EXACT_K[x.itemsize]
     shrink_kernel[(triton.cdiv(rows, m), triton.cdiv(rank, block))](
         s, x, a, rows, depth, rank, x.stride(0), *a.stride(), scale * kept, *mask,
-        DROP=drop, M=m, K=SHRINK_K if narrow else 32, R=block, num_warps=8 if narrow and block > 32 else 4,
-        num_stages=SHRINK_STAGES,
+        DROP=drop, M=m, K=k, R=block, num_warps=8 if narrow and block > 32 else 4, num_stages=SHRINK_STAGES,
     )  # fmt: skip
     return s
 

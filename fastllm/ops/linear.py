@@ -13,7 +13,8 @@ A transformer block needs four linears, with these around them, so that no pass 
 
 On a GPU cuBLAS multiplies, by the algorithm that it likes best for a number of rows, and rounds y before residual and
 swiglu: quick, and a row may differ in its last bits from the same row in another batch. exact=True holds the contract
-there: one order of K for any number of rows, tiles of M and N alone may differ, fp32 until the one rounding at the end.
+there (`_linear_exact.py`): one order of K for any number of rows, fp32 until the one rounding at the end, but for gate and
+up, which are rounded before swiglu as training keeps them.
 Up to 16 rows of 16 bits have a kernel in CUDA C++, which rounds once too (not measured on a GPU yet: `cuda` below).
 
 On a CPU the weights are read in panels of 16 output columns, [N/16, K, 16]: `Panels.pack(weight)` once, or row-major
@@ -34,9 +35,8 @@ from torch import Tensor
 from .. import _C
 from . import _cuda
 from ._fused_linear import check_fusion, check_plain, check_rows_at, compose, must_compose
-from ._gated import silu
+from ._linear_exact import exact_product
 from ._op import DTYPES, Op, as_rows, check_dtype, check_like, pointer
-from ._triton import matrix, roomy, tl, triton
 from .rms_norm import rms_norm
 from .swiglu import swiglu as swiglu_op
 
@@ -153,56 +153,6 @@ def reference_backward(dy, x, weight, bias, dx, dweight) -> tuple[Tensor, Tensor
 
 def reference_panels_backward(dy, panels, rows, halves) -> Tensor:
     return (_wide(dy, dy) @ _wide(unpack(panels, rows, halves != WHOLE), dy)).to(dy.dtype)
-
-
-# ------------------------------------------------------------------------------------------------------------- Triton
-
-
-@triton.jit
-def _product(acc, x, weight, k, depth, held, inside, x_rows, weight_rows, m, n, BULK: tl.constexpr, K: tl.constexpr):
-    """acc += x[:, k:k+K] weight[:, k:k+K]^T. BULK: from descriptors, rows from m and n on."""
-    if BULK:
-        a, b = x_rows.load([m, k]), tl.trans(weight_rows.load([n, k]))
-    else:
-        column = k + tl.arange(0, K)
-        a = tl.load(x[:, None] + column[None, :], mask=held[:, None] & (column < depth)[None, :], other=0.0)
-        b = tl.load(weight[None, :] + column[:, None], mask=inside[None, :] & (column < depth)[:, None], other=0.0)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit(do_not_specialize=["rows", "cols"])
-def exact_kernel(
-    y, x, weight, x_rows, weight_rows, bias, residual, rows, cols, depth, x_stride, weight_stride, residual_stride,
-    SWIGLU: tl.constexpr, BULK: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    # WHOLE: rows of y are multiples of 16 long, so that they are written 16 bytes at a time.
-    if WHOLE:
-        cols = cols // 16 * 16  # what the compiler sees
-    # Eight tiles down, then the next column: what they share stays in L2.
-    tile, down, across = tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(cols, BN)
-    first = tile // (8 * across) * 8
-    height = tl.minimum(down - first, 8)
-    inner = tile % (8 * across)
-    at_m, at_n = (first + inner % height) * BM, (inner // height) * BN
-    m, n = at_m.to(tl.int64) + tl.arange(0, BM), at_n.to(tl.int64) + tl.arange(0, BN)
-    held, inside = m < rows, n < cols
-    x += m * x_stride
-    weight += n * weight_stride
-    acc = tl.zeros([BM, BN], tl.float32)
-    above = acc
-    for k in range(0, depth, BK):
-        acc = _product(acc, x, weight, k, depth, held, inside, x_rows, weight_rows, at_m, at_n, BULK, BK)
-        if SWIGLU:
-            up = weight + cols.to(tl.int64) * weight_stride
-            above = _product(above, x, up, k, depth, held, inside, x_rows, weight_rows, at_m, at_n + cols, BULK, BK)
-    mask = held[:, None] & inside[None, :]
-    if bias is not None:
-        acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if SWIGLU:
-        acc = silu(acc) * above
-    if residual is not None:
-        acc += tl.load(residual + m[:, None] * residual_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + m[:, None] * cols + n[None, :], acc.to(y.dtype.element_ty), mask=mask)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
@@ -327,33 +277,10 @@ def one_kernel(x: Tensor, weight: Tensor) -> bool:
     return few and cuda_refusal(as_rows(x), weight, None, None, False) is None
 
 
-# Rows, columns and depth of a tile, warps, steps on their way. The order of a sum is the same for every depth, 16 at a time.
-# No tile of tensor cores below 64 rows: smaller ones run on other instructions, which add in an order of their own.
-MANY_ROWS, FEW_ROWS = (128, 128, 32, 8, 4), (64, 32, 32, 4, 4)
-MANY_ROWS_ROOMY, FEW_ROWS_ROOMY = (128, 256, 64, 8, 3), (64, 64, 128, 4, 4)  # see `roomy`; measured on an H200
-
-
 def gpu_exact(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
-    y = _output(x, weight.shape[0] // (1 + swiglu), wide)
-    if not y.numel():
-        return y
-    if norm is not None:
-        x = rms_norm(x, norm, eps)
-    rows, other = as_rows(x), None if residual is None else as_rows(residual)
-    weight = unit_stride(weight)
-    many, few = (MANY_ROWS_ROOMY, FEW_ROWS_ROOMY) if roomy(x.device) else (MANY_ROWS, FEW_ROWS)
-    bm, bn, step, warps, stages = many if rows.shape[0] > 64 and not swiglu else few
-    pair = (None, None)
-    if x.dtype == torch.float32:
-        bm, bn, step, warps = 32, 32, 32, 4
-    else:
-        pair = matrix(rows, bm, step), matrix(weight, bn, step)
-    exact_kernel[(triton.cdiv(rows.shape[0], bm) * triton.cdiv(y.shape[-1], bn),)](
-        y, rows, weight, *pair, bias, other, rows.shape[0], y.shape[-1], rows.shape[1],
-        rows.stride(0), weight.stride(0), 0 if other is None else other.stride(0),
-        SWIGLU=swiglu, BULK=None not in pair, WHOLE=y.shape[-1] % 16 == 0, BM=bm, BN=bn, BK=step, num_warps=warps,
-        num_stages=stages, enable_fp_fusion=False,
-    )  # fmt: skip
+    rows = as_rows(x if norm is None else rms_norm(x, norm, eps))
+    y, other = _output(x, weight.shape[0] // (1 + swiglu), wide), None if residual is None else as_rows(residual)
+    exact_product(y.view(rows.shape[0], y.shape[-1]), rows, unit_stride(weight), bias, other, swiglu)
     return y
 
 
@@ -453,6 +380,11 @@ backward_panels = Op(
 )
 
 
+def rounds(x: Tensor, exact: bool, swiglu: bool) -> bool:
+    """Whether the kernel of x's device rounds a product before what comes behind it."""
+    return x.is_cuda and (swiglu or not exact)
+
+
 def linear(
     x: Tensor,
     weight: Tensor | Panels,
@@ -486,11 +418,17 @@ def linear(
     check_fusion("linear", x, weight, bias, norm, residual, swiglu)
     op = forward_exact if exact else forward
     if must_compose(x, weight, bias, norm, residual, swiglu):
-        # torch rounds its products on a GPU, so what comes behind need not keep them in float32
-        rounded = x.is_cuda and not exact and (residual is None or not swiglu)
 
         def product_of(v, wide):
-            return op(v, weight, bias, None, eps, None, False, wide and not rounded)
+            rounded = rounds(x, exact, swiglu)  # then what comes behind need not keep it in float32
+            y = op(v, weight, bias, None, eps, None, False, wide and not rounded)
+            return y.float() if rounded and swiglu and residual is not None else y
 
         return compose(product_of, x, norm, eps, residual, swiglu)
     return op(x, weight, bias, norm, eps, residual, swiglu, False)
+
+
+def exact_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., H] weight [V, H]^T as `linear(exact=True)` sums it, in float32, not rounded to x's dtype: what a sampler reads of
+    an exact model, and what its losses make of the same states."""
+    return forward_exact(x, weight, None, None, 0.0, None, False, True)

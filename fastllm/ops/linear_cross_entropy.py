@@ -9,8 +9,9 @@ and the backward multiplies by the one that comes: three products in all, and on
 backward makes the logits again, with the upstream gradient of each row: four products, exact.
 What needs no gradient costs nothing: no dW for a frozen head, no block kept in inference. Ignored rows leave before the
 products (on a CPU; on a GPU asking how many there are would stall the stream).
-Rounding: on a CPU logits are fp32, summed as by ops.linear, so that a row's loss has the same bits in any batch; on a
-GPU a block's logits are rounded to the inputs' dtype. dW and dbias are added up in fp32, block after block.
+Rounding: on a CPU logits are fp32, summed as by ops.linear, so that a row's loss has the same bits in any batch; so are
+they on a GPU with exact=True, and else rounded there to the inputs' dtype. dW and dbias are added up in fp32, block after
+block.
 """
 
 import torch
@@ -28,7 +29,7 @@ from .cross_entropy import reference as losses_of
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
-def reference(x, weight, bias, target, ignore_index, label_smoothing, softcap, z_loss) -> Tensor:
+def reference(x, weight, bias, target, ignore_index, label_smoothing, softcap, z_loss, exact) -> Tensor:
     logits = torch.nn.functional.linear(x, weight, bias)
     return losses_of(logits, target, ignore_index, label_smoothing, softcap, z_loss)[0]
 
@@ -73,7 +74,7 @@ def _rows_cpu(x, weight, bias, target, spec, coefficient=None, needs=(False, Fal
     def step(block: slice, logits: Tensor) -> None:
         if _C.linear_cross_entropy(
             rows[block].data_ptr(), logits.data_ptr(), goal[block].data_ptr(),
-            0 if coefficient is None else coefficient[block].data_ptr(), *logits.shape, logits.stride(0), *spec,
+            0 if coefficient is None else coefficient[block].data_ptr(), *logits.shape, logits.stride(0), *spec[:-1],
         ):  # fmt: skip
             check_targets(target, weight.shape[0], "linear_cross_entropy", spec[0])
 
@@ -86,14 +87,14 @@ def _rows_cpu(x, weight, bias, target, spec, coefficient=None, needs=(False, Fal
 
 
 def _rows_gpu(x, weight, bias, target, spec, coefficient=None, needs=(False, False, False)):
-    loss = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    loss, (*spec, exact) = torch.empty(x.shape[0], dtype=torch.float32, device=x.device), spec
 
     def step(block: slice, logits: Tensor) -> None:
         loss[block], stats = logits_gpu(logits, target[block], *spec)
         if coefficient is not None:
             logits_gpu_backward(coefficient[block], logits, target[block], stats, *spec, out=logits)
 
-    return loss, *over_blocks(x, weight, bias, needs, step, cpu=False)
+    return loss, *over_blocks(x, weight, bias, needs, step, cpu=False, exact=exact)
 
 
 def cpu(x, weight, bias, target, *spec) -> Tensor:
@@ -137,7 +138,7 @@ def _backward(ctx, dloss):
     x, weight, bias, target = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     _, *found = gradients(dloss, x, weight, bias, target, *ctx.spec, needs)
-    return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None, None, None
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * 6
 
 
 def _save_gradients(ctx, inputs, output) -> None:
@@ -162,14 +163,14 @@ def _scale(ctx, dtotal, *_):
     else:
         scaled = [scale_(g, dtotal) for g in found]
     kept = (g if need else None for g, need in zip(scaled, ctx.needs, strict=True))
-    return None, *kept, None, None, None, None, None, None
+    return None, *kept, *(None,) * 7
 
 
 def _fake_gradients(coefficient, x, weight, bias, target, *rest):
     return coefficient.new_empty((), dtype=torch.float32), *outputs(x, weight, bias, rest[-1])
 
 
-_SPEC = "int ignore_index, float label_smoothing, float softcap, float z_loss"
+_SPEC = "int ignore_index, float label_smoothing, float softcap, float z_loss, bool exact"
 forward = Op(
     f"linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, {_SPEC}) -> Tensor",
     reference=reference,
@@ -200,9 +201,11 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     token_weight: Tensor | None = None,
     spec: LossSpec = PLAIN,
+    exact: bool = False,
 ) -> Tensor:
     """Cross-entropy of x [T, H] weight [V, H]^T + bias [V] and target [T]: a scalar, or [T] with reduction "none".
 
+    exact: a row's loss has the same bits in any batch on a GPU too; on a CPU it always has.
     Raises IndexError for a target outside [0, V), ValueError for shapes and devices, TypeError for dtypes. See the head
     of this file.
     """
@@ -211,7 +214,7 @@ def linear_cross_entropy(
     target, coefficient = rows_and_weights("linear_cross_entropy", target, token_weight, spec)
     needs = [t is not None and t.requires_grad for t in (x, weight, bias)]
     if spec.reduction == "none" or not any(needs) or not torch.is_grad_enabled():
-        return reduced(forward(x, weight, bias, target, *spec.arguments()), coefficient, spec)
+        return reduced(forward(x, weight, bias, target, *spec.arguments(), exact), coefficient, spec)
     if coefficient is None:
         coefficient = torch.ones(target.shape, dtype=torch.float32, device=target.device)
-    return gradients(coefficient, x, weight, bias, target, *spec.arguments(), needs)[0]
+    return gradients(coefficient, x, weight, bias, target, *spec.arguments(), exact, needs)[0]

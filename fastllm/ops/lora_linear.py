@@ -10,7 +10,8 @@ Dropout is drawn from counters, row: the flat index of x's rows, column: of K (`
 The contract: s = scale * (drop(x) A^T), summed as by ops.linear, in float32; y's sum goes on after its k (its groups,
 for a QWeight) with acc = fma(s[r], B[n, r], acc), r ascending; then times magnitude / norm, then + bias, rounded once.
 `multi_lora` gives the same bits, so training and serving agree. drop(x) is not rounded. On a GPU the base comes from
-cuBLAS, rounded, and s is added to it and rounded again.
+cuBLAS, rounded, and s B^T is added to it and rounded again; exact=True holds the contract there, in the order of
+`linear(exact=True)`: s, rounded to x's dtype, goes on in its chain, and y is rounded once.
 
 Backward, an op of its own, with g = magnitude / norm and dz = g * dy: ds = scale * dz B; dx = dz W + mask * (ds A);
 dA = ds^T drop(x); dB = dz^T s; dbias = sum dy; dmagnitude = sum dy * z / norm, for which z, the product before g, is
@@ -18,11 +19,15 @@ made again: a third product in the place of a saved [..., N]. Saved are x, as by
 float32 [rows, R] more than a frozen layer saves.
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from .. import _C
 from ._dropout import Dropout, keep, threshold
+from ._linear_exact import exact_product
 from ._lora_gpu import expand, shrink, sum_over_rows
 from ._lora_gpu import row_norms as row_norms_of
 from ._op import DTYPES, Op, as_rows, check, check_dtype, check_like, pointer, wants_gradient
@@ -105,7 +110,7 @@ def dropped(x: Tensor, p: float, seed: int, call: int) -> Tensor:
     return torch.where(mask, x.to(wide) * torch.tensor(1 / (1 - p), dtype=wide), 0.0)
 
 
-def reference(x, weight, form, a, b, scale, bias, gain, p, seed, call) -> tuple[Tensor, Tensor]:
+def reference(x, weight, form, a, b, scale, bias, gain, p, seed, call, exact) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     s = scale * (dropped(x, p, seed, call) @ a.to(wide).t())
     z = base_reference(x, weight, form) + s @ b.to(wide).t()
@@ -137,12 +142,16 @@ def reference_norms(weight, form, a, b, scale) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ GPU launchers
 
 
-def gpu_base(x: Tensor, weight: Tensor, form: list[int], alternate: bool = False) -> Tensor:
-    """x W^T of rows, rounded. `Panels`, which are a CPU's, are unpacked."""
+def gpu_base(x: Tensor, weight: Tensor, form: list[int], alternate: bool = False, wide: bool = False) -> Tensor:
+    """x W^T of rows, rounded; wide: float32, in one order for any number of rows. `Panels`, which are a CPU's, are unpacked."""
     if len(form) == 4:
         halves = GATE_UP if alternate else WHOLE
         return quant_gpu(x, weight, *form[:3], bool(form[3]), None, None, 0.0, None, halves)
-    return torch.mm(x, dense(weight, form, alternate).to(x.dtype).t())
+    rows = dense(weight, form, alternate).to(x.dtype)
+    if not wide:
+        return torch.mm(x, rows.t())
+    y = torch.empty((x.shape[0], rows.shape[0]), dtype=torch.float32, device=x.device)
+    return exact_product(y, x, unit_stride(rows))
 
 
 def gpu_base_backward(dz: Tensor, weight: Tensor, form: list[int]) -> Tensor:
@@ -152,14 +161,20 @@ def gpu_base_backward(dz: Tensor, weight: Tensor, form: list[int]) -> Tensor:
     return torch.mm(dz, dense(weight, form).to(dz.dtype))
 
 
-def gpu(x, weight, form, a, b, scale, bias, gain, p, seed, call) -> tuple[Tensor, Tensor]:
-    rows = as_rows(x)
-    y = gpu_base(rows, weight, form)
-    if not y.numel():
-        return y.view(*x.shape[:-1], b.shape[0]), torch.zeros((rows.shape[0], a.shape[0]), device=x.device)
-    s = shrink(rows, a, scale, p, seed, call)
-    expand(y, s, b, gain, bias)
-    return y.view(*x.shape[:-1], b.shape[0]), s
+def gpu(x, weight, form, a, b, scale, bias, gain, p, seed, call, exact) -> tuple[Tensor, Tensor]:
+    rows, (cols, rank) = as_rows(x), b.shape
+    if not rows.shape[0] * cols:
+        return x.new_empty((*x.shape[:-1], cols)), torch.zeros((rows.shape[0], rank), device=x.device)
+    s = shrink(rows, a, scale, p, seed, call, exact)
+    if not exact:
+        y = gpu_base(rows, weight, form)
+        expand(y, s, b, gain, bias)
+    elif len(form) == 4:
+        y = exact_product(gpu_base(rows, weight, form), None, None, bias, low=(s, b), gain=gain)
+    else:
+        y, held = rows.new_empty((rows.shape[0], cols)), unit_stride(dense(weight, form).to(x.dtype))
+        exact_product(y, rows, held, bias, low=(s, b), gain=gain)
+    return y.view(*x.shape[:-1], cols), s
 
 
 def gpu_backward(dz, x, s, weight, form, a, b, scale, p, seed, call, dx) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +207,7 @@ def gpu_norms(weight, form, a, b, scale) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- CPU launchers
 
 
-def cpu(x, weight, form, a, b, scale, bias, gain, p, seed, call, train=False) -> tuple[Tensor, Tensor | None]:
+def cpu(x, weight, form, a, b, scale, bias, gain, p, seed, call, exact, train=False) -> tuple[Tensor, Tensor | None]:
     rows = as_rows(x)
     y = torch.empty((*x.shape[:-1], b.shape[0]), dtype=x.dtype)
     s = torch.empty((rows.shape[0], a.shape[0]), dtype=torch.float32) if train else None
@@ -243,8 +258,8 @@ def _outputs(x, weight, form, a) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, form, a, b, scale, bias, gain, *drop = inputs
-    ctx.form, ctx.scale, ctx.drop = form, scale, drop
+    x, weight, form, a, b, scale, bias, gain, *ctx.drop, ctx.exact = inputs
+    ctx.form, ctx.scale = form, scale
     ctx.bias = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight, a, b, output[1], gain)
     ctx.mark_non_differentiable(output[1])
@@ -253,7 +268,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy, _):
     if dy is None:
-        return (None,) * 11
+        return (None,) * 12
     x, weight, a, b, s, gain = ctx.saved_tensors
     needs_x, _, _, needs_a, needs_b, _, needs_bias, needs_gain = ctx.needs_input_grad[:8]
     dx = da = db = dbias = dgain = None
@@ -261,22 +276,22 @@ def _backward(ctx, dy, _):
     if needs_bias:
         dbias = flat.sum(0)
     if needs_gain:
-        z, _ = forward(x, weight, ctx.form, a, b, ctx.scale, None, None, *ctx.drop)
+        z, _ = forward(x, weight, ctx.form, a, b, ctx.scale, None, None, *ctx.drop, ctx.exact)
         dgain = (flat.float() * z.reshape(flat.shape).float()).sum(0)
     if needs_x or needs_a or needs_b:
         dz = dy if gain is None else (dy.float() * gain).to(dy.dtype)
         dx, da, db = backward(dz, x, s, weight, ctx.form, a, b, ctx.scale, *ctx.drop, needs_x)
     return (
         dx if needs_x else None, None, None, da if needs_a else None, db if needs_b else None, None, dbias, dgain,
-        None, None, None,
+        None, None, None, None,
     )  # fmt: skip
 
 
 forward = Op(
     "lora_linear(Tensor x, Tensor weight, int[] form, Tensor a, Tensor b, float scale, Tensor? bias, Tensor? gain,"
-    " float p, int seed, int call) -> (Tensor, Tensor)",
+    " float p, int seed, int call, bool exact) -> (Tensor, Tensor)",
     reference=reference,
-    fake=lambda x, weight, form, a, b, scale, bias, gain, p, seed, call: _outputs(x, weight, form, a),
+    fake=lambda x, weight, form, a, b, scale, bias, gain, p, seed, call, exact: _outputs(x, weight, form, a),
     cpu=cpu,
     triton=gpu,
     triton_name="cuBLAS, Triton",
@@ -356,22 +371,41 @@ def check_vector(op: str, name: str, vector: Tensor | None, x: Tensor, rows: int
         check(vector.is_contiguous(), lambda: f"{op}: {name} must be contiguous; call .contiguous()")
 
 
+@dataclass(frozen=True)
+class LoraSpec:
+    """How an adapter is added. scale: alpha / rank; dropout: of its input alone; exact: hold the contract on a GPU too, as on a
+    CPU it always is."""
+
+    scale: float = 1.0
+    dropout: Dropout | None = None
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        check(
+            math.isfinite(self.scale),
+            lambda: f"LoraSpec: scale is {self.scale}, allowed: a finite number, alpha / rank",
+        )
+
+
+PLAIN = LoraSpec()
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor | Panels | QWeight,
     a: Tensor,
     b: Tensor,
-    scale: float = 1.0,
+    spec: LoraSpec = PLAIN,
     *,
     bias: Tensor | None = None,
     magnitude: Tensor | None = None,
-    dropout: Dropout | None = None,
 ) -> Tensor:
     """x W^T + scale * drop(x) A^T B^T + bias: x [..., K], a frozen W [N, K], a [R, K], b [N, R] -> [..., N].
 
     magnitude [N] makes it DoRA. Raises ValueError for shapes, devices, or a weight that requires a gradient, TypeError
     for dtypes. See the head of this file.
     """
+    check(isinstance(spec, LoraSpec), lambda: f"lora_linear: spec is {spec}; pass LoraSpec(scale={spec})", TypeError)
     check_base("lora_linear", x, weight, bias)
     rows, depth = weight.shape
     for name, matrix in (("a", a), ("b", b)):
@@ -384,6 +418,7 @@ def lora_linear(
         ),
     )
     check_vector("lora_linear", "magnitude", magnitude, x, rows)
+    scale, drop = float(spec.scale), spec.dropout
     gain = None if magnitude is None else magnitude.float() / row_norms(weight, a, b, scale)
-    drop = (0.0, 0, 0) if dropout is None or not dropout.p else dropout.arguments()
-    return forward(x, *split(weight), a, b, float(scale), bias, gain, *drop)[0]
+    dropping = (0.0, 0, 0) if drop is None or not drop.p else drop.arguments()
+    return forward(x, *split(weight), a, b, scale, bias, gain, *dropping, spec.exact)[0]

@@ -2,7 +2,8 @@
 
 x [..., K], adapter_id int64 [...], -1: none; W [N, K], a tensor, `Panels` or `QWeight`; bias [N]; y [..., N]. The adapters
 lie in an `AdapterPool`; their ranks may differ. Dtypes and rounding as in `lora_linear`, whose bits every row has, whatever
-stands beside it and in whatever order. Forward only: what serves. Asked for a gradient, the reference runs.
+stands beside it and in whatever order (on a GPU where the pool is exact). Forward only: what serves. Asked for a gradient, the
+reference runs.
 
 A weight may stack parts (q, k and v): each part of an adapter has an A, a B, a rank and a scale of its own, or is absent.
 Around it stand norm, residual and swiglu as in `linear` and `quant_linear`, with their bits: those of a row without an
@@ -23,6 +24,8 @@ from torch import Tensor
 from .. import _C
 from ._dot import accumulate
 from ._fused_linear import check_fusion
+from ._linear_exact import rank_block
+from ._lora_gpu import EXACT_K, EXACT_ROWS
 from ._op import DTYPES, Op, as_rows, check, pointer
 from ._triton import tl, triton
 from .linear import SWIGLU, WHOLE, Panels, fields, unit_stride
@@ -56,9 +59,11 @@ class AdapterPool:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         swiglu: bool = False,
+        exact: bool = False,
         take: Callable[[int], Tensor] | None = None,
     ) -> None:
-        """take: gives a and b their memory, so many zero bytes; None: torch does.
+        """exact: on a GPU too `multi_lora` holds the contract, as on a CPU it always does. take: gives a and b their memory, so
+        many zero bytes; None: torch does.
 
         Raises ValueError for a size below one, parts that swiglu cannot have, or a dtype that the device does not read."""
         self.sizes = (cols,) if isinstance(cols, int) else tuple(cols)
@@ -73,6 +78,7 @@ class AdapterPool:
             ),
         )
         self.cols, self.depth, self.slots, self.max_rank, self.swiglu = sum(self.sizes), depth, slots, max_rank, swiglu
+        self.exact = exact
         halves = 2 if swiglu else 1
         check(
             not swiglu or (self.cols % 2 == 0 and set(self.sizes) <= {self.cols, self.cols // 2}),
@@ -192,7 +198,13 @@ class AdapterPool:
         self, slots: int, max_rank: int, dora: bool, take: Callable[[int], Tensor] | None = None
     ) -> "AdapterPool":
         """A larger pool that holds the same adapters under the same ids."""
-        place = {"dtype": self.a.dtype, "device": self.a.device, "swiglu": self.swiglu, "take": take}
+        place = {
+            "dtype": self.a.dtype,
+            "device": self.a.device,
+            "swiglu": self.swiglu,
+            "exact": self.exact,
+            "take": take,
+        }
         pool = AdapterPool(self.sizes, self.depth, slots, max_rank, dora, **place)
         for slot in in_use(self.rank):
             pool.a[slot, :, : self.a.shape[2]] = self.a[slot]
@@ -240,7 +252,9 @@ def from_panels(panels: Tensor, cols: int, swiglu: bool) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
-def reference(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu) -> Tensor:
+def reference(
+    x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu, exact
+) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     v = x.to(wide)
     if norm is not None:
@@ -270,91 +284,106 @@ def reference(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, 
 
 # ------------------------------------------------------------------------------------------------------------- Triton
 
-LARGEST_RANK = 256  # of the Triton kernel: s of 16 rows is held in registers
+LARGEST_RANK = 256  # of the Triton kernel: s of 16 rows is held in registers; exact takes it in pieces
 
 
 @triton.jit
 def kernel(
     y, x, a, b, rank, scale, gain, part, adapter, rows, cols, depth, max_rank, x_stride, half,
-    HAS_GAIN: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr, WHOLE: tl.constexpr, M: tl.constexpr,
-    K: tl.constexpr, PANELS: tl.constexpr, R: tl.constexpr,
+    HAS_GAIN: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr, WHOLE: tl.constexpr, EXACT: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PANELS: tl.constexpr, R: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     # Of M rows, those of one adapter: s = scale * x A^T once a part, then y = (y + s B^T) * gain for this program's panels.
     # Masks say yes or no to 16 neighbours at once, so that loads are as wide as they can be. WHOLE: so do those of y.
+    # EXACT: y is float32, and its sum goes on, R of r at a time.
     slot = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     mine = tl.load(adapter + row, mask=row < rows, other=-1) == slot
     if tl.max(mine.to(tl.int32), 0) == 0:
         return
     count = tl.cdiv(half, 16) * HALVES
-    r, lane = tl.arange(0, R), tl.arange(0, 16)
+    lane = tl.arange(0, 16)
     for p in range(PARTS):
         its_rank = tl.load(rank + slot * PARTS + p)
-        if its_rank + HAS_GAIN > 0:
-            its_a = a + ((slot * PARTS + p) * tl.cdiv(max_rank, 16) + r // 16) * depth * 16 + r % 16
-            used = r // 16 < tl.cdiv(its_rank, 16)
-            acc = tl.zeros((M, R), tl.float32)
-            for start in range(0, depth, K):
-                k = start + tl.arange(0, K)
-                v = tl.load(
-                    x + row[:, None] * x_stride + k[None, :], mask=mine[:, None] & (k < depth)[None, :], other=0.0
-                )
-                w = tl.load(its_a[None, :] + k[:, None] * 16, mask=(k < depth)[:, None] & used[None, :], other=0.0)
-                acc = accumulate(acc, v, w.to(v.dtype))
-            s = tl.where((r < its_rank)[None, :], acc * tl.load(scale + slot * PARTS + p), 0.0).to(y.dtype.element_ty)
-            for first in range(tl.program_id(2) * PANELS, count, tl.num_programs(2) * PANELS):
-                panel = first + tl.arange(0, PANELS)
-                its = tl.load(part + panel, mask=panel < count, other=-1) == p
-                if tl.max(its.to(tl.int32), 0) > 0:
-                    at = ((slot * count + panel)[None, :] * max_rank + r[:, None]) * 16
-                    inside = ((r < max_rank)[:, None] & its[None, :])[:, :, None] & (lane >= 0)[None, None, :]
-                    w = tl.load(b + at[:, :, None] + lane[None, None, :], mask=inside, other=0.0)
-                    low = tl.dot(s, tl.reshape(w.to(s.dtype), [R, PANELS * 16]), input_precision="ieee")
-                    within = (panel // HALVES * 16)[:, None] + lane[None, :]  # its half
-                    col, inside = within + (panel % HALVES * half)[:, None], its[:, None] & (lane >= 0)[None, :]
-                    if not WHOLE:
-                        inside = inside & (within < half)
-                    out, inside = y + row[:, None, None] * cols + col[None], mine[:, None, None] & inside[None]
-                    v = tl.load(out, mask=inside, other=0.0).to(tl.float32) + tl.reshape(low, [M, PANELS, 16])
-                    if HAS_GAIN:
-                        its_gain = gain + (slot * count + panel)[:, None] * 16 + lane[None, :]
-                        v = v * tl.load(its_gain, mask=its[:, None] & (lane >= 0)[None, :], other=0.0)[None]
-                    tl.store(out, v.to(y.dtype.element_ty), mask=inside)
+        for chunk in range(CHUNKS):
+            last = HAS_GAIN and chunk == CHUNKS - 1
+            r = chunk * R + tl.arange(0, R)
+            if (chunk * R < its_rank) | last:
+                its_a = a + ((slot * PARTS + p) * tl.cdiv(max_rank, 16) + r // 16) * depth * 16 + r % 16
+                used = r // 16 < tl.cdiv(its_rank, 16)
+                acc = tl.zeros((M, R), tl.float32)
+                for start in range(0, depth, K):
+                    k = start + tl.arange(0, K)
+                    v = tl.load(
+                        x + row[:, None] * x_stride + k[None, :], mask=mine[:, None] & (k < depth)[None, :], other=0.0
+                    )
+                    w = tl.load(its_a[None, :] + k[:, None] * 16, mask=(k < depth)[:, None] & used[None, :], other=0.0)
+                    acc = accumulate(acc, v, w.to(v.dtype))
+                acc *= tl.load(scale + slot * PARTS + p)
+                s = tl.where((r < its_rank)[None, :], acc, 0.0).to(x.dtype.element_ty)
+                for first in range(tl.program_id(2) * PANELS, count, tl.num_programs(2) * PANELS):
+                    panel = first + tl.arange(0, PANELS)
+                    its = tl.load(part + panel, mask=panel < count, other=-1) == p
+                    if tl.max(its.to(tl.int32), 0) > 0:
+                        at = ((slot * count + panel)[None, :] * max_rank + r[:, None]) * 16
+                        inside = ((r < max_rank)[:, None] & its[None, :])[:, :, None] & (lane >= 0)[None, None, :]
+                        w = tl.load(b + at[:, :, None] + lane[None, None, :], mask=inside, other=0.0)
+                        w = tl.reshape(w.to(s.dtype), [R, PANELS * 16])
+                        within = (panel // HALVES * 16)[:, None] + lane[None, :]  # its half
+                        col, inside = within + (panel % HALVES * half)[:, None], its[:, None] & (lane >= 0)[None, :]
+                        if not WHOLE:
+                            inside = inside & (within < half)
+                        out, inside = y + row[:, None, None] * cols + col[None], mine[:, None, None] & inside[None]
+                        v = tl.load(out, mask=inside, other=0.0).to(tl.float32)
+                        if EXACT:
+                            v = tl.dot(s, w, tl.reshape(v, [M, PANELS * 16]), input_precision="ieee")
+                            v = tl.reshape(v, [M, PANELS, 16])
+                        else:
+                            v += tl.reshape(tl.dot(s, w, input_precision="ieee"), [M, PANELS, 16])
+                        if last:
+                            its_gain = gain + (slot * count + panel)[:, None] * 16 + lane[None, :]
+                            v = v * tl.load(its_gain, mask=its[:, None] & (lane >= 0)[None, :], other=0.0)[None]
+                        tl.store(out, v.to(y.dtype.element_ty), mask=inside)
 
 
-ROWS, COLS = 16, 1024  # of a program
+TILE, COLS = 16, 1024  # rows and columns of a program
 MOST_K, A_BYTES, MOST_PANELS, B_ROWS = 256, 1 << 13, 16, 256  # of A and B that it reads at once
 
 
-def gpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu) -> Tensor:
-    max_rank, (slots, parts) = b.shape[2], rank.shape
-    if max_rank > LARGEST_RANK:
-        return reference(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu)
+def gpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu, exact) -> Tensor:
+    max_rank, (slots, parts), halves = b.shape[2], rank.shape, 1 + swiglu
+    if max_rank > LARGEST_RANK and not exact:
+        around = bias, norm, eps, residual, swiglu, exact
+        return reference(x, weight, form, a, b, rank, scale, gain, part, adapter_id, *around)
     rows = as_rows(x if norm is None else rms_norm(x, norm, eps))
-    y, halves = gpu_base(rows, weight, form, swiglu), 1 + swiglu
+    y = gpu_base(rows, weight, form, swiglu, wide=exact)
     if y.numel():
-        block, blocks = max(16, triton.next_power_of_2(max_rank)), triton.cdiv(rows.shape[0], ROWS)
+        block, tile = max(16, triton.next_power_of_2(max_rank)), TILE
+        k, panels = max(16, min(MOST_K, A_BYTES // (block * a.itemsize))), max(4, min(MOST_PANELS, B_ROWS // block))
+        if exact:
+            block, tile, k, panels = rank_block(max_rank), EXACT_ROWS[rows.itemsize], EXACT_K[rows.itemsize], 4
+        blocks = triton.cdiv(rows.shape[0], tile)
         # Each share of the columns makes s anew: few of them where rows fill the device.
         shares = min(triton.cdiv(y.shape[1], COLS), max(4, 64 // blocks))
         kernel[(blocks, slots, shares)](
             y, rows, a, b, rank, scale, y if gain is None else gain, part, adapter_id.contiguous(),
             rows.shape[0], y.shape[1], rows.shape[1], max_rank, rows.stride(0), y.shape[1] // halves,
-            HAS_GAIN=gain is not None, PARTS=parts, HALVES=halves, WHOLE=y.shape[1] // halves % 16 == 0, M=ROWS,
-            K=max(16, min(MOST_K, A_BYTES // (block * a.element_size()))),
-            PANELS=max(4, min(MOST_PANELS, B_ROWS // block)), R=block, num_warps=4,
+            HAS_GAIN=gain is not None, PARTS=parts, HALVES=halves, WHOLE=y.shape[1] // halves % 16 == 0, EXACT=exact, M=tile, K=k,
+            PANELS=panels, R=block, CHUNKS=triton.cdiv(max_rank, block), num_warps=4,
         )  # fmt: skip
     if bias is not None:
         y += bias
     if swiglu:
+        y = y.to(x.dtype) if residual is None else y.to(x.dtype).float()
         y = swiglu_op(*y.chunk(2, -1))
     y = y.view(*x.shape[:-1], y.shape[1])
-    return y if residual is None else y + residual
+    return (y if residual is None else y + residual).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 
-def cpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu) -> Tensor:
+def cpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu, exact) -> Tensor:
     y = torch.empty((*x.shape[:-1], height(weight, form) // (1 + swiglu)), dtype=x.dtype)
     if y.numel():
         ids, rows, weight = adapter_id.contiguous(), as_rows(x), weight if form else unit_stride(weight)
@@ -378,9 +407,10 @@ def cpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, 
 
 forward = Op(
     "multi_lora(Tensor x, Tensor weight, int[] form, Tensor a, Tensor b, Tensor rank, Tensor scale, Tensor? gain,"
-    " Tensor part, Tensor adapter_id, Tensor? bias, Tensor? norm, float eps, Tensor? residual, bool swiglu) -> Tensor",
+    " Tensor part, Tensor adapter_id, Tensor? bias, Tensor? norm, float eps, Tensor? residual, bool swiglu, bool exact)"
+    " -> Tensor",
     reference=reference,
-    fake=lambda x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu: (
+    fake=lambda x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu, exact: (
         torch.empty((*x.shape[:-1], height(weight, form) // (1 + swiglu)), dtype=x.dtype, device=x.device)
     ),
     cpu=cpu,
@@ -430,5 +460,5 @@ def multi_lora(
     )
     return forward(
         x, *split(weight), pool.a, pool.b, pool.rank, pool.scale, pool.gain, pool.part, adapter_id, bias, norm, eps,
-        residual, pool.swiglu,
+        residual, pool.swiglu, pool.exact,
     )  # fmt: skip

@@ -16,7 +16,9 @@ Dtypes: float32, bfloat16, float16, one for x and weight.
 Arithmetic, on a CPU: the logits of `ops.linear` and the fixed-point softmax of `ops.sample`, so that the bits are those
 that the sampler reports: at temperature 1 without kept its logprob and entropy (and `ops.target_logprobs`), with its
 temperature and kept its truncated_logprob. Penalties change the sampler's logits and are not known here.
-On a GPU: logits and sums in fp32, the gradient of a block's logits rounded to the inputs' dtype for its products.
+On a GPU: logits and sums in fp32, the gradient of a block's logits rounded to the inputs' dtype for its products. exact=True
+holds the contract there: the logits of `exact_logits` and the fixed-point sums of `ops.sample`, so that the
+bits are again those that the sampler reports, of a `Decoder` that is exact.
 Errors: IndexError for a target outside [0, V) or a kept below 1; LogitsError for rows with a NaN or nothing above -inf; on
 a GPU, where asking would stall the stream, NaN for both, and for rows that hold +inf.
 """
@@ -28,6 +30,18 @@ from torch import Tensor
 
 from .. import _C
 from ._head import check_head, outputs, over_blocks
+from ._logits import (
+    OPTIONS,
+    any_nan,
+    exponent,
+    exponential,
+    finite_top,
+    fixed,
+    log_probability,
+    log_weight,
+    maxima,
+    total,
+)
 from ._op import Op, check, check_dtype, pointer
 from ._triton import tl, triton
 from .cross_entropy import check_target
@@ -38,7 +52,7 @@ _INDEX_OUT_OF_RANGE = 1  # csrc/common.h: Status
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
-def reference(x, weight, target, kept, temperature) -> tuple[Tensor, Tensor]:
+def reference(x, weight, target, kept, temperature, exact=False) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     y = (x.to(wide) @ weight.to(wide).t()) / temperature
     if kept is not None:
@@ -49,7 +63,7 @@ def reference(x, weight, target, kept, temperature) -> tuple[Tensor, Tensor]:
     return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * finite).sum(1)
 
 
-def reference_backward(dlogprob, dentropy, x, weight, target, kept, temperature, needs) -> tuple[Tensor, Tensor]:
+def reference_backward(dlogprob, dentropy, x, weight, target, kept, temperature, exact, needs) -> tuple[Tensor, Tensor]:
     inputs = [t.detach().requires_grad_() for t in (x, weight)]
     with torch.enable_grad():
         found = reference(*inputs, target, kept, temperature)
@@ -157,6 +171,54 @@ def forward_kernel(
 
 
 @triton.jit
+def exact_kernel(
+    logprob, entropy, stats, logits, target, cut, vocab, stride, temperature, scale,
+    KEPT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # The same as forward_kernel in the arithmetic of `sample`, in two reads: weights are integers once the maximum is known.
+    row = tl.program_id(0).to(tl.int64)
+    x, t = logits + row * stride, tl.load(target + row)
+    lanes = maxima(x, tl.zeros_like(vocab), vocab, BLOCK)
+    most = tl.max(lanes, 0)
+    if any_nan(lanes) | (most < -3.4028234663852886e38) | (t < 0) | (t >= vocab):
+        tl.store(logprob + row, float("nan"))
+        tl.store(entropy + row, float("nan"))
+        tl.store(stats + 2 * row, float("nan"))
+        tl.store(stats + 2 * row + 1, float("nan"))
+    else:
+        value, ties, seen, hit = 0, 0, 0, 0
+        if KEPT:
+            value, ties = tl.load(cut + 2 * row), tl.load(cut + 2 * row + 1)
+        top, none = finite_top(most), tl.zeros([BLOCK], tl.int32)
+        sum, moment = tl.zeros_like(row), tl.zeros_like(row)
+        for first in range(0, vocab, 1 << 21):  # lanes of 32 bits hold the sum of as many
+            last = tl.minimum(first + (1 << 21), vocab)
+            high, low, moment_high, moment_low = none, none, none, none
+            for begin in range(first, last, BLOCK):
+                col = begin + tl.arange(0, BLOCK)
+                y, keep, seen = kept_logits(x, col, last, value, ties, seen, KEPT)
+                hit += tl.sum(((col == t) & keep).to(tl.int32), 0)
+                z = exponent(y, top, scale)
+                e = exponential(z)
+                a, b = fixed(e)
+                high += a
+                low += b
+                a, b = fixed(e * (0.0 - z))
+                moment_high += a
+                moment_low += b
+            sum += total(high, low)
+            moment += total(moment_high, moment_low)
+        some = tl.maximum(sum, 1)  # 0: kept is below 1
+        log_sum = tl.where(sum > 0, log_weight(some), float("nan"))
+        heat = tl.full((), 1.0, tl.float32) * temperature
+        found = tl.where(hit > 0, log_probability(tl.load(x + t), most, some, heat), -float("inf"))
+        tl.store(logprob + row, tl.where(sum > 0, found, float("nan")))
+        tl.store(entropy + row, (log_sum + moment.to(tl.float64) / some.to(tl.float64)).to(tl.float32))
+        tl.store(stats + 2 * row, top)
+        tl.store(stats + 2 * row + 1, log_sum.to(tl.float32))
+
+
+@triton.jit
 def backward_kernel(
     logits, dlogprob, dentropy, entropy, stats, target, cut, vocab, stride, inverse,
     KEPT: tl.constexpr, BLOCK: tl.constexpr,
@@ -180,6 +242,7 @@ def backward_kernel(
 
 
 BLOCK = 4096  # logits that a program holds: 16 a thread of 8 warps
+LARGEST = torch.finfo(torch.float32).max
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
@@ -195,7 +258,7 @@ def _raise_for(status: int, logprob: Tensor, target: Tensor, kept: Tensor | None
             raise IndexError(f"token_logprobs: kept is {int(kept[row])} in row {row}; every draw keeps a token or more")
 
 
-def _rows_cpu(x, weight, target, kept, temperature, upstream=(None, None), needs=(False, False)):
+def _rows_cpu(x, weight, target, kept, temperature, exact, upstream=(None, None), needs=(False, False)):
     logprob, entropy = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     target, kept = target.contiguous(), None if kept is None else kept.contiguous()
     dlogprob, dentropy = (None if u is None else u.float().contiguous() for u in upstream)
@@ -215,73 +278,68 @@ def _rows_cpu(x, weight, target, kept, temperature, upstream=(None, None), needs
     return (logprob, entropy), over_blocks(x, weight, None, [*needs, False], step, cpu=True)[:2]
 
 
-def _rows_gpu(x, weight, target, kept, temperature, upstream=(None, None), needs=(False, False)):
+def _rows_gpu(x, weight, target, kept, temperature, exact, upstream=(None, None), needs=(False, False)):
     logprob, entropy = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     target, inverse, vocab = target.contiguous(), 1 / temperature, weight.shape[0]
     kept = None if kept is None else kept.contiguous()
     dlogprob, dentropy = (None if u is None else u.contiguous() for u in upstream)
-    options = {"KEPT": kept is not None, "BLOCK": BLOCK, "num_warps": 8}
+    options = {"KEPT": kept is not None, "BLOCK": BLOCK}
 
     def step(block: slice, logits: Tensor) -> None:
-        rows = (logits.shape[0],)
+        rows, stride, cut = (logits.shape[0],), logits.stride(0), None
         stats = torch.empty((*rows, 2), dtype=torch.float32, device=x.device)
-        cut = None
         if kept is not None:
             cut = torch.empty((*rows, 2), dtype=torch.int32, device=x.device)
-            cut_kernel[rows](cut, logits, kept[block], vocab, logits.stride(0), BLOCK=BLOCK, num_warps=8)
-        forward_kernel[rows](
-            logprob[block],
-            entropy[block],
-            stats,
-            logits,
-            target[block],
-            cut,
-            vocab,
-            logits.stride(0),
-            inverse,
-            **options,
-        )
+            cut_kernel[rows](cut, logits, kept[block], vocab, stride, BLOCK=BLOCK, num_warps=8)
+        outputs = logprob[block], entropy[block], stats
+        if exact:
+            numbers = temperature, min(float(1 / torch.tensor(temperature, dtype=torch.float32)), LARGEST)
+            exact_kernel[rows](*outputs, logits, target[block], cut, vocab, stride, *numbers, **options, **OPTIONS)
+        else:
+            forward_kernel[rows](*outputs, logits, target[block], cut, vocab, stride, inverse, **options, num_warps=8)
         if dlogprob is not None:
             backward_kernel[rows](
                 logits, dlogprob[block], dentropy[block], entropy[block], stats, target[block], cut,
-                vocab, logits.stride(0), inverse, **options,
+                vocab, stride, inverse, **options, num_warps=8,
             )  # fmt: skip
 
-    return (logprob, entropy), over_blocks(x, weight, None, [*needs, False], step, cpu=False, wide=True)[:2]
+    gradients = over_blocks(x, weight, None, [*needs, False], step, cpu=False, wide=True, exact=exact)
+    return (logprob, entropy), gradients[:2]
 
 
-def cpu(x, weight, target, kept, temperature) -> tuple[Tensor, Tensor]:
-    return _rows_cpu(x, weight, target, kept, temperature)[0]
+def cpu(*inputs) -> tuple[Tensor, Tensor]:
+    return _rows_cpu(*inputs)[0]
 
 
-def gpu(x, weight, target, kept, temperature) -> tuple[Tensor, Tensor]:
-    return _rows_gpu(x, weight, target, kept, temperature)[0]
+def gpu(*inputs) -> tuple[Tensor, Tensor]:
+    return _rows_gpu(*inputs)[0]
 
 
-def cpu_backward(dlogprob, dentropy, x, weight, target, kept, temperature, needs) -> tuple[Tensor, Tensor]:
-    return _rows_cpu(x, weight, target, kept, temperature, (dlogprob, dentropy), needs)[1]
+def cpu_backward(dlogprob, dentropy, *inputs) -> tuple[Tensor, Tensor]:
+    return _rows_cpu(*inputs[:-1], (dlogprob, dentropy), inputs[-1])[1]
 
 
-def gpu_backward(dlogprob, dentropy, x, weight, target, kept, temperature, needs) -> tuple[Tensor, Tensor]:
-    return _rows_gpu(x, weight, target, kept, temperature, (dlogprob, dentropy), needs)[1]
+def gpu_backward(dlogprob, dentropy, *inputs) -> tuple[Tensor, Tensor]:
+    return _rows_gpu(*inputs[:-1], (dlogprob, dentropy), inputs[-1])[1]
 
 
 # -------------------------------------------------------------------------------------------------------- registration
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, target, kept, ctx.temperature = inputs
+    x, weight, target, kept, *ctx.spec = inputs
     ctx.save_for_backward(x, weight, target, kept)
 
 
 def _backward(ctx, dlogprob, dentropy):
     needs = list(ctx.needs_input_grad[:2])
-    found = backward(dlogprob, dentropy, *ctx.saved_tensors, ctx.temperature, needs)
-    return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None
+    found = backward(dlogprob, dentropy, *ctx.saved_tensors, *ctx.spec, needs)
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None, None
 
 
 forward = Op(
-    "token_logprobs(Tensor x, Tensor weight, Tensor target, Tensor? kept, float temperature) -> (Tensor, Tensor)",
+    "token_logprobs(Tensor x, Tensor weight, Tensor target, Tensor? kept, float temperature, bool exact)"
+    " -> (Tensor, Tensor)",
     reference=reference,
     fake=lambda x, *rest: tuple(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2)),
     cpu=cpu,
@@ -293,9 +351,9 @@ forward = Op(
 )
 backward = Op(
     "token_logprobs_backward(Tensor dlogprob, Tensor dentropy, Tensor x, Tensor weight, Tensor target, Tensor? kept, "
-    "float temperature, bool[2] needs) -> (Tensor, Tensor)",
+    "float temperature, bool exact, bool[2] needs) -> (Tensor, Tensor)",
     reference=reference_backward,
-    fake=lambda dlogprob, dentropy, x, weight, target, kept, temperature, needs: outputs(
+    fake=lambda dlogprob, dentropy, x, weight, target, kept, temperature, exact, needs: outputs(
         x, weight, None, [*needs, False]
     )[:2],
     cpu=cpu_backward,
@@ -304,10 +362,16 @@ backward = Op(
 
 
 def token_logprobs(
-    x: Tensor, weight: Tensor, target: Tensor, kept: Tensor | None = None, temperature: float = 1.0
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    kept: Tensor | None = None,
+    temperature: float = 1.0,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(logprob [T], entropy [T]) of target [T] under softmax(x weight^T / temperature) on the first kept [T] tokens.
 
+    exact: hold the contract on a GPU too; on a CPU it always is.
     Raises IndexError for a target or a kept out of range, LogitsError for rows without a distribution, ValueError for
     shapes, devices and the temperature, TypeError for dtypes. See the head of this file.
     """
@@ -328,4 +392,4 @@ def token_logprobs(
             f"token_logprobs: temperature is {temperature}, allowed: a positive number; a greedy choice has no gradient"
         ),
     )
-    return forward(x, weight, target, kept, float(temperature))
+    return forward(x, weight, target, kept, float(temperature), exact)

@@ -32,7 +32,10 @@ class Predictions:
 
     def loss(self) -> Tensor:
         """sum_t weight_t * -log p(target_t)"""
-        return ops.linear_cross_entropy(self.hidden, self.head.weight, self.target, self.head.bias, self.weight, SUM)
+        head = self.head
+        return ops.linear_cross_entropy(
+            self.hidden, head.weight, self.target, head.bias, self.weight, SUM, exact=head.exact
+        )
 
 
 def next_tokens(model: Decoder, batch: Batch) -> Predictions:

@@ -1,11 +1,13 @@
 """Decoding on an NVIDIA GPU: captured steps, many requests, and the CPU's answers."""
 
+from dataclasses import replace
+
 import _lora
 import _tiny
 import pytest
 import torch
 from _engine import KINDS, PROMPT, Made
-from _exact import check_exact_model
+from _exact import check_exact_adapters, check_exact_model
 
 from fastllm import LLM, SamplingParams
 from fastllm.decode.engine import Engine
@@ -128,19 +130,25 @@ def test_an_exact_model_has_the_same_bits_however_a_text_is_cut(dtype):
     check_exact_model(dtype, "cuda", layers=2, tokens=300)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_exact_model_has_the_same_bits_beside_any_adapters(dtype):
+    check_exact_adapters(dtype, "cuda", layers=2, tokens=300)
+
+
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_an_exact_llm(path, quantize):
     """What a request is given does not depend on others, and is what a forward of the whole text says."""
     llm = LLM(path, device="cuda", quantize=quantize, max_model_len=256, exact=True)
+    llm.engine.load_adapter("one", _lora.draw(llm.model, seed=3))
     drawn = SamplingParams(temperature=0.8, top_k=20, seed=3, max_new_tokens=20)
+    drawn = [replace(drawn, adapter=name) for name in (None, "one", None, "one")]
     prompts = [PROMPT[:40], PROMPT[5:12], PROMPT[60:200], PROMPT[3:4]]
-    together, alone = llm.generate(prompts, drawn), [llm.generate([p], drawn)[0] for p in prompts]
-    for one, other in zip(together, alone, strict=True):
+    together = llm.generate(prompts, drawn)
+    alone = [llm.generate([p], d)[0] for p, d in zip(prompts, drawn, strict=True)]
+    for one, other, params in zip(together, alone, drawn, strict=True):
         assert one.token_ids == other.token_ids and one.logprobs == other.logprobs
-        scored = llm.logprobs([[*one.prompt_token_ids, *one.token_ids]], starts=len(one.prompt_token_ids))[0]
-        assert list(scored) == one.logprobs
-    with pytest.raises(ValueError, match="adapter 'one': exact=True, which multi_lora does not hold on a GPU"):
-        llm.engine.load_adapter("one", _lora.draw(llm.model, seed=3))
+        text, start = [*one.prompt_token_ids, *one.token_ids], len(one.prompt_token_ids)
+        assert list(llm.logprobs([text], starts=start, adapter=params.adapter)[0]) == one.logprobs
 
 
 def test_adapters(path):

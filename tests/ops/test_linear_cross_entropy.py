@@ -43,7 +43,7 @@ def test_compile_fullgraph(label):
 @pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, True, False]])
 def test_opcheck(needs):
     x, weight, target, bias = (t if t is None else t.detach() for t in draw(5, 6, 20, bias=True))
-    given = (x, weight, bias, target, -100, 0.1, 5.0, 0.01)
+    given = (x, weight, bias, target, -100, 0.1, 5.0, 0.01, False)
     torch.library.opcheck(OPS["linear_cross_entropy"].raw, given)
     torch.library.opcheck(OPS["linear_cross_entropy_gradients"].raw, (torch.rand(5), *given, needs))
 

@@ -1,5 +1,7 @@
 """lora_linear: the bits of its chain, its mask, and that it is the merged weight's linear."""
 
+import math
+
 import _contract
 import _oracle
 import pytest
@@ -9,7 +11,7 @@ from fastllm import _C, ops
 from fastllm.bench.case import Make
 from fastllm.bench.cases.lora_linear import QUANTISED, SUITE, case
 from fastllm.bench.cases.quant_linear import FORMATS, random_weight
-from fastllm.ops import Dropout, Panels, QWeight
+from fastllm.ops import Dropout, LoraSpec, Panels, QWeight
 from fastllm.ops._dropout import keep
 from fastllm.ops._op import OPS
 from fastllm.ops.lora_linear import row_norms, split
@@ -43,7 +45,7 @@ def test_opcheck():
     bias, gain, s, dz = torch.randn(20), torch.rand(20), torch.randn(5, 3), torch.randn(5, 20)
     weight = torch.randn(20, 64)
     for held in (weight, Panels.pack(weight), QWeight.quantize(weight, 4)):
-        torch.library.opcheck(OPS["lora_linear"].raw, (x, *split(held), a, b, 0.5, bias, gain, 0.5, 7, 1))
+        torch.library.opcheck(OPS["lora_linear"].raw, (x, *split(held), a, b, 0.5, bias, gain, 0.5, 7, 1, False))
         torch.library.opcheck(OPS["lora_linear_backward"].raw, (dz, x, s, *split(held), a, b, 0.5, 0.5, 7, 1, True))
         torch.library.opcheck(OPS["lora_row_norms"].raw, (*split(held), a, b, 0.5))
     torch.library.opcheck(OPS["lora_linear_backward"].raw, (dz, x, s, weight, [], a, b, 0.5, 0.0, 0, 0, False))
@@ -79,10 +81,12 @@ def test_bits_of_the_contract(rows, rank, form):
     bias, magnitude, scale = torch.randn(35), torch.rand(35) + 0.5, torch.tensor(0.3)
     s = scale * _contract.linear(x, a, None)
     low = chain(base(x, weight), s, b)
-    assert torch.equal(ops.lora_linear(x, weight, a, b, 0.3), low)
-    assert torch.equal(ops.lora_linear(x, weight, a, b, 0.3, bias=bias), low + bias)
+    assert torch.equal(ops.lora_linear(x, weight, a, b, LoraSpec(0.3)), low)
+    assert torch.equal(ops.lora_linear(x, weight, a, b, LoraSpec(0.3), bias=bias), low + bias)
     gain = magnitude / row_norms(weight, a, b, 0.3)
-    assert torch.equal(ops.lora_linear(x, weight, a, b, 0.3, bias=bias, magnitude=magnitude), low * gain + bias)
+    assert torch.equal(
+        ops.lora_linear(x, weight, a, b, LoraSpec(0.3), bias=bias, magnitude=magnitude), low * gain + bias
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 60])
@@ -95,21 +99,23 @@ def test_bits_with_dropout_are_those_of_the_dropped_x(rows, p):
     dropped = torch.where(kept, x * torch.tensor(1 / (1 - p)), 0.0)
     assert torch.equal(dropped, ops.dropout(x, spec))
     s = _contract.linear(dropped, a, None)
-    assert torch.equal(ops.lora_linear(x, weight, a, b, dropout=spec), chain(base(x, weight), s, b))
+    assert torch.equal(ops.lora_linear(x, weight, a, b, LoraSpec(dropout=spec)), chain(base(x, weight), s, b))
     # a gradient of zero exactly where a place was dropped: b and weight let nothing else through
     leaf, low = x.clone().requires_grad_(), torch.ones(3, 200)
-    ops.lora_linear(leaf, torch.zeros(35, 200), low, torch.ones(35, 3), dropout=spec).sum().backward()
+    ops.lora_linear(leaf, torch.zeros(35, 200), low, torch.ones(35, 3), LoraSpec(dropout=spec)).sum().backward()
     assert torch.equal(leaf.grad != 0, kept)
 
 
 def test_dropout_of_zero_and_calls():
     x, weight, a, b = draw(6, 100, 35, 3)
     plain = ops.lora_linear(x, weight, a, b)
-    assert torch.equal(ops.lora_linear(x, weight, a, b, dropout=Dropout(0.0, seed=3)), plain)
-    first, again, other = (ops.lora_linear(x, weight, a, b, dropout=Dropout(0.5, 3, call)) for call in (1, 1, 2))
+    assert torch.equal(ops.lora_linear(x, weight, a, b, LoraSpec(dropout=Dropout(0.0, seed=3))), plain)
+    first, again, other = (
+        ops.lora_linear(x, weight, a, b, LoraSpec(dropout=Dropout(0.5, 3, call))) for call in (1, 1, 2)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(
-        ops.lora_linear(x.view(2, 3, 100), weight, a, b, dropout=Dropout(0.5, 3, 1)), first.view(2, 3, 35)
+        ops.lora_linear(x.view(2, 3, 100), weight, a, b, LoraSpec(dropout=Dropout(0.5, 3, 1))), first.view(2, 3, 35)
     )
 
 
@@ -124,7 +130,7 @@ def test_any_number_of_threads_forward_and_backward(rows, p, form):
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            y = ops.lora_linear(x, weight, a, b, 0.7, dropout=drop)
+            y = ops.lora_linear(x, weight, a, b, LoraSpec(0.7, drop))
             all_of_it = (y, *torch.autograd.grad(y.sin().sum(), (x, a, b)))
             wanted = all_of_it if wanted is None else wanted
             for ours, one in zip(all_of_it, wanted, strict=True):
@@ -142,7 +148,7 @@ def test_zero_b_is_the_frozen_linear(form, dtype):
     x, weight, a, b = draw(13, 96, 35, 4, form)
     weight = weight.to(dtype) if torch.is_tensor(weight) else weight
     x, a, b = (t.to(dtype).requires_grad_() for t in (x, a, torch.zeros_like(b)))
-    y = ops.lora_linear(x, weight, a, b, 2.0)
+    y = ops.lora_linear(x, weight, a, b, LoraSpec(2.0))
     assert torch.equal(y, base(x, weight))
     if not torch.is_tensor(weight):
         (ours,), (plain,) = (torch.autograd.grad(t.sin().sum(), x) for t in (y, base(x, weight)))
@@ -152,10 +158,12 @@ def test_zero_b_is_the_frozen_linear(form, dtype):
 def test_equals_the_merged_weight():
     x, weight, a, b = draw(40, 300, 64, 16)
     merged = weight + 0.5 * b @ a
-    torch.testing.assert_close(ops.lora_linear(x, weight, a, b, 0.5), ops.linear(x, merged), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ops.lora_linear(x, weight, a, b, LoraSpec(0.5)), ops.linear(x, merged), rtol=1e-5, atol=1e-5
+    )
     magnitude = torch.rand(64) + 0.5
     merged = magnitude[:, None] * merged / merged.norm(dim=1, keepdim=True)
-    ours = ops.lora_linear(x, weight, a, b, 0.5, magnitude=magnitude)
+    ours = ops.lora_linear(x, weight, a, b, LoraSpec(0.5), magnitude=magnitude)
     torch.testing.assert_close(ours, ops.linear(x, merged), rtol=1e-5, atol=1e-5)
 
 
@@ -200,7 +208,7 @@ def test_saves_x_and_s_alone():
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: (sizes.append(tuple(t.shape)) if t.data_ptr() not in given else None) or t, lambda t: t
     ):
-        ops.lora_linear(x, weight, a, b, bias=torch.randn(64), dropout=Dropout(0.1, 3))
+        ops.lora_linear(x, weight, a, b, LoraSpec(dropout=Dropout(0.1, 3)), bias=torch.randn(64))
     assert sizes == [(7, 16)]
 
 
@@ -229,11 +237,11 @@ def test_replayed_with_new_inputs():
     x, weight, a, b = draw(3, 65, 33, 4, "panels")
     plan = _C.Plan()
     plan.begin()
-    y = ops.lora_linear(x, weight, a, b, 0.5)
+    y = ops.lora_linear(x, weight, a, b, LoraSpec(0.5))
     plan.end()
     for t in (x, a, b):
         t.normal_()
-    assert plan.replay() == 0 and torch.equal(y, ops.lora_linear(x, weight, a, b, 0.5))
+    assert plan.replay() == 0 and torch.equal(y, ops.lora_linear(x, weight, a, b, LoraSpec(0.5)))
 
 
 X, W, A, B = torch.randn(2, 8), torch.randn(6, 8), torch.randn(3, 8), torch.randn(6, 3)
@@ -257,6 +265,8 @@ X, W, A, B = torch.randn(2, 8), torch.randn(6, 8), torch.randn(3, 8), torch.rand
             TypeError,
             "x beside a QWeight is float16, allowed: float32",
         ),
+        (lambda: ops.lora_linear(X, W, A, B, 0.5), TypeError, r"spec is 0.5; pass LoraSpec\(scale=0.5\)"),
+        (lambda: LoraSpec(math.nan), ValueError, "LoraSpec: scale is nan, allowed: a finite number"),
         (lambda: ops.lora_linear(X, W, A, B, bias=torch.randn(5)), ValueError, r"bias has shape \(5,\), want \(6,\)"),
         (lambda: ops.lora_linear(X, W, A, B, magnitude=torch.randn(5)), ValueError, "magnitude has shape"),
         (lambda: ops.lora_linear(X, W, A.to("meta"), B), ValueError, "a is on meta, x on cpu"),

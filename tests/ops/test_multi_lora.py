@@ -6,7 +6,7 @@ import torch
 from fastllm import _C, ops
 from fastllm.bench.case import Make
 from fastllm.bench.cases.quant_linear import FORMATS, random_weight
-from fastllm.ops import AdapterPool, Panels, QWeight
+from fastllm.ops import AdapterPool, LoraSpec, Panels, QWeight
 from fastllm.ops._op import OPS
 from fastllm.ops.lora_linear import row_norms, split
 
@@ -34,7 +34,7 @@ def draw_weight(cols: int, depth: int, form: str):
 def alone(x, weight, adapter, bias=None):
     """The raw op takes the gain as it is."""
     a, b, scale, gain = adapter
-    return OPS["lora_linear"](x, *split(weight), a, b, scale, bias, gain, 0.0, 0, 0)[0]
+    return OPS["lora_linear"](x, *split(weight), a, b, scale, bias, gain, 0.0, 0, 0, False)[0]
 
 
 @FORM
@@ -142,6 +142,7 @@ def test_the_reference_of_parts():
                 1e-5,
                 residual,
                 swiglu,
+                False,
             )
             wanted = OPS["multi_lora"].reference(x, *split(held), *given)
             y = ops.multi_lora(x, held, pool, ids, norm=norm, eps=1e-5, residual=residual)
@@ -162,7 +163,7 @@ def test_equals_the_public_op_and_dora():
     pool.remove(0)
     assert pool.add(a, b, scale, magnitude / row_norms(weight, a, b, scale)) == 0
     ours = ops.multi_lora(x, weight, pool, torch.zeros(9, dtype=torch.int64))
-    assert torch.equal(ours, ops.lora_linear(x, weight, a, b, scale, magnitude=magnitude))
+    assert torch.equal(ours, ops.lora_linear(x, weight, a, b, LoraSpec(scale), magnitude=magnitude))
 
 
 @pytest.mark.parametrize("rows", [3, 4, 5, 97])
@@ -219,7 +220,7 @@ def test_opcheck():
     weight, x, ids = torch.randn(33, 64), torch.randn(4, 64), torch.tensor([0, 1, -1, 0])
     for held in (weight, Panels.pack(weight), QWeight.quantize(weight, 8)):
         given = (pool.a, pool.b, pool.rank, pool.scale, pool.gain, pool.part, ids, torch.randn(33))
-        around = (torch.randn(64), 1e-5, torch.randn(4, 33), False)
+        around = (torch.randn(64), 1e-5, torch.randn(4, 33), False, True)
         torch.library.opcheck(OPS["multi_lora"].raw, (x, *split(held), *given, *around))
 
 

@@ -8,7 +8,7 @@ import torch
 from fastllm import ops
 from fastllm.bench.case import Make
 from fastllm.bench.cases.quant_linear import GROUPED, random_weight
-from fastllm.ops import AdapterPool, QWeight
+from fastllm.ops import AdapterPool, LoraSpec, QWeight
 from fastllm.ops.quant_linear import GROUPS
 
 FORM = pytest.mark.parametrize("form", GROUPED)
@@ -69,7 +69,7 @@ def test_adapters_over_it_have_the_bits_of_repeated_scales(form):
     ours, plain = (
         (y, *torch.autograd.grad(y.sin().sum(), leaves))
         for y in (
-            ops.lora_linear(*leaves[:1], w, *leaves[1:], 0.5, magnitude=torch.ones(35))
+            ops.lora_linear(*leaves[:1], w, *leaves[1:], LoraSpec(0.5), magnitude=torch.ones(35))
             for w in (weight, repeated(weight))
         )
     )

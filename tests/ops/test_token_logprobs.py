@@ -32,7 +32,7 @@ def test_compile_fullgraph():
 
 @pytest.mark.parametrize("kept", [None, torch.tensor([1, 3, 20], dtype=torch.int32)])
 def test_opcheck(kept):
-    given = (torch.randn(3, 8), torch.randn(20, 8), torch.tensor([0, 19, 7]), kept, 0.8)
+    given = (torch.randn(3, 8), torch.randn(20, 8), torch.tensor([0, 19, 7]), kept, 0.8, False)
     torch.library.opcheck(OPS["token_logprobs"].raw, given)
     for needs in ([True, True], [True, False]):
         torch.library.opcheck(OPS["token_logprobs_backward"].raw, (torch.randn(3), torch.randn(3), *given, needs))

@@ -140,7 +140,7 @@ def linears(x: Tensor, w: Tensor, ids: Tensor) -> None:
     assert_type(ops.linear(x, w, norm=w, residual=x), Tensor)
     assert_type(ops.linear(x, panels, exact=True), Tensor)
     assert_type(ops.quant_linear(x, quantised, swiglu=True), Tensor)
-    assert_type(ops.lora_linear(x, quantised, w, w, 2.0, dropout=ops.Dropout(0.1, 1)), Tensor)
+    assert_type(ops.lora_linear(x, quantised, w, w, ops.LoraSpec(2.0, ops.Dropout(0.1, 1))), Tensor)
     pool = ops.AdapterPool(8, 8, slots=2, max_rank=4)
     assert_type(pool.add(w, w, 1.0), int)
     assert_type(ops.multi_lora(x, panels, pool, ids), Tensor)

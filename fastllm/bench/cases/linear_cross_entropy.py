@@ -8,12 +8,12 @@ from ..case import Case, Suite
 from . import cross_entropy as on_logits
 
 
-def plain(x, weight, target, bias=None, token_weight=None, spec=None):
+def plain(x, weight, target, bias=None, token_weight=None, spec=None, exact=False):
     logits = torch.nn.functional.linear(x, weight, bias)
     return on_logits.plain(logits, target, token_weight, spec)
 
 
-def chunked(x, weight, target, spec=None, chunk: int = 512):
+def chunked(x, weight, target, spec=None, exact=False, chunk: int = 512):
     """What a careful user writes: chunks of rows under activation checkpointing. The mean of all targets, or each one's."""
     from torch.utils.checkpoint import checkpoint
 
@@ -27,7 +27,7 @@ def chunked(x, weight, target, spec=None, chunk: int = 512):
 
 def case(
     rows: int, depth: int, vocab: int, *, bias=False, frozen=False, ignored=False, weighted=False, strided=False,
-    **fields,
+    exact=False, **fields,
 ) -> Case:  # fmt: skip
     """x [rows, depth], weight [vocab, depth]; frozen: the weight gets no gradient, and goes in as a constant."""
 
@@ -43,9 +43,11 @@ def case(
         if weighted:
             weight = make.normal(rows, dtype=torch.float32).abs()
             drawn["token_weight"] = weight * (weight > 0.3)
+        drawn |= {"exact": True} if exact else {}
         return {**drawn, "spec": LossSpec(**fields)} if fields else drawn
 
     given = {"+bias": bias, "frozen": frozen, "ignored": ignored, "weighted": weighted, "strided": strided}
+    given["exact"] = exact
     words = [word for word, is_given in given.items() if is_given] + [f"{k} {v}" for k, v in fields.items()]
     product = 2 * rows * depth * vocab
     return Case(
@@ -87,6 +89,8 @@ SUITE = Suite(
         case(6, 20, 77, frozen=True),
         case(6, 20, 77, frozen=True, bias=True, reduction="none"),
         case(8, 24, 50, strided=True),
+        case(70, 24, 50, bias=True, exact=True),
+        case(9, 20, 77, exact=True, ignored=True, reduction="none", **EVERY),
         case(0, 8, 9, reduction="sum"),
         case(0, 8, 9, bias=True, reduction="none"),
     ),
@@ -96,6 +100,11 @@ SUITE = Suite(
         case(256, 576, 49152, frozen=True),
         case(256, 576, 49152, reduction="none"),
     ),
-    gpu=(case(8192, 2048, 32000), case(8192, 4096, 128256), case(8192, 4096, 128256, frozen=True)),
+    gpu=(
+        case(8192, 2048, 32000),
+        case(8192, 4096, 128256),
+        case(8192, 4096, 128256, frozen=True),
+        case(8192, 4096, 128256, exact=True),
+    ),
     peers={"chunked": with_frozen(chunked)},
 )

@@ -3,7 +3,7 @@
 import torch
 
 from ... import ops
-from ...ops import Dropout, Panels, QWeight
+from ...ops import Dropout, LoraSpec, Panels, QWeight
 from ...ops._dropout import keep
 from ..case import Case, Suite
 from .quant_linear import FORMATS, GROUPED, random_weight
@@ -12,11 +12,13 @@ from .quant_linear import plain as quant_linear
 functional = torch.nn.functional
 
 
-def run(x, a, b, weight=None, packed=None, frozen=None, **more):
-    return ops.lora_linear(x, weight if packed is None else packed, a, b, **more)
+def run(x, a, b, weight=None, packed=None, frozen=None, scale=1.0, dropout=None, exact=False, **more):
+    return ops.lora_linear(x, weight if packed is None else packed, a, b, LoraSpec(scale, dropout, exact), **more)
 
 
-def plain(x, a, b, weight=None, packed=None, frozen=None, scale=1.0, bias=None, magnitude=None, dropout=None):
+def plain(
+    x, a, b, weight=None, packed=None, frozen=None, scale=1.0, bias=None, magnitude=None, dropout=None, exact=False
+):  # fmt: skip
     """packed: the weight as Panels or QWeight; frozen: as a tensor."""
     weight = frozen if weight is None else weight
     base = quant_linear(packed, x) if isinstance(packed, QWeight) else functional.linear(x, weight)
@@ -34,13 +36,15 @@ def drop(x, spec):
     return torch.where(kept, x / (1 - spec.p), 0)
 
 
-def frozen(x, a, b, weight=None, packed=None, frozen=None, magnitude=None, **more):
+def frozen(x, a, b, weight=None, packed=None, frozen=None, magnitude=None, exact=False, **more):
     """What there was before the adapter, with gradients for those who ask: zeros."""
     adapter = (a, b) if magnitude is None else (a, b, magnitude)
-    return ops.linear(x, weight if packed is None else packed) + 0 * sum(t.sum() for t in adapter)
+    return ops.linear(x, weight if packed is None else packed, exact=exact) + 0 * sum(t.sum() for t in adapter)
 
 
-def torch_dropout(x, a, b, weight=None, packed=None, frozen=None, scale=1.0, bias=None, magnitude=None, dropout=None):
+def torch_dropout(
+    x, a, b, weight=None, packed=None, frozen=None, scale=1.0, bias=None, magnitude=None, dropout=None, exact=False
+):  # fmt: skip
     """As adapters are written in torch: its own dropout draws and stores the mask."""
     weight = frozen if weight is None else weight
     low = functional.dropout(x, dropout.p) if dropout else x
@@ -50,10 +54,12 @@ def torch_dropout(x, a, b, weight=None, packed=None, frozen=None, scale=1.0, bia
     return y if bias is None else y + bias
 
 
-def case(*shape: int, cols: int, rank: int, form: str = "rows", p: float = 0.0, bias=False, magnitude=False) -> Case:
+def case(
+    *shape: int, cols: int, rank: int, form: str = "rows", p: float = 0.0, bias=False, magnitude=False, exact=False
+) -> Case:  # fmt: skip
     """form: "rows" (a tensor), "panels", or a format of quant_linear."""
     rows, depth = torch.Size(shape[:-1]).numel(), shape[-1]
-    words = {form: form != "rows", f"p {p}": p, "+bias": bias, "+magnitude": magnitude}
+    words = {form: form != "rows", f"p {p}": p, "+bias": bias, "+magnitude": magnitude, "exact": exact}
 
     def inputs(make):
         drawn = {"x": make.normal(*shape), "scale": 1.5, "a": make.normal(rank, depth, scale=depth**-0.5)}
@@ -74,7 +80,7 @@ def case(*shape: int, cols: int, rank: int, form: str = "rows", p: float = 0.0, 
             drawn["bias"] = make.normal(cols)
         if magnitude:
             drawn["magnitude"] = make.normal(cols).abs() + 0.5
-        return drawn
+        return {**drawn, "exact": True} if exact else drawn
 
     low = rank * (depth + cols)
     return Case(
@@ -126,6 +132,9 @@ SUITE = Suite(
         case(3, 200, cols=33, rank=3, p=0.5),
         case(60, 200, cols=33, rank=64, p=0.1),
         case(2, 100, cols=70, rank=16, form="panels"),
+        case(2, 100, cols=70, rank=20, exact=True),
+        case(70, 100, cols=48, rank=100, exact=True, bias=True, magnitude=True),
+        case(9, 40, cols=33, rank=4, exact=True, p=0.5),
         strided("columns of wider tensors", lambda t: t[:, 5:50]),
         strided("transposed", lambda t: t.t()),
     ),
@@ -137,6 +146,7 @@ SUITE = Suite(
     gpu=(
         *(case(rows, 4096, cols=cols, rank=16) for rows, cols in ((8192, 4096), (8192, 14336), (2048, 4096))),
         case(8192, 4096, cols=4096, rank=64, p=0.1),
+        case(8192, 4096, cols=4096, rank=16, exact=True),
     ),
     peers={"torch dropout": torch_dropout, "frozen linear": frozen},
 )  # fmt: skip
@@ -146,6 +156,6 @@ QUANTISED = tuple(  # float32 alone
     for form in (*FORMATS, "int4 g128", "8 bits + minimum g64")
     for shape, cols, rank, more in (
         ((13, 96), 40, 16, {}), ((2, 64), 33, 3, {"p": 0.5}), ((5, 64), 48, 64, {"bias": True, "magnitude": True}),
-        ((1, 160), 17, 1, {}),
+        ((1, 160), 17, 1, {}), ((70, 64), 48, 20, {"bias": True, "magnitude": True, "exact": True}),
     )
 )  # fmt: skip

@@ -37,19 +37,19 @@ def plain(x, pool, adapter_id, weight=None, packed=None, frozen=None, bias=None,
 
 def case(
     *shape: int, cols: int, ranks: tuple[int, ...], packed=False, bias=False, dora=False, sort=False, parts=(),
-    swiglu=False, around=False,
+    swiglu=False, around=False, exact=False,
 ) -> Case:  # fmt: skip
     """An adapter of each rank; rows take them, or none, at random, or (sort) in order. parts: their rows, of `cols`;
     around: norm and residual."""
     rows, depth = torch.Size(shape[:-1]).numel(), shape[-1]
     shown = " ".join(map(str, ranks)) if len(ranks) < 5 else f"{len(ranks)} of {ranks[0]}"
     words = {"panels": packed, "+bias": bias, "+gain": dora, "sorted": sort, "parts": parts, "swiglu": swiglu}
-    words |= {"+norm +residual": around}
+    words |= {"+norm +residual": around, "exact": exact}
 
     def inputs(make):
         meta = make.device == "meta"
         pool_dtype = torch.float32 if make.device == "cpu" else make.dtype
-        place = {"dora": dora, "dtype": pool_dtype, "device": make.device, "swiglu": swiglu}
+        place = {"dora": dora, "dtype": pool_dtype, "device": make.device, "swiglu": swiglu, "exact": exact}
         pool = AdapterPool(parts or cols, depth, len(ranks) + 1, max(ranks), **place)
         for rank in ranks if not meta else ():
             gain = make.normal(cols).abs().float() + 0.5 if dora else None
@@ -99,11 +99,14 @@ SUITE = Suite(
         case(5, 64, cols=80, ranks=(4, 16), parts=(48, 16, 16), around=True),
         case(40, 64, cols=66, ranks=(4, 16), parts=(33, 33), packed=True, swiglu=True, around=True, dora=True),
         case(3, 64, cols=66, ranks=(4, 16), parts=(33, 33), swiglu=True, around=True),
+        case(70, 64, cols=80, ranks=(4, 100, 16), parts=(48, 16, 16), around=True, exact=True),
+        case(9, 40, cols=33, ranks=(20, 3), bias=True, dora=True, exact=True),
+        case(40, 64, cols=66, ranks=(4, 16), parts=(33, 33), swiglu=True, exact=True, dora=True),
     ),
     benchmark=(
         case(32, 4096, cols=4096, ranks=(16,) * 32),
         case(16, 2048, cols=2048, ranks=(16,) * 16, packed=True),
         case(512, 2048, cols=2048, ranks=(16,) * 4, packed=True, sort=True),
     ),
-    gpu=(case(32, 4096, cols=4096, ranks=(16,) * 32),),
+    gpu=tuple(case(32, 4096, cols=4096, ranks=(16,) * 32, exact=exact) for exact in (False, True)),
 )  # fmt: skip

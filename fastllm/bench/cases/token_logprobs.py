@@ -7,7 +7,7 @@ from ...ops.token_logprobs import reference
 from ..case import Case, Suite
 
 
-def plain(x, weight, target, kept=None, temperature=1.0):
+def plain(x, weight, target, kept=None, temperature=1.0, exact=False):
     if kept is not None:
         return reference(x, weight, target, kept, temperature)
     logits = torch.nn.functional.linear(x, weight)
@@ -16,7 +16,9 @@ def plain(x, weight, target, kept=None, temperature=1.0):
     return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(1)
 
 
-def case(rows: int, depth: int, vocab: int, *, kept: int = 0, temperature: float = 1.0, strided=False) -> Case:
+def case(
+    rows: int, depth: int, vocab: int, *, kept: int = 0, temperature: float = 1.0, strided=False, exact=False
+) -> Case:  # fmt: skip
     """kept: of every row some number up to this; the target is then among the kept, nearly always the first."""
 
     def inputs(make):
@@ -30,9 +32,9 @@ def case(rows: int, depth: int, vocab: int, *, kept: int = 0, temperature: float
             drawn["kept"] = make.integers(1, kept + 1, rows, dtype=torch.int32)
             if make.device != "meta" and rows:
                 drawn["target"] = (x.double() @ weight.double().t()).argmax(1)
-        return drawn
+        return {**drawn, "exact": True} if exact else drawn
 
-    words = [f"kept {kept}"] * (kept > 0) + [f"temperature {temperature:g}"] * (temperature != 1)
+    words = [f"kept {kept}"] * (kept > 0) + [f"temperature {temperature:g}"] * (temperature != 1) + ["exact"] * exact
     product = 2 * rows * depth * vocab
     return Case(
         " ".join([f"{rows}x{depth} to {vocab}", *words, *["strided"] * strided]),
@@ -60,10 +62,15 @@ SUITE = Suite(
         case(6, 24, 1030, kept=2000, temperature=0.8),
         case(9, 24, 77, kept=3, temperature=1.5),
         case(8, 24, 50, strided=True),
+        case(70, 24, 1030, exact=True),
+        case(6, 24, 77, kept=20, temperature=0.7, exact=True, strided=True),
     ),
     benchmark=(
         case(512, 576, 49152),
         case(512, 576, 49152, kept=50, temperature=0.8),
     ),
-    gpu=(case(8192, 4096, 128256), case(2048, 4096, 128256, kept=50, temperature=0.8)),
+    gpu=(
+        case(8192, 4096, 128256),
+        *(case(2048, 4096, 128256, kept=50, temperature=0.8, exact=exact) for exact in (False, True)),
+    ),
 )
