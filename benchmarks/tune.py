@@ -98,6 +98,11 @@ def spaces() -> list[Space]:
         *(Space(f"head {case}", "linear_cross_entropy", case,
                 {f"{r} rows": {("_head", "GPU_BYTES"): 1, ("_head", "GPU_ROWS"): (r, r)} for r in (768, 1280, 2048, 4096)}, True)
           for case in ("8192x2048 to 32000", "8192x4096 to 128256")),
+        *(Space(f"sample {case}", "sample", f"{case} no entropy",
+                {"CUDA C++": {("sample", "MANY_ROWS"): 1 << 30}}
+                | {f"Triton, {w} warps": {("_sample_gpu", "OPTIONS"): {"num_warps": w, "enable_fp_fusion": False}}
+                   for w in (4, 8)}, dtype="float32")
+          for case in ("256x128256", "256x151936")),
         Space("lora", "lora_linear", "2048x4096 to 4096",
               {f"shrink: {k} of K, {stages} stages": {("_lora_gpu", "SHRINK_K"): k, ("_lora_gpu", "SHRINK_STAGES"): stages}
                for k, stages in grid((32, 64, 128, 256), (3, 4))}, True),

@@ -17,6 +17,7 @@ import typer
 from . import __version__, output
 
 DEVICE = "auto (the GPU, if there is one), cpu or cuda."
+EXACT = "On a GPU, too, the same bits in any batch; slower."
 KV_DTYPE = "Of the KV cache: auto (float32), or int8 or fp8, a quarter of it."
 app = typer.Typer(
     name="fastllm",
@@ -181,7 +182,7 @@ def generate(
         int,
         typer.Option(help="Guess up to so many tokens a step from the text itself: the same output, perhaps sooner."),
     ] = 0,
-    exact: Annotated[bool, typer.Option("--exact", help="On a GPU, too, the same bits in any batch; slower.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help=EXACT)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of text.")] = False,
     stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Measure, and say how fast it was.")] = True,
 ) -> None:
@@ -289,6 +290,7 @@ def chat(
         int,
         typer.Option(help="Guess up to so many tokens a step from the text itself: the same output, perhaps sooner."),
     ] = 0,
+    exact: Annotated[bool, typer.Option("--exact", help=EXACT)] = False,
 ) -> None:
     """Talk to a chat model: a line is a message; /help says more. Messages come from standard input, too."""
     from .sampling_params import SamplingParams
@@ -303,7 +305,7 @@ def chat(
 
     llm = LLM(
         model, device=device, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len,
-        max_num_seqs=1, num_threads=threads, speculate=speculate,
+        max_num_seqs=1, num_threads=threads, speculate=speculate, exact=exact,
     )  # fmt: skip
     if adapter:
         llm.load_adapter(str(adapter), adapter)
@@ -344,6 +346,7 @@ def evaluate(
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and completion.")] = None,
     threads: Annotated[int | None, typer.Option(help="[default: as torch has it]")] = None,
     device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
+    exact: Annotated[bool, typer.Option("--exact", help=EXACT)] = False,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write all of it there.")] = None,
 ) -> None:
     """Measure a model on records: perplexity {"text"}, choice {"prompt", "choices", "answer"}, classify the same with one list of
@@ -369,6 +372,7 @@ def evaluate(
         prompt=tasks.PROMPT if prompt is None else prompt.replace("\\n", "\n"), adapter=adapter and str(adapter),
     )  # fmt: skip
     limits = {"device": device, "dtype": dtype, "max_model_len": max_model_len, "num_threads": threads}
+    limits |= {"exact": True} if exact else {}
     llm = tasks.load(model, quantize=quantize, adapter=options.adapter, **limits)
     report = tasks.run(llm, task, records, options, watch=lambda count: _progress(f"{count} records"))
     _progress("")

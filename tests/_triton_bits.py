@@ -269,3 +269,11 @@ def test_exact_log_probabilities_of_bad_rows(weight, target, kept):
     given = (torch.tensor([target]), torch.tensor([kept], dtype=torch.int32), 1.0, True)
     found = OPS["token_logprobs"].triton(torch.ones(1, 1), torch.tensor([weight]).float().t(), *given)
     assert all(t.isnan().all() for t in found)
+
+
+def test_an_exact_log_probability_of_what_is_not_kept():
+    target, kept = torch.tensor([0, 1, 2]), torch.full((3,), 2, dtype=torch.int32)
+    weight = torch.tensor([[0.0], [1.0], [2.0]])
+    logprob, _ = OPS["token_logprobs"].triton(torch.ones(3, 1), weight, target, kept, 1.0, True)
+    assert logprob[0] == -INF
+    torch.testing.assert_close(logprob[1:], torch.tensor([1.0, 2.0]).log_softmax(0))

@@ -256,7 +256,7 @@ def flashinfer_decode(ready, q, **_):
 # ----------------------------------------------------------------------------------------------------- sampling, linears
 
 
-def flashinfer_sample(_, logits, state):
+def flashinfer_sample(_, logits, state, entropy=True):
     """Temperature, top-k and top-p; neither a seed for each row nor log-probabilities."""
     from flashinfer.sampling import top_k_top_p_sampling_from_logits
 

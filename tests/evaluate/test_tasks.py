@@ -55,6 +55,8 @@ def test_perplexity(evaluate, llm):
     assert status == 0 and found["figures"]["nats"] == wanted.nats and found["figures"]["tokens"] == wanted.tokens
     assert f"bits_per_byte  {wanted.bits_per_byte:.4f}\n" in out and f"perplexity     {wanted.perplexity:.4f}\n" in out
     assert found["count"] == len(TEXTS) and found["task"] == "perplexity" and found["options"]["window"] == 32
+    options = ("--task", "perplexity", "--window", 32, "--stride", 8, "--exact")  # as a CPU is anyway
+    assert evaluate([{"text": text} for text in TEXTS], *options)[3]["figures"] == found["figures"]
     status, *_, part = evaluate([{"text": text} for text in TEXTS], "--task", "perplexity", "--split", "validation")
     kept = [d.text for d in Documents(found["data"][0], split="validation")]
     assert status == 0 and part["split"] == "validation" and part["count"] == len(kept) < 10

@@ -8,17 +8,21 @@ from ..case import Case, Suite
 
 
 def case(
-    batch: int, vocab: int, label: str = "", scale: float = 3.0, history: int = 0, view=None, plain: bool = True, **fields,
+    batch: int, vocab: int, label: str = "", scale: float = 3.0, history: int = 0, view=None, plain: bool = True,
+    entropy: bool = True, **fields,
 ) -> Case:  # fmt: skip
+    """entropy: of what is drawn from, beside its log-probability; a decode step leaves it out."""
+
     def inputs(make):
         logits = make.normal(batch, vocab, scale=scale)
         state = SampleState.create(batch, history=history, device=make.device, **fields)
         state.seed.copy_(make.integers(0, 1 << 40, batch))
         state.history.copy_(make.integers(0, vocab, batch, history, dtype=torch.int32))
-        return {"logits": view(logits) if view else logits, "state": state}
+        drawn = {"logits": view(logits) if view else logits, "state": state}
+        return drawn if entropy else {**drawn, "entropy": False}
 
     return Case(
-        label or f"{batch}x{vocab}",
+        (label or f"{batch}x{vocab}") + " no entropy" * (not entropy),
         inputs,
         bytes=lambda size: batch * vocab * size,
         flops=20 * batch * vocab,
@@ -26,11 +30,11 @@ def case(
     )
 
 
-def plain(logits, state):
-    return reference(logits, state.settings, state.history, state.suppress, state.rows, True)
+def plain(logits, state, entropy=True):
+    return reference(logits, state.settings, state.history, state.suppress, state.rows, entropy)
 
 
-def topk_first(logits, state):
+def topk_first(logits, state, entropy=True):
     """One sort of k values instead of one of V; the first record's settings hold for all rows."""
     temperature, k, p = (float(f[0]) for f in (state.temperature, state.top_k, state.top_p))
     values, ids = torch.topk(logits, int(k))
@@ -41,7 +45,7 @@ def topk_first(logits, state):
     return token, logits.gather(-1, token) - logits.logsumexp(-1, keepdim=True)
 
 
-def transformers_pipeline(logits, state):
+def transformers_pipeline(logits, state, entropy=True):
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     temperature, k, p = (float(f[0]) for f in (state.temperature, state.top_k, state.top_p))
@@ -81,6 +85,7 @@ SUITE = Suite(
         case(2, 512, "flat", scale=0.0, top_k=100, top_p=0.5),
         case(4, 300, "columns of a wider tensor", view=lambda t: t[:, 7:206], **USUAL),
         case(1, 300, "every second logit", view=lambda t: t[:, ::2], **USUAL),
+        case(3, 1000, entropy=False, **USUAL),
         case(0, 8),
     ),
     benchmark=(
@@ -88,9 +93,12 @@ SUITE = Suite(
         case(16, 50257, "16x50257 penalties", history=16, **PENALTIES, **USUAL),
     ),
     gpu=tuple(
-        case(b, v, plain=False, **USUAL)  # the reference goes row by row
-        for v, rows in ((32000, (1, 64, 256)), (128256, (1, 8, 64, 256)), (151936, (1, 64, 256)))
+        case(b, v, plain=False, entropy=entropy, **USUAL)  # the reference goes row by row
+        for entropy, v, rows in (
+            (False, 32000, (1, 64, 256)), (False, 128256, (1, 8, 64, 256)), (False, 151936, (1, 64, 256)),
+            (True, 128256, (1, 64, 256)),
+        )
         for b in rows
     ),
     peers={"torch top-k first": topk_first, "transformers": transformers_pipeline},
-)
+)  # fmt: skip
