@@ -14,6 +14,7 @@ from _exact import check_exact_adapters, check_exact_model
 from _interpreter import narrow, repair_bfloat16, repair_conditions, repair_patching, repair_products, widen
 
 from fastllm import _C, ops
+from fastllm.bench.cases import suites
 from fastllm.ops import _triton, kv_cache
 from fastllm.ops._op import OPS, Kernel
 from fastllm.ops.attention import triton_paged, triton_tile
@@ -170,6 +171,13 @@ def test_rope_has_the_bits_of_the_cpu(interleaved):
     arguments = q, k, position, ops.rope_table(40, 16), interleaved
     for ours, theirs in zip(OPS["rope"].triton(*arguments), OPS["rope"].cpu(*arguments), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("op", ["swiglu", "rope", "cross_entropy", "lora_linear"])
+def test_more_rows_than_a_side_of_the_grid(op, monkeypatch):
+    monkeypatch.setattr(_triton, "_MOST_ROWS", type(_triton._MOST_ROWS)(3))
+    for case in (c for c in suites()[op].correct if small(c, torch.float32)):
+        _oracle.check_forward_and_gradients(suites()[op], case, torch.float32)
 
 
 def test_bad_lengths_and_pages_are_nan_in_their_sequence_alone():

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _C
 from ._op import DTYPES, as_rows, check_dtype, check_like, empty_like, pointer, row_stride
-from ._triton import tl, triton
+from ._triton import grid_of, place, tl, triton
 
 SILU, GELU, GELU_TANH = 0, 1, 2  # the activations
 
@@ -78,35 +78,48 @@ def silu(x):
     return tl.where(x > 3.4028234e38, x, value)
 
 
-@triton.jit
+# Loads stand together at the beginning, and FLAT tensors have no rows to find: the assembler, which saves registers, else begins
+# a load when the one before it has come, at a latency each.
+
+
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
-    y, gate, up, cols, gate_stride, up_stride, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+    y, gate, up, rows, cols, gate_stride, up_stride,
+    ACT: tl.constexpr, GATED: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = col < cols
+    if FLAT:
+        row, col = 0, tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = col < cols
+    else:
+        row, col, inside = place(rows, cols, BLOCK)
     g = tl.load(gate + row * gate_stride + col, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        u = tl.load(up + row * up_stride + col, mask=inside, other=0.0).to(tl.float32)
     out, _ = activate(finite(g), ACT)
     out = tl.where(g > 3.4028234e38, g, out)
     if GATED:
-        out *= tl.load(up + row * up_stride + col, mask=inside, other=0.0).to(tl.float32)
+        out *= u
     tl.store(y + row * cols + col, out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
-    dgate, dup, dy, gate, up, cols, dy_stride, gate_stride, up_stride,
-    ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+    dgate, dup, dy, gate, up, rows, cols, dy_stride, gate_stride, up_stride,
+    ACT: tl.constexpr, GATED: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = col < cols
+    if FLAT:
+        row, col = 0, tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = col < cols
+    else:
+        row, col, inside = place(rows, cols, BLOCK)
     d = tl.load(dy + row * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_stride + col, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        u = tl.load(up + row * up_stride + col, mask=inside, other=0.0).to(tl.float32)
     value, slope = activate(finite(g), ACT)
     if GATED:
         tl.store(dup + row * cols + col, (d * value).to(dup.dtype.element_ty), mask=inside)
-        d *= tl.load(up + row * up_stride + col, mask=inside, other=0.0).to(tl.float32)
+        d *= u
     tl.store(dgate + row * cols + col, (d * slope).to(dgate.dtype.element_ty), mask=inside)
 
 
@@ -152,15 +165,23 @@ def cpu_backward(
     return dgate, dup
 
 
+def _shape(*tensors: Tensor) -> tuple[int, int, bool]:
+    """Rows and columns of [rows, cols], and whether they lie in one piece, which is one row then."""
+    rows, cols = tensors[0].shape
+    flat = rows * cols < 1 << 31 and all(t.is_contiguous() for t in tensors)
+    return (1, rows * cols, True) if flat else (rows, cols, False)
+
+
 def gpu(act: int, gate: Tensor, up: Tensor | None) -> Tensor:
     y = empty_like(gate)
     if gate.numel():
         g = as_rows(gate)
         u = g if up is None else as_rows(up)
-        rows, cols = g.shape
-        forward_kernel[(rows, triton.cdiv(cols, BLOCK))](
-            y, g, u, cols, g.stride(0), u.stride(0), ACT=act, GATED=up is not None, BLOCK=BLOCK, num_warps=WARPS
-        )
+        rows, cols, flat = _shape(g, u)
+        forward_kernel[grid_of(rows, cols, BLOCK)](
+            y, g, u, rows, cols, g.stride(0), u.stride(0),
+            ACT=act, GATED=up is not None, FLAT=flat, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
     return y
 
 
@@ -169,10 +190,10 @@ def gpu_backward(act: int, dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple
     if gate.numel():
         d, g = as_rows(dy), as_rows(gate)
         u = g if up is None else as_rows(up)
-        rows, cols = g.shape
-        backward_kernel[(rows, triton.cdiv(cols, BLOCK))](
-            dgate, dgate if dup is None else dup, d, g, u, cols, d.stride(0), g.stride(0), u.stride(0),
-            ACT=act, GATED=up is not None, BLOCK=BLOCK, num_warps=WARPS,
+        rows, cols, flat = _shape(g, u, d)
+        backward_kernel[grid_of(rows, cols, BLOCK)](
+            dgate, dgate if dup is None else dup, d, g, u, rows, cols, d.stride(0), g.stride(0), u.stride(0),
+            ACT=act, GATED=up is not None, FLAT=flat, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return dgate, dup
 

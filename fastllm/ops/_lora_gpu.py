@@ -11,7 +11,7 @@ from torch import Tensor
 from ._dot import accumulate
 from ._dropout import keep_tile, threshold
 from ._linear_exact import ROWS, rank_block
-from ._triton import programs, tl, triton
+from ._triton import grid_of, programs, row_of_grid, tl, triton
 
 
 @triton.jit
@@ -46,8 +46,7 @@ def expand_kernel(
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     # y[t, n] = (y[t, n] + scale * (kept) sum over r of s[t, r] * b(n, r)) * gain[n] + bias[n]
-    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    first = tl.program_id(1) * N
+    row, first = row_of_grid() * M + tl.arange(0, M), tl.program_id(0) * N
     n = first + tl.arange(0, N)
     acc = tl.zeros((M, N), tl.float32)
     for start in range(0, rank, R):
@@ -158,7 +157,7 @@ def expand(y: Tensor, s: Tensor, b: Tensor, gain=None, bias=None, p: float = 0.0
     """y = (y + mask * (s b^T)) * gain + bias, in place; b [N, R] of any strides."""
     (rows, cols), rank = y.shape, s.shape[1]
     kept, mask, drop = _dropping(p, seed, call)
-    expand_kernel[(triton.cdiv(rows, 64), triton.cdiv(cols, 64))](
+    expand_kernel[grid_of(triton.cdiv(rows, 64), cols, 64)](
         y, s, b, s if gain is None else gain, s if bias is None else bias, rows, cols, rank, *b.stride(), kept, *mask,
         DROP=drop, HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, M=64, N=64, R=min(32, rank_block(rank)),
         num_warps=4,

@@ -149,3 +149,25 @@ def matrix(x: torch.Tensor, rows: int, cols: int) -> Any:
 def row_warps(block: int, itemsize: int) -> int:
     """Warps for a program that holds a row of `block` elements: 32 bytes a thread, two 16-byte loads in flight."""
     return min(16, max(1, block * itemsize // 1024))
+
+
+_MOST_ROWS = tl.constexpr(65535)  # a grid's second size, at most
+
+
+def grid_of(rows: int, cols: int, block: int) -> tuple[int, int, int]:
+    """A program for each `block` columns of each row. Neighbours take neighbouring columns: memory is walked as it lies."""
+    most = _MOST_ROWS.value
+    return triton.cdiv(cols, block), min(rows, most), triton.cdiv(rows, most)
+
+
+@triton.jit
+def row_of_grid():
+    """Of a program of such a grid; beyond the last one where there are many."""
+    return tl.program_id(2).to(tl.int64) * _MOST_ROWS + tl.program_id(1)
+
+
+@triton.jit
+def place(rows, cols, BLOCK: tl.constexpr):
+    """Of a program of such a grid: its row, its columns, and which of them exist."""
+    row, col = row_of_grid(), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    return row, col, (col < cols) & (row < rows)

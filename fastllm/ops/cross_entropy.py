@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import _C
 from ._op import DTYPES, Op, as_rows, check, check_dtype, pointer
-from ._triton import tl, triton
+from ._triton import grid_of, place, tl, triton
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -161,15 +161,15 @@ def forward_kernel(
         tl.store(stats + 2 * row + 1, log_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
-    dlogits, dloss, logits, target, stats, vocab, d_stride, dloss_stride, stride, ignore_index, smoothing, cap, z,
+    dlogits, dloss, logits, target, stats, rows, vocab, d_stride, dloss_stride, stride, ignore_index, smoothing, cap, z,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Every element is read before it is written, by the same program: dlogits may be logits.
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = col < vocab
+    row, col, inside = place(rows, vocab, BLOCK)
+    if row >= rows:
+        return
     t = tl.load(target + row)
     if t == ignore_index:
         tl.store(dlogits + row * d_stride + col, tl.zeros((BLOCK,), dlogits.dtype.element_ty), mask=inside)
@@ -252,8 +252,8 @@ def gpu_backward(
     d = _dlogits(logits) if out is None else out
     if d.numel():
         x = as_rows(logits)
-        backward_kernel[(x.shape[0], triton.cdiv(x.shape[1], WRITE[0]))](
-            d, dloss, x, target.contiguous(), stats, x.shape[1], d.stride(0), dloss.stride(0), x.stride(0), ignore_index,
+        backward_kernel[grid_of(*x.shape, WRITE[0])](
+            d, dloss, x, target.contiguous(), stats, *x.shape, d.stride(0), dloss.stride(0), x.stride(0), ignore_index,
             label_smoothing, softcap, z_loss, CAPPED=softcap != 0, BLOCK=WRITE[0], num_warps=WRITE[1],
         )  # fmt: skip
     return d

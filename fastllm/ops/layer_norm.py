@@ -91,17 +91,28 @@ def backward_kernel(
     w = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK,), tl.float32)
     dbias = tl.zeros((BLOCK,), tl.float32)
-    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
-        d = tl.load(dy + row * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(rstd + row)
-        h = (tl.load(s + row * s_stride + col, mask=inside, other=0.0).to(tl.float32) - tl.load(mean + row)) * scale
+    first = tl.program_id(0).to(tl.int64)
+    if not HAS_DS:
+        next_d = tl.load(dy + first * dy_stride + col, mask=inside, other=0.0)
+        next_s = tl.load(s + first * s_stride + col, mask=inside, other=0.0)
+    for row in range(first, rows, tl.num_programs(0)):
+        centre, scale = tl.load(mean + row), tl.load(rstd + row)
+        if HAS_DS:  # a third row leaves no registers for the next ones
+            d = tl.load(dy + row * dy_stride + col, mask=inside, other=0.0)
+            v = tl.load(s + row * s_stride + col, mask=inside, other=0.0)
+            e = tl.load(ds + row * ds_stride + col, mask=inside, other=0.0)
+        else:  # the next row is on its way while this one is summed up
+            d, v, ahead = next_d, next_s, row + tl.num_programs(0)
+            next_d = tl.load(dy + ahead * dy_stride + col, mask=inside & (ahead < rows), other=0.0)
+            next_s = tl.load(s + ahead * s_stride + col, mask=inside & (ahead < rows), other=0.0)
+        d, h = d.to(tl.float32), (v.to(tl.float32) - centre) * scale
         dweight += d * h
         if HAS_BIAS:
             dbias += d
         g = d * w
         out = (g - tl.sum(g, 0) / cols - h * (tl.sum(g * h, 0) / cols)) * scale
         if HAS_DS:
-            out += tl.load(ds + row * ds_stride + col, mask=inside, other=0.0).to(tl.float32)
+            out += e.to(tl.float32)
         tl.store(dx + row * cols + col, out.to(dx.dtype.element_ty), mask=inside)
     partial += tl.program_id(0).to(tl.int64) * 2 * cols
     tl.store(partial + col, dweight, mask=inside)

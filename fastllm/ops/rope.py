@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import _C
 from ._op import DTYPES, Op, check, check_dtype, check_like
-from ._triton import tl, triton
+from ._triton import grid_of, row_of_grid, tl, triton
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
@@ -56,45 +56,46 @@ def turned(a, b, cosine, sine):
     return tl.fma(a, cosine, -(b * sine)), tl.fma(a, sine, b * cosine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def kernel(
     q_out, k_out, q, k, position, table,
-    tokens, heads, kv_heads, dim, rotary, positions,
+    batch, tokens, heads, kv_heads, dim, rotary, positions,
     q_batch, q_row, q_head, k_batch, k_row, k_head, position_batch, position_row, sign,
     INTERLEAVED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     # A program turns HEADS heads of one token, of q or of k.
-    t = tl.program_id(0).to(tl.int64)
-    b, row = t // tokens, t % tokens
-    block = tl.program_id(1)
-    q_blocks = tl.cdiv(heads, HEADS)
+    t, block = row_of_grid(), tl.program_id(0)
+    if t >= batch * tokens:
+        return
+    b, row = t.to(tl.int32) // tokens, t.to(tl.int32) % tokens
+    b, row, q_blocks = b.to(tl.int64), row.to(tl.int64), tl.cdiv(heads, HEADS)
     if block < q_blocks:
         count, first = heads, block * HEADS
         x, out, stride = q + b * q_batch + row * q_row, q_out + t * heads * dim, q_head
     else:
         count, first = kv_heads, (block - q_blocks) * HEADS
         x, out, stride = k + b * k_batch + row * k_row, k_out + t * kv_heads * dim, k_head
-    at = tl.load(position + b * position_batch + row * position_row).to(tl.int64)
-    half = rotary // 2
-    readable = tl.where((at >= 0) & (at < positions), half, 0)  # pairs; none for an unknown position
-    pair = tl.arange(0, HALF)
-    cosine = tl.load(table + at * rotary + pair, mask=pair < readable, other=float("nan"))
-    sine = tl.load(table + at * rotary + half + pair, mask=pair < readable, other=float("nan")) * sign
+    half, pair, both = rotary // 2, tl.arange(0, HALF), tl.arange(0, 2 * HALF)
     head = first + tl.arange(0, HEADS)
     x += head[:, None].to(tl.int64) * stride
     out += head[:, None].to(tl.int64) * dim
     if INTERLEAVED:
-        both = tl.arange(0, 2 * HALF)
         inside = (head[:, None] < count) & (both[None, :] < rotary)
         v = tl.load(x + both[None, :], mask=inside, other=0.0).to(tl.float32)
+    else:
+        inside = (head[:, None] < count) & (pair[None, :] < half)
+        left = tl.load(x + pair[None, :], mask=inside, other=0.0).to(tl.float32)
+        right = tl.load(x + half + pair[None, :], mask=inside, other=0.0).to(tl.float32)
+    at = tl.load(position + b * position_batch + row * position_row).to(tl.int64)
+    readable = tl.where((at >= 0) & (at < positions), half, 0)  # pairs; none for an unknown position
+    cosine = tl.load(table + at * rotary + pair, mask=pair < readable, other=float("nan"))
+    sine = tl.load(table + at * rotary + half + pair, mask=pair < readable, other=float("nan")) * sign
+    if INTERLEAVED:
         left, right = tl.split(tl.reshape(v, (HEADS, HALF, 2)))
         new_left, new_right = turned(left, right, cosine[None, :], sine[None, :])
         both_new = tl.reshape(tl.join(new_left, new_right), (HEADS, 2 * HALF))
         tl.store(out + both[None, :], both_new.to(q_out.dtype.element_ty), mask=inside)
     else:
-        inside = (head[:, None] < count) & (pair[None, :] < half)
-        left = tl.load(x + pair[None, :], mask=inside, other=0.0).to(tl.float32)
-        right = tl.load(x + half + pair[None, :], mask=inside, other=0.0).to(tl.float32)
         new_left, new_right = turned(left, right, cosine[None, :], sine[None, :])
         tl.store(out + pair[None, :], new_left.to(q_out.dtype.element_ty), mask=inside)
         tl.store(out + half + pair[None, :], new_right.to(q_out.dtype.element_ty), mask=inside)
@@ -150,8 +151,9 @@ def _gpu(q: Tensor, k: Tensor, position: Tensor, table: Tensor, interleaved: boo
         q, k, table = unit_stride(q), unit_stride(k), table.contiguous()
         batch, (tokens, heads, dim), kv_heads = q.shape[0] if q.dim() == 4 else 1, q.shape[-3:], k.shape[-2]
         rotary = table.shape[1]
-        kernel[(batch * tokens, triton.cdiv(heads, HEADS) + triton.cdiv(kv_heads, HEADS))](
-            q_out, k_out, q, k, position, table, tokens, heads, kv_heads, dim, rotary, table.shape[0],
+        blocks = triton.cdiv(heads, HEADS) + triton.cdiv(kv_heads, HEADS)
+        kernel[grid_of(batch * tokens, blocks, 1)](
+            q_out, k_out, q, k, position, table, batch, tokens, heads, kv_heads, dim, rotary, table.shape[0],
             *_batched(q), *_batched(k), position.stride(0) if position.dim() == 2 else 0, position.stride(-1),
             -1.0 if inverse else 1.0,
             INTERLEAVED=interleaved, HALF=triton.next_power_of_2(rotary // 2),
