@@ -139,12 +139,12 @@ def append_kernel(
         page, offset = s // PAGE, s % PAGE
         keys = k_pages + page * k_page + offset * k_token
         own = scales + page * scale_page + offset if BYTES else None
+        i = tl.arange(0, DIM)[None, :]  # values are read before keys are written, across which no load moves
+        values = tl.load(v + token * v_row + head * v_head + i, mask=written & (i < dim), other=0.0)
         turn(
             keys, own, k + token * k_row, PAGE * dim, k_element, k_head, head, written, cosine, sine, half, dim,
             PAGE, PAIRS, REST, BYTES,
         )  # fmt: skip
-        i = tl.arange(0, DIM)[None, :]
-        values = tl.load(v + token * v_row + head * v_head + i, mask=written & (i < dim), other=0.0)
         inverse = 1.0
         if BYTES:
             inverse = store_scale(own + head * 2 * PAGE + PAGE, largest(values.to(tl.float32)), written, v_pages)

@@ -65,7 +65,10 @@ def part(
     d = tl.arange(0, BLOCK_D)[None, :]
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        page = tl.load(table + key // PAGE, mask=key < keys, other=0).to(tl.int64)
+        # a load a page: one a key is made by every thread that needs it
+        number = start // PAGE + tl.arange(0, BLOCK_N // PAGE)
+        page = tl.load(table + number, mask=number * PAGE < keys, other=0)
+        page = tl.reshape(tl.broadcast_to(page[:, None], (BLOCK_N // PAGE, PAGE)), (BLOCK_N,)).to(tl.int64)
         known = (page >= 0) & (page < pages)
         inside = ((key < keys) & known)[:, None] & (d < dim)
         offset = (key % PAGE)[:, None] * dim + d
