@@ -8,7 +8,7 @@ import math
 import _oracle
 import pytest
 import torch
-from _interpreter import repair_patching, repair_products
+from _interpreter import repair_conditions, repair_patching, repair_products
 from _sample_rows import FIELDS, HARD_PENALTIES, hard_rows, penalised
 
 from fastllm import _C, ops
@@ -25,6 +25,7 @@ from fastllm.ops.multi_lora import AdapterPool
 from fastllm.ops.quant_linear import QWeight
 from fastllm.ops.sample import SampleState
 
+repair_conditions()
 repair_patching()
 repair_products()
 _triton.load()

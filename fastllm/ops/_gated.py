@@ -87,11 +87,7 @@ def forward_kernel(
     y, gate, up, rows, cols, gate_stride, up_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if FLAT:
-        row, col = 0, tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = col < cols
-    else:
-        row, col, inside = place(rows, cols, BLOCK)
+    row, col, inside = place(rows, cols, BLOCK, FLAT)
     g = tl.load(gate + row * gate_stride + col, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         u = tl.load(up + row * up_stride + col, mask=inside, other=0.0).to(tl.float32)
@@ -107,11 +103,7 @@ def backward_kernel(
     dgate, dup, dy, gate, up, rows, cols, dy_stride, gate_stride, up_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if FLAT:
-        row, col = 0, tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = col < cols
-    else:
-        row, col, inside = place(rows, cols, BLOCK)
+    row, col, inside = place(rows, cols, BLOCK, FLAT)
     d = tl.load(dy + row * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_stride + col, mask=inside, other=0.0).to(tl.float32)
     if GATED:

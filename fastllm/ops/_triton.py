@@ -167,7 +167,11 @@ def row_of_grid():
 
 
 @triton.jit
-def place(rows, cols, BLOCK: tl.constexpr):
-    """Of a program of such a grid: its row, its columns, and which of them exist."""
-    row, col = row_of_grid(), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    return row, col, (col < cols) & (row < rows)
+def place(rows, cols, BLOCK: tl.constexpr, FLAT: tl.constexpr = False):
+    """Of a program of such a grid: its row, its columns, and which of them exist. FLAT: there is one row."""
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, inside = 0, col < cols
+    if not FLAT:
+        row = row_of_grid()
+        inside = inside & (row < rows)
+    return row, col, inside

@@ -23,25 +23,26 @@ SUM = LossSpec(reduction="sum")
 
 @dataclass(frozen=True)
 class Predictions:
-    """hidden [N, dim] that `head` reads, [V, dim] and perhaps a bias; target int64 [N]; weight float32 [N]."""
+    """hidden [N, dim] that `head` reads, [V, dim] and perhaps a bias; target int64 [N]; weight float32 [N]; exact: as the op
+    takes it."""
 
     hidden: Tensor
     head: Projection
     target: Tensor
     weight: Tensor
+    exact: bool = False
 
     def loss(self) -> Tensor:
         """sum_t weight_t * -log p(target_t)"""
         head = self.head
-        return ops.linear_cross_entropy(
-            self.hidden, head.weight, self.target, head.bias, self.weight, SUM, exact=head.exact
-        )
+        return ops.linear_cross_entropy(self.hidden, head.weight, self.target, head.bias, self.weight, SUM, self.exact)
 
 
 def next_tokens(model: Decoder, batch: Batch) -> Predictions:
     """Each token says the next one."""
     hidden = model.norm(model.packed_hidden(batch.packed))
-    return Predictions(hidden, model.head, batch.target, batch.weight)
+    exact = getattr(model, "exact", False)  # which a Decoder has, beside the parts that every model has here
+    return Predictions(hidden, model.head, batch.target, batch.weight, exact)
 
 
 def masked_tokens(model: Encoder, batch: Batch) -> Predictions:
