@@ -344,6 +344,8 @@ def kernel(
                             its_gain = gain + (slot * count + panel)[:, None] * 16 + lane[None, :]
                             v = v * tl.load(its_gain, mask=its[:, None] & (lane >= 0)[None, :], other=0.0)[None]
                         tl.store(out, v.to(y.dtype.element_ty), mask=inside)
+                if CHUNKS > 1:
+                    tl.debug_barrier()  # the next one goes on from what other threads have written
 
 
 TILE, COLS = 16, 1024  # rows and columns of a program
