@@ -138,18 +138,17 @@ def _gain(weight: Tensor | Panels | QWeight, parts: Parts, pool: AdapterPool) ->
     if not any(part is not None and part[0].magnitude is not None for part in parts):
         return None
     if isinstance(weight, QWeight):
-        dense = weight.dequantize().cpu()
-    else:
-        dense = (
-            unpack(weight.data, weight.rows, weight.swiglu)
-            if isinstance(weight, Panels)
-            else weight.detach().float().cpu()
-        )
+        dense = weight.dequantize()
+    elif isinstance(weight, Panels):
+        dense = unpack(weight.data, weight.rows, weight.swiglu)
+    else:  # as lora_linear takes it, on whose device the norms have their bits
+        dense = weight.detach() if weight.is_cuda else weight.detach().float()
     gains = []
     for part, rows in zip(parts, dense.split(pool.sizes), strict=True):
         if part is None or part[0].magnitude is None:
-            gains.append(torch.ones(rows.shape[0]))
+            gains.append(torch.ones(rows.shape[0], device=rows.device))
         else:
             pair, scale = part
-            gains.append(pair.magnitude / row_norms(rows, pair.a, pair.b, scale))
+            a, b, magnitude = (t.to(rows) for t in (pair.a, pair.b, pair.magnitude))
+            gains.append(magnitude.float() / row_norms(rows, a, b, scale))
     return torch.cat(gains)
