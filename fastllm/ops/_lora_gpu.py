@@ -71,10 +71,10 @@ def expand_kernel(
 
 @triton.jit
 def gradient_kernel(
-    partial, q, p, rows, cols, rank, q_stride, scale, seed, call, threshold,
+    partial, q, p, rows, cols, rank, stride_n, stride_r, q_stride, scale, seed, call, threshold,
     DROP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    # partial[split, n, r] = scale * sum of (kept) q[t, n] * p[t, r] over this program's rows: each reads its columns of q
+    # partial(split, n, r) = scale * sum of (kept) q[t, n] * p[t, r] over this program's rows: each reads its columns of q
     # once, and the splits are added up in one order
     first = tl.program_id(0) * N
     n, r = first + tl.arange(0, N), tl.program_id(2) * R + tl.arange(0, R)
@@ -88,8 +88,20 @@ def gradient_kernel(
             v = tl.where(keep_tile(row, first, seed, call, threshold, N), v, 0.0)
         w = tl.load(p + row[:, None] * rank + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
         acc = accumulate(acc, tl.trans(v), w.to(v.dtype))
-    at = partial + (tl.program_id(1).to(tl.int64) * cols + n[:, None]) * rank + r[None, :]
+    at = partial + tl.program_id(1).to(tl.int64) * cols * rank
+    at += n[:, None].to(tl.int64) * stride_n + r[None, :].to(tl.int64) * stride_r
     tl.store(at, acc * scale, mask=(n < cols)[:, None] & (r < rank)[None, :])
+
+
+@triton.jit
+def add_up_kernel(out, partial, count, splits, BLOCK: tl.constexpr):
+    # out[i] = sum of partial[split, i], splits ascending, rounded
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(splits):
+        total += tl.load(partial + i, mask=i < count, other=0.0)
+        partial += count
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < count)
 
 
 @triton.jit
@@ -164,18 +176,25 @@ def expand(y: Tensor, s: Tensor, b: Tensor, gain=None, bias=None, p: float = 0.0
     )  # fmt: skip
 
 
-def sum_over_rows(q: Tensor, s: Tensor, p: float = 0.0, seed: int = 0, call: int = 0) -> Tensor:
-    """drop(q)^T s: float32 [cols of q, R]."""
+ADDED = 1024  # of sums that a program rounds
+
+
+def sum_over_rows(
+    q: Tensor, s: Tensor, dtype: torch.dtype, across: bool = False, p: float = 0.0, seed: int = 0, call: int = 0
+) -> Tensor:
+    """drop(q)^T s, [cols of q, R]; across: [R, cols of q]."""
     (rows, cols), rank = q.shape, s.shape[1]
     kept, mask, drop = _dropping(p, seed, call)
     blocks = triton.cdiv(cols, 64)
     splits = max(1, min(triton.cdiv(programs(q.device), blocks), triton.cdiv(rows, 64)))
-    partial = torch.empty((splits, cols, rank), dtype=torch.float32, device=q.device)
+    out = torch.empty((rank, cols) if across else (cols, rank), dtype=dtype, device=q.device)
+    partial = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
     gradient_kernel[(blocks, splits, triton.cdiv(rank, rank_block(rank)))](
-        partial, q, s, rows, cols, rank, q.stride(0), kept, *mask,
+        partial, q, s, rows, cols, rank, *((1, cols) if across else (rank, 1)), q.stride(0), kept, *mask,
         DROP=drop, M=16 if q.dtype == torch.float32 else 32, N=64, R=rank_block(rank), num_warps=4,
     )  # fmt: skip
-    return partial.sum(0)
+    add_up_kernel[(triton.cdiv(out.numel(), ADDED),)](out, partial, out.numel(), splits, BLOCK=ADDED, num_warps=4)
+    return out
 
 
 def row_norms(norms: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:

@@ -186,8 +186,7 @@ def gpu_backward(dz, x, s, weight, form, a, b, scale, p, seed, call, dx) -> tupl
         out = gpu_base_backward(d, weight, form)
         expand(out, ds, a.t(), p=p, seed=seed, call=call)
         out = out.view(x.shape)
-    da = sum_over_rows(rows, ds, p, seed, call).t().to(a.dtype).contiguous()
-    return out, da, sum_over_rows(d, s).to(b.dtype)
+    return out, sum_over_rows(rows, ds, a.dtype, True, p, seed, call), sum_over_rows(d, s, b.dtype)
 
 
 def gpu_norms(weight, form, a, b, scale) -> Tensor:
