@@ -8,6 +8,7 @@ W + scale * B A.
 import torch
 from torch import Tensor
 
+from ._add_up import add_up
 from ._dot import accumulate
 from ._dropout import keep_tile, threshold
 from ._linear_exact import ROWS, rank_block
@@ -94,17 +95,6 @@ def gradient_kernel(
 
 
 @triton.jit
-def add_up_kernel(out, partial, count, splits, BLOCK: tl.constexpr):
-    # out[i] = sum of partial[split, i], splits ascending, rounded
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        total += tl.load(partial + i, mask=i < count, other=0.0)
-        partial += count
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < count)
-
-
-@triton.jit
 def norms_kernel(
     norms, weight, a, b, cols, depth, rank, weight_stride, a_stride_r, a_stride_k, b_stride_n, b_stride_r, scale,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
@@ -176,9 +166,6 @@ def expand(y: Tensor, s: Tensor, b: Tensor, gain=None, bias=None, p: float = 0.0
     )  # fmt: skip
 
 
-ADDED = 1024  # of sums that a program rounds
-
-
 def sum_over_rows(
     q: Tensor, s: Tensor, dtype: torch.dtype, across: bool = False, p: float = 0.0, seed: int = 0, call: int = 0
 ) -> Tensor:
@@ -193,8 +180,7 @@ def sum_over_rows(
         partial, q, s, rows, cols, rank, *((1, cols) if across else (rank, 1)), q.stride(0), kept, *mask,
         DROP=drop, M=16 if q.dtype == torch.float32 else 32, N=64, R=rank_block(rank), num_warps=4,
     )  # fmt: skip
-    add_up_kernel[(triton.cdiv(out.numel(), ADDED),)](out, partial, out.numel(), splits, BLOCK=ADDED, num_warps=4)
-    return out
+    return add_up(out, partial)
 
 
 def row_norms(norms: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:

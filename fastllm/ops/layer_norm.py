@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ._add_up import add_up
 from ._op import DTYPES, Op, as_rows, check, check_dtype, check_like, empty_like, pointer, row_stride
 from ._triton import programs, row_warps, tl, triton
 
@@ -203,7 +204,8 @@ def gpu_backward(
         rows.shape[0], rows.shape[1], d.stride(0), e.stride(0), rows.stride(0),
         HAS_DS=ds is not None, HAS_BIAS=has_bias, BLOCK=block, num_warps=row_warps(block, s.element_size()),
     )  # fmt: skip
-    return dx, *_narrow((partial if has_bias else partial[:, :1]).sum(0), weight, has_bias)
+    dweight = add_up(empty_like(weight), partial[:, 0])
+    return dx, dweight, add_up(empty_like(weight), partial[:, 1]) if has_bias else weight.new_empty(0)
 
 
 def _narrow(sums: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:

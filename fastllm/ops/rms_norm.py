@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ._add_up import add_up
 from ._op import DTYPES, Op, as_rows, check, check_dtype, check_like, empty_like, pointer, row_stride
 from ._triton import programs, row_warps, tl, triton
 
@@ -158,7 +159,7 @@ def gpu_backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd:
         rows.shape[0], rows.shape[1], d.stride(0), e.stride(0), rows.stride(0),
         HAS_DS=ds is not None, BLOCK=block, num_warps=row_warps(block, s.element_size()),
     )  # fmt: skip
-    return dx, partial.sum(0).to(weight.dtype)
+    return dx, add_up(empty_like(weight), partial)
 
 
 # -------------------------------------------------------------------------------------------------------- registration
