@@ -90,7 +90,7 @@ def gradient_kernel(
         w = tl.load(p + row[:, None] * rank + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
         acc = accumulate(acc, tl.trans(v), w.to(v.dtype))
     at = partial + tl.program_id(1).to(tl.int64) * cols * rank
-    at += n[:, None].to(tl.int64) * stride_n + r[None, :].to(tl.int64) * stride_r
+    at += n[:, None] * stride_n + r[None, :] * stride_r
     tl.store(at, acc * scale, mask=(n < cols)[:, None] & (r < rank)[None, :])
 
 
@@ -172,13 +172,13 @@ def sum_over_rows(
     """drop(q)^T s, [cols of q, R]; across: [R, cols of q]."""
     (rows, cols), rank = q.shape, s.shape[1]
     kept, mask, drop = _dropping(p, seed, call)
-    blocks = triton.cdiv(cols, 64)
+    blocks, block, narrow = triton.cdiv(cols, 64), rank_block(rank), q.dtype != torch.float32
     splits = max(1, min(triton.cdiv(programs(q.device), blocks), triton.cdiv(rows, 64)))
     out = torch.empty((rank, cols) if across else (cols, rank), dtype=dtype, device=q.device)
     partial = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
-    gradient_kernel[(blocks, splits, triton.cdiv(rank, rank_block(rank)))](
+    gradient_kernel[(blocks, splits, triton.cdiv(rank, block))](
         partial, q, s, rows, cols, rank, *((1, cols) if across else (rank, 1)), q.stride(0), kept, *mask,
-        DROP=drop, M=16 if q.dtype == torch.float32 else 32, N=64, R=rank_block(rank), num_warps=4,
+        DROP=drop, M=32 if narrow else 16, N=64, R=block, num_warps=8 if narrow and block > 32 else 4,
     )  # fmt: skip
     return add_up(out, partial)
 
