@@ -242,7 +242,7 @@ def test_exact_rows_with_adapters(most, sizes, form, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("fields", [{}, {"temperature": 0.7}, USUAL, {"top_p": 0.8, "temperature": 1.3}], ids=str)
 def test_exact_log_probabilities_are_the_sampler_s(fields, dtype):
-    """And an exact loss is a row's own; gradients of either are those of the sum."""
+    """And a row has the same alone, as has its exact loss."""
     x, weight = torch.randn(70, 33).to(dtype) * 4, torch.randn(1030, 33).to(dtype) / 4
     x[5], weight[400] = x[4], weight[1]
     logits = OPS["linear_exact"].triton(x, weight, None, None, 1e-6, None, False, True)

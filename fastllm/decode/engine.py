@@ -377,9 +377,8 @@ class Engine:
 
     def _end_done(self) -> None:
         running = self.scheduler.running
-        ended = [
-            s for s in reversed(running) if s.done or s.error
-        ]  # from the last row: what moves into an empty one goes on
+        # from the last row: what moves into an empty one goes on
+        ended = [s for s in reversed(running) if s.done or s.error]
         if not ended:
             return
         before = {s: s.row for s in running}

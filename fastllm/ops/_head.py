@@ -4,9 +4,9 @@ time, so that [T, V] never lies in memory.
 A block's logits x W^T + bias are handed to a step, which may leave their gradient in their place; from that come the
 block's dx = d W and its share of dW = d^T x. On a CPU all is fp32: the logits are those of `ops.linear`, bit for bit, and
 16-bit inputs are widened first (of the weight, a copy). On a GPU the products are cuBLAS's in the inputs' dtype; logits
-are rounded to it unless a step asks for them wide, or exact: then they are those of `exact_logits`. dW is
-added up in fp32 on both, block after block, and rounded once, within its own memory: a gradient of 16 bits has room for
-twice its elements behind it.
+are rounded to it unless a step asks for them wide, or exact: then they are those of `exact_logits`. dW is added up in fp32
+on both, block after block, and rounded once, within its own memory: a gradient of 16 bits has room for twice its elements
+behind it.
 """
 
 from collections.abc import Callable

@@ -11,7 +11,8 @@ from torch import Tensor
 from ._gated import silu
 from ._triton import matrix, roomy, tl, triton
 
-ROWS, RANKS = 64, 64  # of a tile of tensor cores, at least; of B that the chain goes on through at a time, at most
+LEAST_ROWS = 64  # of a tile of tensor cores
+RANKS = 64  # of B that the chain goes on through at a time, at most
 
 
 @triton.jit
@@ -113,7 +114,7 @@ def exact_product(
     rows, cols = y.shape
     s, b = (None, None) if low is None else low
     many, few = (MANY_ROWS_ROOMY, FEW_ROWS_ROOMY) if roomy(y.device) else (MANY_ROWS, FEW_ROWS)
-    bm, bn, step, warps, stages = many if rows > ROWS and not swiglu else few
+    bm, bn, step, warps, stages = many if rows > LEAST_ROWS and not swiglu else few
     pair, (depth, x_stride, weight_stride) = (None, None), (0, 0, 0)
     if x is not None:
         depth, x_stride, weight_stride = x.shape[1], x.stride(0), weight.stride(0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ._add_up import add_up
 from ._dot import accumulate
 from ._dropout import keep_tile, threshold
-from ._linear_exact import ROWS, rank_block
+from ._linear_exact import LEAST_ROWS, rank_block
 from ._triton import grid_of, programs, row_of_grid, tl, triton
 
 
@@ -136,7 +136,7 @@ def _dropping(p: float, seed: int, call: int) -> tuple[float, tuple[int, int, in
 # Of 16 bits: as much of a row at once as hides the latency of memory.
 SHRINK_K, SHRINK_STAGES = 128, 3
 # By the bytes of an element; sums of `multi_lora` have this order too.
-EXACT_ROWS, EXACT_K = {2: ROWS, 4: 16}, {2: 64, 4: 32}
+EXACT_ROWS, EXACT_K = {2: LEAST_ROWS, 4: 16}, {2: 64, 4: 32}
 
 
 def shrink(x: Tensor, a: Tensor, scale: float, p: float = 0.0, seed: int = 0, call: int = 0, exact=False) -> Tensor:

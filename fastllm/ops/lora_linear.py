@@ -142,13 +142,13 @@ def reference_norms(weight, form, a, b, scale) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ GPU launchers
 
 
-def gpu_base(x: Tensor, weight: Tensor, form: list[int], alternate: bool = False, wide: bool = False) -> Tensor:
-    """x W^T of rows, rounded; wide: float32, in one order for any number of rows. `Panels`, which are a CPU's, are unpacked."""
+def gpu_base(x: Tensor, weight: Tensor, form: list[int], alternate: bool = False, exact: bool = False) -> Tensor:
+    """x W^T of rows, rounded; exact: float32, in one order for any number of rows. `Panels`, which are a CPU's, are unpacked."""
     if len(form) == 4:
         halves = GATE_UP if alternate else WHOLE
         return quant_gpu(x, weight, *form[:3], bool(form[3]), None, None, 0.0, None, halves)
     rows = dense(weight, form, alternate).to(x.dtype)
-    if not wide:
+    if not exact:
         return torch.mm(x, rows.t())
     y = torch.empty((x.shape[0], rows.shape[0]), dtype=torch.float32, device=x.device)
     return exact_product(y, x, unit_stride(rows))

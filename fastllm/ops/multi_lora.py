@@ -358,7 +358,7 @@ def gpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, 
         around = bias, norm, eps, residual, swiglu, exact
         return reference(x, weight, form, a, b, rank, scale, gain, part, adapter_id, *around)
     rows = as_rows(x if norm is None else rms_norm(x, norm, eps))
-    y = gpu_base(rows, weight, form, swiglu, wide=exact)
+    y = gpu_base(rows, weight, form, swiglu, exact)
     if y.numel():
         block, tile = max(16, triton.next_power_of_2(max_rank)), TILE
         k, panels = max(16, min(MOST_K, A_BYTES // (block * a.itemsize))), max(4, min(MOST_PANELS, B_ROWS // block))

@@ -17,8 +17,8 @@ Arithmetic, on a CPU: the logits of `ops.linear` and the fixed-point softmax of 
 that the sampler reports: at temperature 1 without kept its logprob and entropy (and `ops.target_logprobs`), with its
 temperature and kept its truncated_logprob. Penalties change the sampler's logits and are not known here.
 On a GPU: logits and sums in fp32, the gradient of a block's logits rounded to the inputs' dtype for its products. exact=True
-holds the contract there: the logits of `exact_logits` and the fixed-point sums of `ops.sample`, so that the
-bits are again those that the sampler reports, of a `Decoder` that is exact.
+holds the contract there: the logits of `exact_logits` and the fixed-point sums of `ops.sample`, so that the bits are again
+those that the sampler reports, of a `Decoder` that is exact.
 Errors: IndexError for a target outside [0, V) or a kept below 1; LogitsError for rows with a NaN or nothing above -inf; on
 a GPU, where asking would stall the stream, NaN for both, and for rows that hold +inf.
 """
