@@ -178,7 +178,7 @@ def exact_kernel(
     # The same as forward_kernel in the arithmetic of `sample`, in two reads: weights are integers once the maximum is known.
     row = tl.program_id(0).to(tl.int64)
     x, t = logits + row * stride, tl.load(target + row)
-    lanes = maxima(x, tl.zeros_like(vocab), vocab, BLOCK)
+    lanes = maxima(x, 0, vocab, BLOCK)
     most = tl.max(lanes, 0)
     if any_nan(lanes) | (most < -3.4028234663852886e38) | (t < 0) | (t >= vocab):
         tl.store(logprob + row, float("nan"))

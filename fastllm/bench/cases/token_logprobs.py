@@ -62,6 +62,7 @@ SUITE = Suite(
         case(6, 24, 1030, kept=2000, temperature=0.8),
         case(9, 24, 77, kept=3, temperature=1.5),
         case(8, 24, 50, strided=True),
+        case(2, 3, 1, exact=True),
         case(70, 24, 1030, exact=True),
         case(6, 24, 77, kept=20, temperature=0.7, exact=True, strided=True),
     ),
