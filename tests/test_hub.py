@@ -235,7 +235,10 @@ def test_local_paths(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"")
-    for given in (model, folder):
+    converted = tmp_path / "whisper"
+    converted.mkdir()
+    (converted / "model.bin").write_bytes(b"")
+    for given in (model, folder, converted):
         assert hub.resolve(given) == given and hub.resolve(str(given)) == given
 
 

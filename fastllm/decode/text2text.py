@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -43,7 +42,7 @@ class Text2Text:
     @classmethod
     def load(cls, name: str | os.PathLike, *, quantize: str | None = None, revision: str | None = None) -> "Text2Text":
         """A folder or a Hub id; weights are packed for a CPU, quantised with "int8" or "int4". Errors as of models.load."""
-        path = Path(name) if Path(name).exists() else hub.resolve(name, revision=revision)
+        path = hub.resolve(name, revision=revision)
         model = models.load(path)
         if not isinstance(model, Seq2Seq):
             raise ValueError(f"{path} holds a {type(model).__name__}, no encoder-decoder; LLM runs decoders")

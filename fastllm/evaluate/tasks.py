@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from .. import hub, models
@@ -73,7 +72,7 @@ def _shown(value: float | int | str) -> str:
 def load(name: str, *, quantize: str | None = None, adapter: str | None = None, **limits: Any) -> LLM | Text2Text:
     """The model of a name: an LLM with these limits and an adapter, named by its path; or the encoder-decoder that a folder
     holds, which takes neither. ValueError: it was given one."""
-    path = Path(name) if Path(name).exists() else hub.resolve(name)
+    path = hub.resolve(name)
     if models.kind_of(path) != "Seq2Seq":
         llm = LLM(path, quantize=quantize, **limits)
         if adapter:

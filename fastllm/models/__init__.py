@@ -13,14 +13,14 @@ __all__ = ["load", "save"]
 
 
 def load(name: str | os.PathLike) -> "nn.Module":
-    """The model of a name, its weights float32 Parameters: an alias, an HF folder with safetensors, a .gguf file (which is
-    dequantised) or a Hub id. A `Decoder`, `Encoder` or `Seq2Seq`, as the file says.
+    """The model of a name, its weights float32 Parameters: an alias, an HF folder with safetensors, a folder of CTranslate2,
+    a .gguf file (which is dequantised) or a Hub id. A `Decoder`, `Encoder` or `Seq2Seq`, as the file says.
 
     FileNotFoundError: a path that does not exist. ValueError: a file that cannot be used. HubError: fetching failed.
     """
     from .. import hub
 
-    path = Path(name) if Path(name).exists() else hub.resolve(name)
+    path = hub.resolve(name)
     model = _load(path)
     model.origin = path.absolute()  # where `save` finds the tokenizer
     return model
@@ -38,11 +38,12 @@ def kind_of(path: Path) -> str:
 
 
 def _load(path: Path) -> "nn.Module":
+    from ..hub import is_ctranslate2
     from . import ctranslate2, hf_encoder, hf_seq2seq, weights
     from .families import FAMILIES, unknown
     from .folder import Folder
 
-    if path.is_dir() and (path / "model.bin").is_file() and not any(path.glob("*.safetensors")):
+    if is_ctranslate2(path):
         return ctranslate2.load(path / "model.bin")
     if path.is_dir():
         folder = Folder(path)
