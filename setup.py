@@ -47,31 +47,41 @@ def find_nvcc() -> str | None:
     nvcc = next((c for c in candidates if c and os.access(c, os.X_OK)), None)
     missing = "there is no nvcc" if not nvcc else too_old(nvcc)
     if missing and mode == "1":
-        sys.exit(f"FASTLLM_CUDA=1, but {missing}; set CUDA_HOME or install the CUDA toolkit, 12.0 or later.")
+        sys.exit(f"FASTLLM_CUDA=1, but {missing}; set CUDA_HOME or install the CUDA toolkit, 12.1 or later.")
     if nvcc and missing:
         print(f"no CUDA library: {missing}")
     return None if missing else nvcc
 
 
 def too_old(nvcc: str) -> str:
-    """Why this nvcc is no help; empty where it is. sm_90a came with CUDA 12."""
+    """Why this nvcc is no help; empty where it is. Additions of four floats at once in memory came with CUDA 12.1."""
     version = subprocess.check_output([nvcc, "--version"], text=True)
     release = re.search(r"release (\d+)\.(\d+)", version)
     if not release:
         return f"`{nvcc} --version` names no release"
-    return "" if int(release[1]) >= 12 else f"{nvcc} is of CUDA {release[1]}.{release[2]}"
+    return "" if (int(release[1]), int(release[2])) >= (12, 1) else f"{nvcc} is of CUDA {release[1]}.{release[2]}"
+
+
+def known_archs(nvcc: str, spec: str) -> list[str]:
+    """Those of `80;90+PTX` that this nvcc knows."""
+    known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
+    archs = [a for a in spec.replace(",", ";").split(";") if f"sm_{a.removesuffix('+PTX').rstrip('af')}" in known]
+    return archs or sys.exit(f"FASTLLM_CUDA_ARCHS={spec!r}: {nvcc} knows {', '.join(known)}.")
 
 
 def gencode(nvcc: str, spec: str) -> str:
-    """`80;90+PTX` as nvcc flags, leaving out what this nvcc does not know."""
-    known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
+    """`80;90+PTX` as nvcc flags."""
     flags = []
-    for arch in spec.replace(",", ";").split(";"):
+    for arch in known_archs(nvcc, spec):
         number = arch.removesuffix("+PTX")
-        if f"sm_{number.rstrip('af')}" in known:  # the list has sm_90 for 90, 90a
-            codes = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
-            flags.append(f"-gencode=arch=compute_{number},code={codes}")
-    return " ".join(flags) or sys.exit(f"FASTLLM_CUDA_ARCHS={spec!r}: {nvcc} knows {', '.join(known)}.")
+        codes = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={codes}")
+    return " ".join(flags)
+
+
+def define_archs(nvcc: str, spec: str) -> str:
+    """What tells the library which GPUs it is for: fastllm/ops/_cuda.py asks."""
+    return f"""-DFASTLLM_CUDA_ARCHS='"{";".join(known_archs(nvcc, spec))}"'"""
 
 
 def ninja_path() -> str:
@@ -140,7 +150,7 @@ def cuda_rules(nvcc: str, build: Path) -> list[str]:
     lines = [
         "rule nvcc",
         f"  command = {nvcc} -MD -MF $out.d {NVCC_FLAGS} -Xcompiler -fPIC,-fvisibility=hidden -lineinfo"
-        " $arch -c $in -o $out",
+        " $arch $define -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvlink",
@@ -149,9 +159,12 @@ def cuda_rules(nvcc: str, build: Path) -> list[str]:
     objects = []
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         # wgmma, setmaxnreg and TMA exist for sm_90a alone
-        spec = "90a" if source.stem.endswith("_sm90a") else os.environ.get("FASTLLM_CUDA_ARCHS", "80;90+PTX")
+        common = os.environ.get("FASTLLM_CUDA_ARCHS", "80;90+PTX")
+        spec = "90a" if source.stem.endswith("_sm90a") else common
         lines.append(f"build cuda_{source.stem}.o: nvcc {os.path.relpath(source, build)}")
         lines.append(f"  arch = {gencode(nvcc, spec)}")
+        if source.stem == "table":
+            lines.append(f"  define = {define_archs(nvcc, common)}")
         objects.append(f"cuda_{source.stem}.o")
     return [*lines, f"build _cuda.so: nvlink {' '.join(objects)}"]
 

@@ -97,7 +97,10 @@ PyObject* call_cuda(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   int64_t slots[kMaxFields + 2];
   if (!fill(kinds.c_str(), args, slots)) return nullptr;
   const auto *scratch = slots + count - 2, *stream = slots + count - 1;
-  return PyLong_FromLong(cuda->run[index](slots, reinterpret_cast<char*>(*scratch), reinterpret_cast<void*>(*stream)));
+  PyThreadState* state = PyEval_SaveThread();    // a full queue of launches must not hold up the other threads
+  const int code = cuda->run[index](slots, reinterpret_cast<char*>(*scratch), reinterpret_cast<void*>(*stream));
+  PyEval_RestoreThread(state);
+  return PyLong_FromLong(code);
 }
 
 }  // namespace
@@ -157,6 +160,8 @@ PYBIND11_MODULE(_C, m) {
     cuda = open_cuda(path.c_str());
     return cuda->device_count();
   });
+  m.def("cuda_architectures", [] { return std::string(cuda ? cuda->architectures : ""); });
+  m.def("cuda_capability", [](int device) { return cuda ? cuda->capability(device) : 0; });
   m.def("cuda_error", [](int code) { return std::string(cuda ? cuda->error_string(code) : "the CUDA library is not loaded"); });
   m.def("cuda_runtime_version", [] { return cuda ? cuda->runtime_version : 0; });
   m.def("cuda_weights_rest", [](bool yes) {

@@ -35,6 +35,12 @@ def load_cuda(path: str, /) -> int:
 
 def cuda_error(code: int, /) -> str: ...
 def cuda_runtime_version() -> int: ...
+def cuda_architectures() -> str:
+    """What the library was compiled for: FASTLLM_CUDA_ARCHS."""
+
+def cuda_capability(device: int, /) -> int:
+    """90 of compute capability 9.0; minus CUDA's error."""
+
 def cuda_kernels() -> list[str]:
     """Each is the function cuda_<name>: the CPU kernel's arguments, then scratch and stream; returns CUDA's error."""
 

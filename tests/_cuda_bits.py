@@ -80,6 +80,14 @@ def test_sample_with_penalties(fields, device):
     check_sample(logits, penalised(2, {**fields, **HARD_PENALTIES}), entropy=bool(fields))
 
 
+def test_penalties_without_a_history(device):
+    """Tokens are counted where none are kept: there is nothing to penalise, and no copy of the row to do it in."""
+    logits = torch.randn(2, 32000, generator=torch.Generator().manual_seed(6)) * 4
+    state = SampleState.create(2, position=5, **HARD_PENALTIES)
+    assert state.history.shape[1] == 0
+    check_sample(logits, state)
+
+
 @pytest.mark.parametrize("fields", [{}, {"top_k": 30}, {"top_p": 0.95}, {"min_p": 0.05}, {"top_k": 200}], ids=str)
 def test_draws(fields, device):
     logits = torch.randn(1, 3000, generator=torch.Generator().manual_seed(2)) * 2

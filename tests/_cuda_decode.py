@@ -48,7 +48,7 @@ class Cache:
     def run(self, spec, seed=0, multiprocessors=132):
         order(seed, multiprocessors)
         arguments = self.arguments(spec)
-        refused = decode.refusal(arguments[0], arguments[1], None, self.table.shape[0], arguments[7], *arguments[9:])
+        refused = decode.refusal(*arguments[:4], self.table.shape[0], arguments[7], *arguments[9:])
         assert refused is None, refused
         return decode.cuda(*arguments)
 
@@ -138,9 +138,11 @@ def test_both_directions_and_scale():
 
 
 def test_sinks():
+    """One of -inf is none, also where there are no keys."""
     cache = Cache([40, 3, 0], 6, 2, 128, torch.bfloat16)
-    spec = AttentionSpec(sinks=torch.tensor([-2.0, 0.0, 5.0, 1.0, -30.0, 40.0], device=DEVICE))
-    check(cache, spec)
+    for values in ([-2.0, 0.0, 5.0, 1.0, -30.0, 40.0], [-math.inf, 0.0, -math.inf, 1.0, -math.inf, -math.inf]):
+        out = check(cache, AttentionSpec(sinks=torch.tensor(values, device=DEVICE)))
+    assert torch.equal(out[:, 4:], cache.run(CAUSAL)[:, 4:])
 
 
 def test_without_keys():
@@ -193,16 +195,20 @@ def test_what_is_left_to_triton():
         "exact": AttentionSpec(exact=True), "a cap": AttentionSpec(softcap=3.0), "scale -1.0: above 0": AttentionSpec(scale=-1.0),
         "ALiBi": AttentionSpec(alibi=torch.ones(4)), "a window on both sides": AttentionSpec(window=4, causal=False),
     }.items():  # fmt: skip
-        q, k, *_, alibi, _, causal, window, scale, softcap, exact = cache.arguments(spec)
-        said[name] = decode.refusal(q, k, None, 1, alibi, causal, window, scale, softcap, exact)
+        q, k, v, *_, alibi, _, causal, window, scale, softcap, exact = cache.arguments(spec)
+        said[name] = decode.refusal(q, k, v, None, 1, alibi, causal, window, scale, softcap, exact)
     plain = (None, True, 0, 1.0, 0.0, False)
-    said["float32"] = decode.refusal(cache.q.float(), cache.k.float().mT, None, 1, *plain)
-    said["head dim 32: 64 or 128"] = decode.refusal(cache.q[..., :32], cache.k.mT, None, 1, *plain)
+    said["float32"] = decode.refusal(cache.q.float(), cache.k.float().mT, cache.v.float(), None, 1, *plain)
+    said["head dim 32: 64 or 128"] = decode.refusal(cache.q[..., :32], cache.k.mT, cache.v, None, 1, *plain)
     said["2 rows of 1 sequences: up to one each"] = decode.refusal(
-        torch.cat([cache.q] * 2), cache.k.mT, None, 1, *plain
+        torch.cat([cache.q] * 2), cache.k.mT, cache.v, None, 1, *plain
     )
-    said["20 heads of a KV head: up to 16"] = decode.refusal(cache.q.repeat(1, 10, 1), cache.k.mT, None, 1, *plain)
-    said["quantised pages"] = decode.refusal(cache.q, cache.k.mT, cache.k, 1, *plain)
+    said["20 heads of a KV head: up to 16"] = decode.refusal(
+        cache.q.repeat(1, 10, 1), cache.k.mT, cache.v, None, 1, *plain
+    )
+    said["quantised pages"] = decode.refusal(cache.q, cache.k.mT, cache.v, cache.k, 1, *plain)
     odd = torch.zeros(1, 4 * 64 + 4, dtype=torch.bfloat16)[:, 4:].view(1, 4, 64)
-    said["q or pages that do not lie multiples of 16 bytes apart"] = decode.refusal(odd, cache.k.mT, None, 1, *plain)
+    said["q or pages that do not lie multiples of 16 bytes apart"] = decode.refusal(
+        odd, cache.k.mT, cache.v, None, 1, *plain
+    )
     assert said == {name: name for name in said}

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -209,7 +210,8 @@ def test_fastllm_cuda_is_auto_0_or_1(monkeypatch):
     [
         ("Cuda compilation tools, release 11.8, V11.8.89", r"/nvcc is of CUDA 11\.8"),
         ("something else", "names no release"),
-        ("Cuda compilation tools, release 12.0, V12.0.76", ""),
+        ("Cuda compilation tools, release 12.0, V12.0.76", r"/nvcc is of CUDA 12\.0"),
+        ("Cuda compilation tools, release 12.1, V12.1.66", ""),
     ],
 )
 def test_an_old_nvcc_is_named_and_not_used(monkeypatch, tmp_path, capsys, version, why):
@@ -224,7 +226,7 @@ def test_an_old_nvcc_is_named_and_not_used(monkeypatch, tmp_path, capsys, versio
     assert re.search(f"no CUDA library: .*{why}" if why else "^$", capsys.readouterr().out)
     monkeypatch.setenv("FASTLLM_CUDA", "1")
     if why:
-        with pytest.raises(SystemExit, match=f"FASTLLM_CUDA=1, but .*{why}; .* 12.0 or later"):
+        with pytest.raises(SystemExit, match=f"FASTLLM_CUDA=1, but .*{why}; .* 12.1 or later"):
             setup.find_nvcc()
 
 
@@ -314,7 +316,7 @@ def test_cuda_kernels_compile_without_spills(source, wanted, tmp_path):
     """`pytest -s` prints what each kernel takes."""
     setup = setup_module()
     nvcc = setup.find_nvcc() or pytest.skip("nvcc is not installed")
-    flags = setup.gencode(nvcc, wanted).split()
+    flags = [*setup.gencode(nvcc, wanted).split(), *shlex.split(setup.define_archs(nvcc, wanted))]
     assert "sm_90" in str(flags) and "compute_90" in str(flags)
     done = run(nvcc, *setup.NVCC_FLAGS.split(), "-Xptxas", "-v", *flags, "-c", source, "-o", tmp_path / "kernel.o")
     assert "Performance Loss" not in done.stderr, done.stderr  # products that ptxas lets wait for each other

@@ -47,6 +47,7 @@ def test_cache_sizes():
     [
         (None, None, "not built: this copy of fastllm was compiled without nvcc"),
         (2, None, "CUDA 13.0, 2 GPU(s)"),
+        (3, None, "it holds code for 80;90+PTX, and GPU 1 is sm_75: build with FASTLLM_CUDA_ARCHS=75"),
         (0, None, "no GPU"),
         (-35, None, "no NVIDIA driver"),
         (
@@ -68,6 +69,12 @@ def test_why_the_cuda_library_is_not_used(monkeypatch, tmp_path, count, driver, 
         def cuda_runtime_version(self):
             return 13000
 
+        def cuda_architectures(self):
+            return "80;90+PTX"
+
+        def cuda_capability(self, device):
+            return 75 if count == 3 and device == 1 else 90
+
         def cuda_error(self, code):
             return "no CUDA-capable device is detected"
 
@@ -78,6 +85,20 @@ def test_why_the_cuda_library_is_not_used(monkeypatch, tmp_path, count, driver, 
     monkeypatch.setattr(_cuda, "driver", lambda: driver)
     used, why = _cuda.library.__wrapped__()
     assert why.startswith(reason) and used == (count == 2)
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "runs_not"),
+    [
+        ("80;90+PTX", (80, 86, 89, 90, 100, 103, 120), (70, 75)),
+        ("90", (90,), (75, 80, 89, 100)),
+        ("90a+PTX", (90,), (80, 100)),
+        ("100f;86", (100, 103, 86, 89), (80, 90, 110, 120)),
+    ],
+)
+def test_which_gpus_the_cuda_library_is_for(archs, runs, runs_not):
+    assert all(_cuda.serves(archs, capability) for capability in runs)
+    assert not any(_cuda.serves(archs, capability) for capability in runs_not)
 
 
 def test_the_drivers_version(tmp_path):

@@ -6,7 +6,7 @@
 
 namespace fastllm {
 
-constexpr int kCudaAbi = 7;
+constexpr int kCudaAbi = 8;
 
 enum CudaKernel : int {
 #define CUDA_KERNEL(name, Args) kCuda_##name,
@@ -18,7 +18,9 @@ enum CudaKernel : int {
 struct CudaTable {
   int abi;
   int runtime_version;
-  int (*device_count)();    // negative: minus a cudaError_t (no driver, driver too old)
+  const char* architectures;        // that the kernels were compiled for, as of FASTLLM_CUDA_ARCHS: "80;90+PTX"
+  int (*device_count)();            // negative: minus a cudaError_t (no driver, driver too old)
+  int (*capability)(int device);    // 90 of 9.0; negative: minus a cudaError_t
   const char* (*error_string)(int code);
   // Of the kernels that this thread launches from here on: those before them write no weight, so that reading one may begin early.
   void (*weights_rest)(int yes);

@@ -4,6 +4,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <mutex>
+
 #include "../common.h"
 
 namespace fastllm {
@@ -89,37 +91,64 @@ inline int attribute(cudaDeviceAttr what) {
   return value;
 }
 
-template <class... P, class... A>
-int launch_with(bool early, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, int cluster, void* stream,
-                A... arguments) {
-  if (blocks <= 0) return int(cudaSuccess);
-  if (blocks > INT32_MAX) return int(cudaErrorInvalidValue);
-  if (shared > 48 << 10) {
-    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (e != cudaSuccess) return int(e);
-  }
-  if (cluster > 8) {    // more than every device of an architecture is sure to have
-    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (e != cudaSuccess) return int(e);
-  }
-  cudaLaunchAttribute attributes[2] = {};
+constexpr int kEarlyInGraphs = 12030;    // the CUDA whose graphs can hold launches of that kind
+
+inline int driver_version() {
+  static const int version = [] {
+    int v = 0;
+    return cudaDriverGetVersion(&v) == cudaSuccess ? v : 0;
+  }();
+  return version;
+}
+
+// What a kernel must be allowed once: much shared memory, and clusters of more than every device of an architecture is sure to have.
+template <class... P> cudaError_t allow(void (*kernel)(P...), int64_t shared, int cluster) {
+  cudaError_t e = cudaSuccess;
+  if (shared > 48 << 10) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (e == cudaSuccess && cluster > 8) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return e;
+}
+
+inline cudaLaunchConfig_t configuration(int64_t blocks, int threads, int64_t shared, cudaLaunchAttribute* attributes, int cluster) {
   cudaLaunchConfig_t config = {};
+  config.gridDim.x = unsigned(blocks), config.blockDim.x = unsigned(threads);
+  config.gridDim.y = config.gridDim.z = config.blockDim.y = config.blockDim.z = 1;
+  config.dynamicSmemBytes = size_t(shared), config.attrs = attributes;
   if (cluster > 1) {
     cudaLaunchAttribute& a = attributes[config.numAttrs++];
     a.id = cudaLaunchAttributeClusterDimension;
     a.val.clusterDim.x = unsigned(cluster), a.val.clusterDim.y = a.val.clusterDim.z = 1;
   }
-#if CUDART_VERSION >= 12030    // from here on graphs can hold it
-  if (early && attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+  return config;
+}
+
+// Whether the device, which may be a slice of one, has a place for such a cluster.
+template <class... P> bool has_place(void (*kernel)(P...), int threads, int64_t shared, int cluster) {
+  cudaLaunchAttribute attributes[2] = {};
+  const cudaLaunchConfig_t config = configuration(cluster, threads, shared, attributes, cluster);
+  int clusters = 0;
+  const bool known = allow(kernel, shared, cluster) == cudaSuccess && cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+  if (!known) cudaGetLastError();    // or torch finds it
+  return known && clusters > 0;
+}
+
+template <class... P, class... A>
+int launch_with(bool early, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, int cluster, void* stream,
+                A... arguments) {
+  if (blocks <= 0) return int(cudaSuccess);
+  if (blocks > INT32_MAX) return int(cudaErrorInvalidValue);
+  static std::mutex one_at_a_time;    // what a kernel is allowed is of the last thread that said so
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  if (const cudaError_t e = allow(kernel, shared, cluster); e != cudaSuccess) return int(e);
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = configuration(blocks, threads, shared, attributes, cluster);
+  config.stream = static_cast<cudaStream_t>(stream);
+  if (early && CUDART_VERSION >= kEarlyInGraphs && driver_version() >= kEarlyInGraphs &&
+      attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
     cudaLaunchAttribute& a = attributes[config.numAttrs++];
     a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     a.val.programmaticStreamSerializationAllowed = 1;
   }
-#endif
-  config.gridDim.x = unsigned(blocks), config.blockDim.x = unsigned(threads);
-  config.gridDim.y = config.gridDim.z = config.blockDim.y = config.blockDim.z = 1;
-  config.dynamicSmemBytes = size_t(shared), config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
   return int(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 

@@ -202,19 +202,19 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, int beside
 inline int tensor_map(CUtensorMap* map, const void* base, bool half, const int64_t (&sizes)[4], const int64_t (&strides)[3],
                       int rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
-  static Encode encode = nullptr;
-  if (!encode) {
+  static cudaError_t missing = cudaSuccess;
+  static const Encode encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult status;
 #if CUDART_VERSION >= 12050
-    const cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+    missing = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
 #else
-    const cudaError_t e = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
+    missing = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
 #endif
-    if (e != cudaSuccess) return int(e);
-    if (status != cudaDriverEntryPointSuccess || !found) return int(cudaErrorInsufficientDriver);
-    encode = reinterpret_cast<Encode>(found);
-  }
+    if (missing == cudaSuccess && (status != cudaDriverEntryPointSuccess || !found)) missing = cudaErrorInsufficientDriver;
+    return missing == cudaSuccess ? reinterpret_cast<Encode>(found) : nullptr;
+  }();
+  if (!encode) return int(missing);
   cuuint64_t size[4], stride[3];    // of one element any stride will do
   for (int i = 0; i < 4; ++i) size[i] = cuuint64_t(sizes[i]);
   for (int i = 0; i < 3; ++i)

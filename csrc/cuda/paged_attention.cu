@@ -170,8 +170,10 @@ template <int kCount, class Top> __device__ __forceinline__ float common_top(int
 
 constexpr int kMostSplits = 16;
 
+constexpr int at_once(int dim, int tiles) { return tiles == 1 || dim == 64 ? 2 : 1; }    // blocks, as registers allow
+
 template <int kDim, bool kHalf, int kTiles>
-__global__ void __launch_bounds__(kWarps * 32, kTiles == 1 ? 2 : 1) decode_kernel(const PagedAttentionArgs a, int splits) {
+__global__ void __launch_bounds__(kWarps * 32, at_once(kDim, kTiles)) decode_kernel(const PagedAttentionArgs a, int splits) {
   next_may_begin();
   auto& s = shared_memory<Parts<kDim, kTiles>>();
   const int group = int(a.heads / a.kv_heads), warp = int(threadIdx.x / 32);
@@ -240,9 +242,9 @@ __global__ void __launch_bounds__(kWarps * 32, kTiles == 1 ? 2 : 1) decode_kerne
         x = fmaf(factor[r], part.x, x), y = fmaf(factor[r], part.y, y);
         total = fmaf(factor[r], *at_rank(&s.sum[0][head], unsigned(r)), total);
       }
-    if (a.sinks) {
-      const float sink = a.sinks[int64_t(kv_head) * group + head] * kLog2e, base = fmaxf(high, sink);
-      const float fade = exp2_fast(high - base);
+    const float sink = a.sinks ? a.sinks[int64_t(kv_head) * group + head] * kLog2e : -infinity();
+    if (sink != -infinity()) {    // that one is none
+      const float base = fmaxf(high, sink), fade = exp2_fast(high - base);
       x *= fade, y *= fade, total = fmaf(total, fade, exp2_fast(sink - base));
     }
     const float part = !sees.good ? not_a_number() : total == 0 ? 0 : reciprocal_fast(total);
@@ -253,9 +255,9 @@ __global__ void __launch_bounds__(kWarps * 32, kTiles == 1 ? 2 : 1) decode_kerne
 }
 
 // Blocks that share a row's keys: as many as leave each warp a page, and all of them room at once.
-inline int splits_of(const PagedAttentionArgs& a) {
+inline int splits_of(const PagedAttentionArgs& a, int at_once) {
   if (attribute(cudaDevAttrComputeCapabilityMajor) < 9) return 1;
-  const int64_t room = 2 * attribute(cudaDevAttrMultiProcessorCount), blocks = a.rows * a.kv_heads;
+  const int64_t room = at_once * attribute(cudaDevAttrMultiProcessorCount), blocks = a.rows * a.kv_heads;
   const int64_t seen = a.window ? a.window / kPage + 1 : a.max_pages, pages = seen < a.max_pages ? seen : a.max_pages;
   int splits = 1;
   while (splits < kMostSplits && blocks * splits * 2 <= room && pages >= splits * 2 * kWarps) splits *= 2;
@@ -263,9 +265,11 @@ inline int splits_of(const PagedAttentionArgs& a) {
 }
 
 template <int kDim, bool kHalf, int kTiles> int launch_decode(const PagedAttentionArgs& a, void* stream) {
-  const int splits = splits_of(a);
-  const int64_t blocks = a.rows * a.kv_heads * splits, shared = sizeof(Parts<kDim, kTiles>);
-  return launch(decode_kernel<kDim, kHalf, kTiles>, blocks, kWarps * 32, shared, splits, stream, a, splits);
+  constexpr int64_t shared = sizeof(Parts<kDim, kTiles>);
+  const auto kernel = decode_kernel<kDim, kHalf, kTiles>;
+  int splits = splits_of(a, at_once(kDim, kTiles));
+  if (splits > 8 && !has_place(kernel, kWarps * 32, shared, splits)) splits = 8;
+  return launch(kernel, a.rows * a.kv_heads * splits, kWarps * 32, shared, splits, stream, a, splits);
 }
 
 template <int kDim, bool kHalf> int of_heads(const PagedAttentionArgs& a, void* stream) {

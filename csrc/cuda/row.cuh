@@ -135,9 +135,10 @@ __device__ float bound_of_best(Shared& s, int k) {
   return fmaxf(s.bound, -kLargest);
 }
 
-__device__ __forceinline__ bool changes_logits(const SampleRow& r, int64_t suppressed) {
-  return ((r.repetition != 1 || r.presence != 0 || r.frequency != 0) && r.history_len > 0) ||
-         (suppressed > 0 && r.history_len - r.prompt_len < r.min_new);
+__device__ __forceinline__ bool changes_logits(const SampleArgs& a, const SampleRow& r) {
+  const bool has_history = r.history_len > 0 && a.history_stride > 0;    // tokens are counted, too, where none are kept
+  return ((r.repetition != 1 || r.presence != 0 || r.frequency != 0) && has_history) ||
+         (a.suppressed > 0 && r.history_len - r.prompt_len < r.min_new);
 }
 
 // The block's logits x[begin, end) after penalties: csrc/cpu/sample.cpp: penalise. Who takes an id's count off applies it.

@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const float raw_most = maxima(s, p, top, nan), raw_top = fminf(raw_most, kLargest);
   float most = raw_most;
   const SampleRow& r = s.row;
-  const bool changed = changes_logits(r, a.suppressed);
+  const bool changed = changes_logits(a, r);
   Logits x = kResident ? Logits{own, begin + chunk, true} : raw;    // what lies beyond the vocabulary is -inf
 
   // 2. penalties. What the weights of the logits as they came add up to at temperature 1 is found before, or else in the next pass

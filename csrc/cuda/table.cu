@@ -21,6 +21,12 @@ static int device_count() {
   cudaError_t e = cudaGetDeviceCount(&n);
   return e == cudaSuccess ? n : -int(e);
 }
+static int capability(int device) {
+  int major = 0, minor = 0;
+  cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return e == cudaSuccess ? major * 10 + minor : -int(e);
+}
 static const char* error_string(int code) { return cudaGetErrorString(cudaError_t(code)); }
 
 }  // namespace fastllm
@@ -28,7 +34,7 @@ static const char* error_string(int code) { return cudaGetErrorString(cudaError_
 extern "C" __attribute__((visibility("default"))) const fastllm::CudaTable* fastllm_cuda_table() {
   using namespace fastllm;
   static const CudaTable table = {
-      kCudaAbi, CUDART_VERSION, device_count, error_string, set_weights_rest, copy, {
+      kCudaAbi, CUDART_VERSION, FASTLLM_CUDA_ARCHS, device_count, capability, error_string, set_weights_rest, copy, {
 #define CUDA_KERNEL(name, Args) \
   [](const void* record, char* scratch, void* stream) { return name(*static_cast<const Args*>(record), scratch, stream); },
 #include "kernels.def"

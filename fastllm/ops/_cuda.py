@@ -51,12 +51,32 @@ def library() -> tuple[bool, str]:
         return False, f"broken: {error}"
     version = _C.cuda_runtime_version()
     if count > 0:
+        archs, capabilities = _C.cuda_architectures(), [_C.cuda_capability(device) for device in range(count)]
+        foreign = next((d for d, capability in enumerate(capabilities) if not serves(archs, capability)), None)
+        if foreign is not None:
+            wanted = (
+                f"GPU {foreign} is sm_{capabilities[foreign]}: build with FASTLLM_CUDA_ARCHS={capabilities[foreign]}"
+            )
+            return False, f"it holds code for {archs}, and {wanted}"
         return True, f"CUDA {version // 1000}.{version % 1000 // 10}, {count} GPU(s)"
     if count == -35 and driver():  # cudaErrorInsufficientDriver: too old, or none at all
         return False, f"driver {driver()} is too old for CUDA {version // 1000}"
     if count == -35:
         return False, "no NVIDIA driver"
     return False, _C.cuda_error(-count) if count else "no GPU"
+
+
+def serves(archs: str, capability: int) -> bool:
+    """Whether code for "80;90+PTX" runs on a GPU of capability 86, say: machine code does within its generation, not on an
+    older one, and PTX on any later one; that of 90a nowhere else, that of 100f in its generation."""
+    for arch in archs.split(";"):
+        name, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
+        number = int(name.rstrip("af"))
+        within = number <= capability and number // 10 == capability // 10
+        later = ptx and number <= capability and name.isdigit()
+        if number == capability or (not name.endswith("a") and within) or later:
+            return True
+    return False
 
 
 def driver(path: str = "/proc/driver/nvidia/version") -> str | None:

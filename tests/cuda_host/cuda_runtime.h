@@ -37,6 +37,7 @@
 #define __launch_bounds__(...)
 #define __CUDA_ARCH__ 900
 #define CUDART_VERSION 13000
+#define FASTLLM_CUDA_ARCHS "80;90+PTX"
 
 struct uint3 {
   unsigned x, y, z;
@@ -240,7 +241,8 @@ CUDA_HOST_API void cuda_host_device(int capability, int shared) {
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInsufficientDriver = 35,
                    cudaErrorNoKernelImageForDevice = 209, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr {
-  cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+  cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributeNonPortableClusterSizeAllowed = 9 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4, cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
@@ -267,10 +269,12 @@ inline const char* cudaGetErrorString(cudaError_t e) {
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) { return memset(p, value, bytes), cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* d) { return *d = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
   *value = what == cudaDevAttrMultiProcessorCount      ? cuda_host::machine.multiprocessors
            : what == cudaDevAttrComputeCapabilityMajor ? cuda_host::machine.capability
+           : what == cudaDevAttrComputeCapabilityMinor ? 0
                                                        : cuda_host::machine.shared_limit;
   return cudaSuccess;
 }
@@ -282,6 +286,13 @@ template <class F> cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute
   if (bytes > cuda_host::machine.shared_limit) return cudaErrorInvalidValue;
   cuda_host::machine.shared_allowed[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
+}
+
+// The largest cluster is that of the device: of one with few multiprocessors it has no place for 16 blocks.
+template <class F> cudaError_t cudaOccupancyMaxActiveClusters(int* count, F* kernel, const cudaLaunchConfig_t* c) {
+  const int cluster = int(c->attrs[0].val.clusterDim.x);
+  if (cluster > 8 && !cuda_host::machine.large_clusters.count(reinterpret_cast<const void*>(kernel))) return cudaErrorInvalidValue;
+  return *count = cuda_host::machine.multiprocessors / cluster, cudaSuccess;
 }
 
 namespace cuda_host {

@@ -15,7 +15,7 @@ NAME = f"CUDA C++ (16-bit, a row a sequence, heads of 64 and 128, up to {HEADS} 
 
 
 def refusal(
-    q: Tensor, k_pages: Tensor, scales: Tensor | None, batch: int,
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, scales: Tensor | None, batch: int,
     alibi: Tensor | None, causal: bool, window: int, scale: float, softcap: float, exact: bool,
 ) -> str | None:  # fmt: skip
     """Why this kernel does not take the call; None when it does."""
@@ -39,7 +39,8 @@ def refusal(
         return "a window on both sides"
     if scale <= 0:
         return f"scale {scale}: above 0"
-    if any(step % 8 for step in (*q.stride()[:2], k_pages.stride(0))) or any(t.data_ptr() % 16 for t in (q, k_pages)):
+    steps, ours = (*q.stride()[:2], k_pages.stride(0), v_pages.stride(0)), (q, k_pages, v_pages)
+    if any(step % 8 for step in steps) or any(t.data_ptr() % 16 for t in ours):
         return "q or pages that do not lie multiples of 16 bytes apart"
     return None
 
@@ -51,7 +52,7 @@ def cuda(
 ) -> Tensor:  # fmt: skip
     shaping = (causal, window, scale, softcap, exact)
     q, block_table = unit_stride(q), unit_stride(block_table)
-    if not q.numel() or refusal(q, k_pages, scales, block_table.shape[0], alibi, *shaping) is not None:
+    if not q.numel() or refusal(q, k_pages, v_pages, scales, block_table.shape[0], alibi, *shaping) is not None:
         return gpu(q, k_pages, v_pages, scales, block_table, context_len, cu_q, alibi, sinks, *shaping)
     out, sinks = torch.empty(q.shape, dtype=q.dtype, device=q.device), as_float(sinks)
     rows, heads, dim = q.shape
