@@ -53,7 +53,8 @@ template <class T, bool past_cache> void backward(const LayerNormBackwardArgs& a
     const vf mean = set1(a.mean[r]), rstd = set1(a.rstd[r]);
     vf total = set1(0);
     const float dot = sum_columns(n, [&](vf acc, int64_t i, auto m) {
-      const vf d = load(dy + i, m), h = (load(s + i, m) - mean) * rstd, g = d * load(weight + i, m);
+      const vf d = load(dy + i, m), g = d * load(weight + i, m);
+      const vf h = select(m, (load(s + i, m) - mean) * rstd, set1(0));    // beyond the row it may be infinite, and is 0 times that
       store(partial + i, fma(d, h, load(partial + i)));
       store(partial + padded + i, d + load(partial + padded + i));
       total = total + g;

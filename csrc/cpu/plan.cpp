@@ -81,6 +81,7 @@ int launch(int kernel, const void* args) {
   int32_t status = kOk;
   Launch l{k.run[isa()], args};
   parallel(threads, buffer, &status, run_one, &l);
+  if (bytes) check_scratch(bytes, k.name);
   if (const std::shared_ptr<Plan> plan = recorded.lock()) {
     Record r{kernel, {}};
     memcpy(r.slots, args, 8 * strlen(k.kinds));
@@ -122,6 +123,7 @@ int plan_replay(const Plan* plan, int threads, int64_t times, int64_t* nanosecon
   int32_t status = kOk;
   Replay replay{plan, times, nanoseconds};
   parallel(threads, buffer, &status, run_plan, &replay);
+  if (bytes) check_scratch(bytes, "a recorded plan");
   return status;
 }
 

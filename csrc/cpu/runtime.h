@@ -30,6 +30,7 @@ int max_threads();               // what torch.get_num_threads() says, under thi
 int set_thread_limit(int n);     // 0: none; returns the previous limit of the calling thread
 void parallel(int threads, char* scratch, int32_t* status, void (*body)(void*, Team&), void* context);
 char* scratch(int64_t bytes);    // grows, per calling thread, reused; null when out of memory
+void check_scratch(int64_t bytes, const char* kernel);    // ends the process when something has written behind it
 int64_t take_most_scratch();     // the most that a kernel of this thread asked for since the last such question
 
 // Runs the kernel now and, while a plan records, appends it to the plan. Returns a Status, or -1 when out of memory.

@@ -96,7 +96,7 @@ uint64_t nucleus(float p, uint64_t sum) {
 // A logit below which no token of the nucleus lies: tokens that all weigh less than half of (1 - p) S / V cannot
 // together weigh (1 - p) S. Weights of zero are outside for free.
 float nucleus_bound(const Row& row, float p, uint64_t sum, int64_t vocab, float temperature) {
-  const double least = 0.5 * (1 - double(p)) * double(sum) / double(vocab);
+  const double least = 0.5 * (1 - double(p > 0 ? p : 0)) * double(sum) / double(vocab);
   const double z = least < 1 ? -29.0 : natural_log(least * 0x1p-40) - 0.01;
   const double bound = double(row.top) + double(temperature) * z;
   return bound > -double(kLargest) ? float(bound - __builtin_fabs(bound) * 0x1p-22) : -kLargest;

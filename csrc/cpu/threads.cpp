@@ -4,6 +4,7 @@
 #include "runtime.h"
 
 #include <new>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #if defined(__linux__)
@@ -89,12 +90,24 @@ struct Job {
   char* scratch;
   int32_t* status;
   Barrier barrier;
+  unsigned modes;    // the caller's: whether denormals are 0, say, by which a row must not differ
 };
+
+#if defined(__x86_64__)
+unsigned float_modes() { return __builtin_ia32_stmxcsr(); }
+void set_float_modes(unsigned modes) { __builtin_ia32_ldmxcsr(modes); }
+#else
+unsigned float_modes() { return 0; }
+void set_float_modes(unsigned) {}
+#endif
 
 void enter(void* p) {
   Job* job = static_cast<Job*>(p);
   Team team{openmp().thread_num(), openmp().num_threads(), &job->barrier, job->scratch, job->status};
+  const unsigned own = float_modes();
+  set_float_modes(job->modes);
   job->body(job->context, team);
+  set_float_modes(own);
 }
 
 struct Arena {
@@ -103,6 +116,7 @@ struct Arena {
   ~Arena() { free(data); }
 };
 thread_local Arena arena;
+constexpr uint64_t kBehind[2] = {0x9e3779b97f4a7c15u, 0xd1b54a32d192ed03u};    // what lies behind scratch memory, and is left alone
 thread_local int64_t most_scratch = 0;
 
 }  // namespace
@@ -123,7 +137,7 @@ int set_thread_limit(int n) {
 }
 
 void parallel(int threads, char* scratch, int32_t* status, void (*body)(void*, Team&), void* context) {
-  Job job{body, context, scratch, status, {0, 0}};
+  Job job{body, context, scratch, status, {0, 0}, float_modes()};
   if (threads <= 1) {
     Team team{0, 1, &job.barrier, scratch, status};
     body(context, team);
@@ -140,12 +154,22 @@ int64_t take_most_scratch() {
 
 char* scratch(int64_t bytes) {
   if (bytes > most_scratch) most_scratch = bytes;
-  if (bytes <= arena.size) return arena.data;
-  int64_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;    // grows by a quarter: few reallocations, little waste
-  free(arena.data);
-  arena.data = static_cast<char*>(aligned_alloc(4096, size_t(size)));
-  arena.size = arena.data ? size : 0;
+  const int64_t whole = bytes + int64_t(sizeof(kBehind));
+  if (whole > arena.size) {
+    int64_t size = (whole + whole / 4 + 4095) / 4096 * 4096;    // grows by a quarter: few reallocations, little waste
+    free(arena.data);
+    arena.data = static_cast<char*>(aligned_alloc(4096, size_t(size)));
+    arena.size = arena.data ? size : 0;
+  }
+  if (arena.data) memcpy(arena.data + bytes, kBehind, sizeof(kBehind));
   return arena.data;
+}
+
+void check_scratch(int64_t bytes, const char* kernel) {
+  if (!memcmp(arena.data + bytes, kBehind, sizeof(kBehind))) return;
+  fprintf(stderr, "fastllm: %s has written behind its %lld bytes of scratch memory; this is a bug of fastllm\n", kernel,
+          static_cast<long long>(bytes));
+  abort();    // what lies there is somebody's
 }
 
 }  // namespace fastllm

@@ -50,7 +50,7 @@ static inline int64_t work(const LoraLinearBackwardArgs& a) { return work(a.base
 static inline int64_t scratch_bytes(const LoraLinearBackwardArgs& a, int64_t threads) {
   const int64_t rows = a.base.rows, cols = a.base.cols, depth = a.base.depth;
   const int64_t panels = up_to_16(a.rank) * depth + up_to_16(cols) * a.rank, mask = rows * ((cols + 63) / 64) * 2;
-  const int64_t own = threads * larger(narrow_floats(depth), 96 * 2 * 16 + 2 * 16 * rows);
+  const int64_t own = threads * larger(narrow_floats(depth), 96 * 2 * 16 + packed_groups(rows) * 2 * 16 * rows);
   return 4 * (panels + up_to_16(mask) + 3 * up_to_16(rows * a.rank) + up_to_16(depth * a.rank)) +
          larger(scratch_bytes(a.base, threads), 4 * own);
 }

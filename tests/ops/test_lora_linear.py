@@ -2,6 +2,7 @@
 
 import math
 
+import _build
 import _contract
 import _oracle
 import pytest
@@ -210,6 +211,23 @@ def test_saves_x_and_s_alone():
     ):
         ops.lora_linear(x, weight, a, b, LoraSpec(dropout=Dropout(0.1, 3)), bias=torch.randn(64))
     assert sizes == [(7, 16)]
+
+
+MANY_ROWS = """
+import torch
+from fastllm import ops
+for rows, depth, cols in (600, 576, 192), (2100, 96, 64), (4200, 40, 24):
+    x, a, b = (torch.randn(*shape, requires_grad=True) for shape in ((rows, depth), (8, depth), (cols, 8)))
+    w, d = torch.randn(cols, depth), torch.randn(rows, cols)
+    ours = torch.autograd.grad(ops.lora_linear(x, w, a, b), (x, a, b), d)
+    wanted = torch.autograd.grad(x @ w.T + x @ a.T @ b.T, (x, a, b), d)
+    print(max(float((o - t).norm() / t.norm()) for o, t in zip(ours, wanted)) < 1e-5)
+"""
+
+
+def test_gradients_of_more_rows_than_columns():
+    """In a process whose scratch memory no larger op has made."""
+    assert _build.python(MANY_ROWS).stdout.split() == ["True"] * 3
 
 
 def test_gradients_that_nobody_wants_are_not_made():

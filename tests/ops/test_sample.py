@@ -382,3 +382,10 @@ def test_logits_that_require_grad():
     logits = torch.randn(2, 50)
     for a, b in zip(ops.sample(logits.clone().requires_grad_(), STATE), ops.sample(logits, STATE), strict=True):
         assert torch.equal(a, b) and not a.requires_grad
+
+
+@pytest.mark.parametrize("top_p", [0.0, -0.5, -5.0, -math.inf])
+def test_a_top_p_below_zero_keeps_one_token(top_p):
+    """SamplingParams refuses it; a record is memory that anybody writes."""
+    logits = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(ops.sample(logits, SampleState.create(3, top_p=top_p))[0].long(), logits.argmax(1))

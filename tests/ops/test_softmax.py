@@ -77,3 +77,18 @@ def test_functorch_and_export():
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         ops.softmax(*arguments)
+
+
+def test_rows_are_alike_where_denormals_are_zero():
+    """A mode of the thread that calls, which those that help it take over."""
+    x = torch.zeros(4096, 64)
+    x[:, 1:] = -95
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        y = ops.softmax(x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(y, y[:1].expand_as(y)) and not y[0, 1]
+    y = ops.softmax(x)
+    assert torch.equal(y, y[:1].expand_as(y)) and y[0, 1] > 0
