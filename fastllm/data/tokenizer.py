@@ -357,6 +357,8 @@ class Tokenizer:
             token = token.get("content") if isinstance(token, dict) else token
             roles[role] = backend.token_to_id(token) if isinstance(token, str) else None
         ends = _read_json(folder / "generation_config.json").get("eos_token_id")
+        if ends is None:  # as transformers does
+            ends = _read_json(folder / "config.json").get("eos_token_id")
         return cls(backend, roles, [*_ids(ends, folder), *_ids(config.get("eos_token_ids"), folder)])
 
     def save(self, folder: str | os.PathLike) -> None:

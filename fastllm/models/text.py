@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 from ..data.chat import ChatTemplate
 from ..data.tokenizer import Tokenizer
@@ -29,6 +30,24 @@ def read_text(path: Path) -> tuple[Tokenizer, ChatTemplate | ValueError]:
         return tokenizer, make(source)
     except ValueError as error:
         return tokenizer, error
+
+
+def ends_of(source: Path | None) -> dict[str, Any]:
+    """What config.json says of the tokens that begin, end and fill a text, by which transformers ends one: as the source's own
+    says, or its tokenizer. Empty where there is none that can be read, of which `write_text` warns."""
+    keys = {f"{role}_token_id": role for role in ("bos", "eos", "pad")}
+    if source is None:
+        return {}
+    try:
+        config = source / "config.json"
+        stored = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if given := {key: stored[key] for key in keys if key in stored}:
+            return given
+        tokenizer = read_text(source)[0]
+    except (ValueError, FileNotFoundError):
+        return {}
+    ids = {key: getattr(tokenizer, f"{role}_id") for key, role in keys.items()}
+    return ids | ({"eos_token_id": sorted(tokenizer.eos_ids)} if len(tokenizer.eos_ids) > 1 else {})
 
 
 def write_text(source: Path, files: Replacing) -> None:

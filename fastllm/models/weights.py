@@ -18,6 +18,7 @@ from .decoder import Decoder
 from .families import FAMILIES, write_config
 from .folder import Stored, Writing, check_memory, skeleton, write_tensors
 from .sources import Source, float_rows, open_source
+from .text import ends_of
 
 FEW_BITS = ("Q4_0", "Q4_1", "Q4_K", "Q5_0")  # 5 or fewer: quantising them again only loses quality
 WIDENED = {"Q5_0": "Q8_0"}  # what a source hands over without loss as another type
@@ -213,7 +214,7 @@ def save(model: Decoder, path: str | os.PathLike, how: Writing) -> None:
     transformers has no class for."""
     if any(isinstance(getattr(m, "weight", None), (Panels, QWeight)) for m in model.modules()):
         raise TypeError("save: the weights are packed for decoding; load the model with fastllm.models.load to save it")
-    write_tensors(path, list(stored_parts(model)), write_config(model.config), how)
+    write_tensors(path, list(stored_parts(model)), write_config(model.config) | ends_of(how.text), how)
 
 
 def stored_parts(model: Decoder) -> Iterator[Stored]:
