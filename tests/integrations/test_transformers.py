@@ -137,6 +137,30 @@ def test_logits_are_made_when_read(name):
         assert model(**inputs | {"labels": None}).logits.shape == own.logits.shape
 
 
+@pytest.mark.parametrize("name", ["smollm", "bert"])
+def test_logits_are_those_of_the_forward(name):
+    """Not of a head that has changed since, which is an error, and in the forward's autocast."""
+    model, inputs = build(name), batch("right")
+    accelerate(model, quiet=True)
+    outputs, kept = model(**inputs), model(**inputs)
+    before = kept.logits
+    outputs.loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    with pytest.raises(RuntimeError, match=r"the head has changed since this forward; read it before optimizer\.step"):
+        outputs.logits  # noqa: B018
+    assert kept.logits is before and model(**inputs).logits.shape == before.shape
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, plain = model(**inputs), model(**{k: v for k, v in inputs.items() if k != "labels"})
+    assert outputs.logits.dtype == plain.logits.dtype == torch.bfloat16
+    torch.testing.assert_close(outputs.logits, plain.logits)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        outputs = model(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert outputs.logits.dtype == torch.float32
+    with torch.inference_mode():
+        assert model(**inputs).logits.shape == before.shape
+
+
 def test_without_logits():
     model, inputs = build("smollm"), batch()
     own = model(**inputs)

@@ -1,7 +1,8 @@
 """The loss of a model that is given labels, without logits [T, V] in memory.
 
 A forward with labels runs `ops.linear_cross_entropy` on the hidden states. `outputs.logits` is made when it is read, by
-attribute, key, index or iteration, with its gradient, and then kept; who reads the loss alone never pays for it. With
+attribute, key, index or iteration, with its gradient, and then kept; who reads the loss alone never pays for it. They are
+those of the forward: under its autocast, and once the head has changed, by an optimizer's step, reading them is an error. With
 `logits=False` it is None in a forward with labels.
 
 The class's own forward runs, logits and all, where `loss_function` is not the class's own or an argument of it is unknown
@@ -35,17 +36,41 @@ IGNORED = -100
 # ------------------------------------------------------------------------------------------------------ logits, when read
 
 
+class Source:
+    """What logits are made of when they are read: a head, hidden states and a cap, as the forward had them."""
+
+    def __init__(self, head: nn.Linear, hidden: Tensor, softcap: float | None):
+        self.head, self.hidden, self.softcap = head, hidden, softcap
+        self.versions = self._versions()
+        kind = hidden.device.type
+        self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+    def logits(self) -> Tensor:
+        """RuntimeError: the head is not the forward's any more."""
+        if self._versions() != self.versions:
+            raise RuntimeError(
+                "outputs.logits is made when it is read, and the head has changed since this forward; read it before "
+                "optimizer.step(), or call the model again"
+            )
+        kind, dtype, enabled = self.autocast
+        with torch.autocast(kind, dtype, enabled):
+            return capped(self.head(self.hidden), self.softcap)
+
+    def _versions(self) -> list[int | None]:
+        tensors = [t for t in (self.head.weight, self.head.bias) if t is not None]
+        return [None if t.is_inference() else t._version for t in tensors]
+
+
 class _Deferred:
     """Mixed into a ModelOutput: the key "logits" stands in its place, and its value is made by the first who reads it."""
 
-    _source: tuple[nn.Module, Tensor, float | None] | None = None
+    _source: Source | None = None
     _logits: Tensor | None = None
 
     @property
     def logits(self) -> Tensor | None:
         if self._logits is None and self._source is not None:
-            head, hidden, softcap = self._source
-            self.logits = capped(head(hidden), softcap)
+            self.logits = self._source.logits()
         return self._logits
 
     @logits.setter
@@ -86,9 +111,8 @@ def _deferred(output: type) -> type:
     return type(output.__name__, (_Deferred, output), {"__module__": __name__, "__doc__": output.__doc__})
 
 
-def output_of(kind: type, loss: Tensor, source: tuple | None, fields: Mapping[str, Any]) -> Any:
-    """An output of a kind, with those of the fields that it has, and logits to be made from the source (head, hidden,
-    softcap), or without."""
+def output_of(kind: type, loss: Tensor, source: Source | None, fields: Mapping[str, Any]) -> Any:
+    """An output of a kind, with those of the fields that it has, and logits to be made from the source, or without."""
     fields = {k: v for k, v in fields.items() if k in kind.__dataclass_fields__}
     if source is None:
         return kind(loss=loss, **fields)
@@ -147,7 +171,8 @@ def finish(
         loss = ops.linear_cross_entropy(x, weight, target, bias, spec=spec)
     if items is not None:
         loss = loss / (items.to(device) if isinstance(items, Tensor) else items)
-    return output_of(output, loss, (head, hidden, softcap) if logits and not more else None, more | dict(fields))
+    source = Source(head, hidden, softcap) if logits and not more else None
+    return output_of(output, loss, source, more | dict(fields))
 
 
 @functools.cache
