@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from concurrent.futures import Future
 from dataclasses import dataclass
-from threading import Thread, main_thread
+from threading import Thread, current_thread, main_thread
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -294,7 +294,7 @@ class Groups(Generic[E]):
         """Begins to read the next window, where that has not begun; returns at once."""
         if self._next is None:
             self._next = Future()
-            Thread(target=self._read_into, args=(self._next,)).start()
+            Thread(target=self._read_into, args=(self._next, current_thread())).start()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is: plain JSON."""
@@ -324,18 +324,18 @@ class Groups(Generic[E]):
         self._window, self._taken = window, 0
         self.read_ahead()
 
-    def _read_into(self, future: "Future[_Window[E]]") -> None:
+    def _read_into(self, future: "Future[_Window[E]]", reader: Thread) -> None:
         try:
-            future.set_result(self._read())
+            future.set_result(self._read(reader))
         except BaseException as error:  # raised where the window is wanted
             future.set_exception(error)
 
-    def _read(self) -> _Window[E]:
+    def _read(self, reader: Thread) -> _Window[E]:
         start, count, examples = self.documents.state_dict(), self._count, list[E]()
         read, most = 0, MOST * self.tokens
         for _ in range(self.window):
-            if read >= most or not main_thread().is_alive():  # the process ends, and waits for its threads
-                break
+            if read >= most or not (main_thread().is_alive() or (reader.is_alive() and not reader.daemon)):
+                break  # the process ends, and waits for its threads
             try:
                 document = next(self.documents)
             except StopIteration:

@@ -141,7 +141,7 @@ class Documents:
         names = [(file.name, file.stat().st_size) for file in self.files]
         chosen = split and [split, list(fractions.items())]
         self._identity = hashlib.blake2b(
-            json.dumps([names, text, unit, bad, longest, chosen, shuffle, epochs, seed, part]).encode(), digest_size=8
+            json.dumps([names, text, unit, longest, chosen, shuffle, epochs, seed, part]).encode(), digest_size=8
         ).hexdigest()
         self._go_to(_beginning(0), 0)
 

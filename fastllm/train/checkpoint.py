@@ -70,13 +70,20 @@ class Checkpoints:
         """The folder of a step's checkpoint."""
         return self.folder / f"step-{step:08d}"
 
-    def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
-        """Writes one and removes those that are not kept. CheckpointError: it cannot be written; older ones are untouched."""
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        progress: Progress,
+        drawn: Mapping[str, Tensor] | None = None,
+    ) -> Path:
+        """Writes one and removes those that are not kept. drawn: `generators()` after that step, where more was drawn since.
+        CheckpointError: it cannot be written; older ones are untouched."""
         new = ReplacingFolder(self.path(progress.step))
         state = asdict(progress) | {"versions": {"fastllm": __version__, "torch": torch.__version__}}
         try:
             self.processes.first(new.begin)
-            self._write(new.part, dict(self._tensors(model, optimizer)))
+            self._write(new.part, dict(self._tensors(model, optimizer, drawn)))
             self.processes.first(lambda: (new.part / STATE).write_text(json.dumps(state, indent=1)))
             self.processes.first(new.finish)
         except (OSError, safetensors.SafetensorError) as error:
@@ -172,15 +179,23 @@ class Checkpoints:
             raise OSError(_reason(error)) from error
         return found
 
-    def _tensors(self, model: nn.Module, optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(
+        self, model: nn.Module, optimizer: Optimizer | None, drawn: Mapping[str, Tensor] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"model.{name}", t) for name, t in _model_tensors(model))
         if optimizer is None:
             return
         yield from ((f"optimizer.{name}", t) for name, t in optimizer.tensors())
-        yield f"random.{self.processes.rank}.cpu", torch.get_rng_state()
-        if torch.cuda.is_initialized():
-            states = enumerate(torch.cuda.get_rng_state_all())
-            yield from ((f"random.{self.processes.rank}.cuda{i}", t) for i, t in states)
+        states = generators() if drawn is None else drawn
+        yield from ((f"random.{self.processes.rank}.{name}", t) for name, t in states.items())
+
+
+def generators() -> dict[str, Tensor]:
+    """The states of torch's generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states |= {f"cuda{i}": t for i, t in enumerate(torch.cuda.get_rng_state_all())}
+    return states
 
 
 def _model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from ..files import Replacing
 from ..models.blocks import recomputing
-from .checkpoint import CheckpointError, Checkpoints, Progress
+from .checkpoint import CheckpointError, Checkpoints, Progress, generators
 from .forecast import tokens_of
 from .optim import Optimizer, OptimOptions, require
 from .parallel import Processes, Share, start
@@ -160,11 +160,31 @@ def _run(
     optimizer = Optimizer(share.model, options, options.steps)
     progress = _begin(share.model, batches, optimizer, checkpoints, resume)
     step_of = _Step(share, batches, optimizer, options.accumulate, processes)
-    value, reason, saved = math.nan, "done", progress.step if resume else None
+    reason, saved, told, measured = "done", progress.step if resume else None, progress.step, progress.step
     share.train()
     log = _Log(run, progress.step, watch) if processes.rank == 0 else _Silence()
+    value = log.loss
+
+    def tell() -> None:
+        nonlocal told
+        more, told = figures() if figures else {}, progress.step
+        log.write({"step": told, "loss": value, "tokens": progress.tokens, **step_of.since_last(), **more})
+
+    def measure() -> None:
+        nonlocal progress, saved, measured
+        measured = progress.step
+        found, others = _validated(share, validate, processes)
+        log.write({"step": measured, "validation": found, **others})
+        better = math.isfinite(found) and (progress.best is None or found < progress.best)
+        progress = replace(progress, stale=0 if better else progress.stale + 1)
+        if better:
+            progress = replace(progress, best=found, best_step=measured)
+            checkpoints.save(share.model, optimizer, progress)
+            saved = measured
+
     with log, _Interrupt() as interrupt:
         while progress.step < options.steps:
+            drawn = generators()
             try:
                 value, tokens = step_of()
             except StopIteration:
@@ -172,26 +192,18 @@ def _run(
                 break
             except _NotFinite as problem:
                 processes.first(functools.partial(_say_not_finite, problem, progress, checkpoints, run))
-            except Exception:  # of the data or the loss: no parameter has moved since the last step
-                if processes.count == 1 and saved != progress.step > 0:
+            except Exception:  # of the data or the loss: all is as after the last step, but for what was drawn since
+                if processes.count == 1 and saved != progress.step > 0 and optimizer.done == progress.step:
                     with contextlib.suppress(CheckpointError):
-                        checkpoints.save(share.model, optimizer, progress)
+                        checkpoints.save(share.model, optimizer, progress, drawn)
                 raise
             step = progress.step + 1
             progress = replace(progress, step=step, data=batches.state_dict(), tokens=progress.tokens + tokens)
             last = step == options.steps
             if last or _due(step, options.log_every):
-                more = figures() if figures else {}
-                log.write({"step": step, "loss": value, "tokens": progress.tokens, **step_of.since_last(), **more})
+                tell()
             if validate is not None and (last or _due(step, options.eval_every)):
-                found, others = _validated(share, validate, processes)
-                log.write({"step": step, "validation": found, **others})
-                better = progress.best is None or found < progress.best
-                progress = replace(progress, stale=0 if better else progress.stale + 1)
-                if better:
-                    progress = replace(progress, best=found, best_step=step)
-                    checkpoints.save(share.model, optimizer, progress)
-                    saved = step
+                measure()
             if _due(step, options.save_every) and saved != step:
                 checkpoints.save(share.model, optimizer, progress)
                 saved = step
@@ -202,6 +214,11 @@ def _run(
                 reason = "interrupted"
             if reason != "done":
                 break
+        if reason == "no more data":  # the step before was the last one, which nobody knew
+            if told != progress.step:
+                tell()
+            if validate is not None and measured != progress.step:
+                measure()
         if saved != progress.step:
             checkpoints.save(share.model, optimizer, progress)
     path = checkpoints.path(progress.step)
@@ -391,6 +408,8 @@ class _Log:
     def __init__(self, run: Path, step: int, watch: tuple[Callable[[Mapping[str, Any]], None], ...]):
         self.path, self.watch = run / LOG, watch
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        losses = [loss for line in kept if (loss := json.loads(line).get("loss")) is not None]
+        self.loss = losses[-1] if losses else math.nan  # the last one that is known
         with Replacing(run) as files:
             files.write(LOG, "".join(f"{line}\n" for line in kept))
 
@@ -415,6 +434,8 @@ class _Log:
 
 class _Silence(contextlib.nullcontext):
     """The log of a process that is not the first."""
+
+    loss = math.nan
 
     def write(self, record: Mapping[str, Any]) -> None:
         pass

@@ -63,7 +63,7 @@ def _decoder(
     def opening(fields: Mapping[str, Any]) -> Any:
         messages, prompt = fields.get("messages"), fields.get("prompt")
         if isinstance(messages, list):
-            return messages[: max(i for i, m in enumerate(messages) if m.get("role") == "assistant")]
+            return messages[: max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=0)]
         return prompt if isinstance(prompt, (str, list)) else _beginning(fields)
 
     def size(fields: Mapping[str, Any]) -> int | None:

@@ -19,6 +19,7 @@ from ..models.arena import available_memory
 from ..models.initial import initialise
 from ..models.presets import PRESETS, Config, build, preset
 from ..models.text import read_text
+from .checkpoint import Checkpoints
 from .forecast import refuse_state
 from .optim import require
 from .parallel import start
@@ -69,7 +70,7 @@ def pretrain(
     resume: go on from the newest checkpoint. watch: what gets each line of the log. Raises as `fastllm.train.loop.fit`, and
     MemoryError, with what would fit, before the first step.
     """
-    tokenizer, text = _tokenizer(options)
+    tokenizer, text = _tokenizer(options, resume)
     config = preset(options.arch, options.preset, tokenizer)
     if options.max_length > getattr(config, "max_position", options.max_length):
         config = preset(options.arch, options.preset, tokenizer, longest=options.max_length)
@@ -90,15 +91,16 @@ def _check_memory(options: PretrainOptions, config: Config, tokenizer: Tokenizer
             raise MemoryError(f"{refusal}; presets that fit: {', '.join(fitting) or 'none'}")
 
 
-def _tokenizer(options: PretrainOptions) -> tuple[Tokenizer, Path]:
-    """And where it is."""
+def _tokenizer(options: PretrainOptions, resume: bool) -> tuple[Tokenizer, Path]:
+    """And where it is. The one that the run has; an attempt that came to no checkpoint leaves none to keep."""
     if options.tokenizer:
         path = Path(options.tokenizer) if Path(options.tokenizer).exists() else hub.resolve(options.tokenizer)
         return read_text(path)[0], path
     path = Path(options.out) / "tokenizer"
 
     def train() -> None:
-        if not (path / "tokenizer.json").is_file():
+        begun = resume or Checkpoints(options.out).steps()
+        if not (begun and (path / "tokenizer.json").is_file()):
             texts = (texts_of(d.fields) for d in options.documents("train"))
             Tokenizer.train(texts, options.vocab_size, **SPECIAL[options.arch]).save(path)
 

@@ -7,7 +7,7 @@ GGUF are dequantised; what is saved is a folder of safetensors with the GGUF's t
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class SftOptions(StageOptions):
 
     Args:
         model: Alias, .gguf file (which is dequantised), folder of safetensors, or Hub id.
-        template: A file with a chat template (Jinja), in place of the model's own.
+        template: A file with a chat template (Jinja), in place of the model's own; it is saved with the model.
     """
 
     model: str
@@ -46,12 +46,14 @@ def sft(
     Records: {"prompt", "completion"}, {"messages"}, {"text"}; of an encoder-decoder {"source", "target"} too; of an encoder
     {"text"} alone. Raises as `pretrain`; ValueError: a record of another form, a tokenizer that does not fit.
     """
-    path = Path(options.model) if Path(options.model).exists() else hub.resolve(options.model)
+    path = hub.resolve(options.model)
     model = models.load(path)
     if options.max_length > model.config.max_position:
         raise ValueError(f"max_length is {options.max_length}; allowed: up to {model.config.max_position}, the model's")
     tokenizer, template = read_text(path)
-    if options.template:
-        template = ChatTemplate(Path(options.template).read_text(encoding="utf-8"))
     known = None if isinstance(template, ValueError) else template
-    return run(options, plan_of(options, model, tokenizer, known, path), resume, watch)
+    if options.template:
+        bos, eos = ("" if id is None else tokenizer.token(id) for id in (tokenizer.bos_id, tokenizer.eos_id))
+        known = ChatTemplate(Path(options.template).read_text(encoding="utf-8"), bos, eos)
+    plan = plan_of(options, model, tokenizer, known, path)
+    return run(options, replace(plan, template=known if options.template else None), resume, watch)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from .. import models
 from ..data.batch import Groups, examples_of, pack
+from ..data.chat import ChatTemplate
 from ..data.lint import Finding
 from ..data.sources import Document, Documents, Mixture, mixing_rates
 from ..files import Replacing
@@ -48,7 +49,7 @@ OPTIONS, SAMPLES, PICTURE, REPORT = "options.yaml", "samples.txt", "loss.png", "
 LINTS = ("warn", "refuse", "off")
 LINTED, COMPARED = 256, 2000  # documents of which the linter sees the tokens, and the text
 FREE = frozenset(  # what a run that goes on may have otherwise
-    ("out", "steps", "log_every", "eval_every", "save_every", "keep_last", "patience", "lint", "prompts", "samples",
+    ("out", "steps", "log_every", "eval_every", "save_every", "keep_last", "patience", "bad", "lint", "prompts", "samples",
      "sample_tokens", "plot", "tensorboard")
 )  # fmt: skip
 
@@ -181,7 +182,7 @@ class Plan:
     what the model makes of openings, None where it writes nothing; opening(fields): that of a record. text: the file or folder of
     tokenizer and chat template. lint(examples, batches, records): what spoils it. size(fields): the bytes that the predictions
     of a record stand for, None where they are no text from its beginning to its end; of bits a byte. sides: how many sequences
-    of up to max_length tokens an example has.
+    of up to max_length tokens an example has. template: what is saved in place of the chat template that `text` has.
     """
 
     model: nn.Module
@@ -195,6 +196,7 @@ class Plan:
     write: Callable[[nn.Module, list[Any]], list[str]] | None = None
     size: Callable[[Mapping[str, Any]], int | None] = lambda fields: None
     sides: int = 1
+    template: ChatTemplate | None = None
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,8 @@ class HeldOut:
             examples += made
             count += sum(map(len, made))
             sizes.append(plan.size(document.fields))
-            if len(self.openings) < options.samples:
-                self.openings.append(plan.opening(document.fields))
+            if len(self.openings) < options.samples and (opening := plan.opening(document.fields)):
+                self.openings.append(opening)  # an empty text, or a talk that the assistant opens, has none
             if most is not None and count >= most:
                 break
         if not examples:
@@ -322,6 +324,8 @@ def _finish(
         splits = {"validation": validation, "test": test}
         found = {name: each and each.figures(model, plan) for name, each in splits.items()}
     models.save(model, out / "model", text=plan.text)
+    if plan.template:
+        plan.template.save(out / "model")
     tokens = [line["tokens"] for line in plots.read_log(out / LOG) if "tokens" in line]
     done = StageReport(
         reason=report.reason,
@@ -373,7 +377,10 @@ class _Validation:
         found = self.held.figures(model, self.plan)
         prompts = self.options.prompts or self.held.openings
         if self.writes and self.plan.write is not None and self.options.sample_tokens and prompts:
-            texts = self.plan.write(model, prompts)
+            try:
+                texts = self.plan.write(model, prompts)
+            except ValueError as error:  # of a template, say: samples are looked at, and no run ends for their sake
+                texts = [f"(no sample: {error})"] * len(prompts)
             with (Path(self.options.out) / SAMPLES).open("a", encoding="utf-8") as file:
                 file.write(f"== held out {found['loss']:.4f} nats a prediction\n")
                 file.writelines(f"{_shown(p)} | {text}\n" for p, text in zip(prompts, texts, strict=True))
@@ -464,7 +471,10 @@ def _advice(options: StageOptions, size: Footprint, device: torch.device) -> str
 
 
 def _shown(prompt: Any) -> str:
-    return (prompt if isinstance(prompt, str) else prompt[-1]["content"]).replace("\n", "\\n")
+    content = prompt if isinstance(prompt, str) else prompt[-1].get("content") or ""
+    if not isinstance(content, str):  # parts
+        content = "".join(part.get("text", "") for part in content)
+    return content.replace("\n", "\\n")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

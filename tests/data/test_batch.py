@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
 import threading
 
 import _tiny
@@ -315,6 +318,33 @@ def test_a_window_is_read_ahead_of_its_first_batch(corpus, tokenizer):
     assert all(thread is not threading.main_thread() for _, thread in read)
     made.load_state_dict(state)  # what was read is not wanted
     assert flat([next(made)]) == first and flat(made) == flat(batches(corpus, tokenizer))[1:]
+
+
+IN_A_THREAD = """
+import sys, threading, time
+from fastllm.data.batch import Batches, Example
+from fastllm.data.sources import Documents
+
+def encode(document, index):
+    time.sleep(0.001)
+    return [Example.next_tokens([1, 2, 3, 4], [True] * 4)]
+
+def take():
+    batches = Batches(Documents(sys.argv[1]), encode, tokens=4, window=20)
+    time.sleep(0.2)  # the main thread has ended
+    print(sum(1 for _ in batches))
+
+threading.Thread(target=take).start()
+"""
+
+
+def test_a_thread_may_read_on_when_the_main_one_has_ended(tmp_path):
+    (tmp_path / "f.jsonl").write_text('{"text": "a"}\n' * 90)
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_THREAD, str(tmp_path / "f.jsonl")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout == "90\n", done.stderr
 
 
 def test_an_error_waits_for_its_window(corpus, tokenizer):

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from _training import batches, decoder, equal, parameters
 
+from fastllm import ops
 from fastllm.train.checkpoint import STATE, TENSORS, CheckpointError, Checkpoints
 from fastllm.train.loop import BAD_BATCH, LOG, LoopOptions, TrainingError, _Step, fit
 from fastllm.train.objective import next_token_loss
@@ -167,9 +168,50 @@ def test_validation_is_in_eval_mode_without_gradients(tmp_path):
 
 
 def test_data_that_end_end_the_run(tmp_path):
-    report = fit(decoder(), batches(tmp_path, epochs=1), next_token_loss, tmp_path / "run", LoopOptions(steps=1000))
-    assert report.reason == "no more data" and 10 < report.step < 40
-    assert report.checkpoint.is_dir()
+    """The last step is logged and validated, as that of a run that ends by itself."""
+    run, model, calls = tmp_path / "run", decoder(), []
+
+    def validate(model):
+        calls.append(len(calls))
+        return 1.0
+
+    report = fit(
+        model,
+        batches(tmp_path, epochs=1),
+        next_token_loss,
+        run,
+        LoopOptions(steps=1000, log_every=0),
+        validate=validate,
+    )
+    assert report.reason == "no more data" and 10 < report.step < 40 and report.best_step == report.step
+    assert report.checkpoint.is_dir() and calls == [0]
+    assert [sorted({"loss", "validation"} & line.keys()) for line in lines(run)] == [["loss"], ["validation"]]
+    assert [line["step"] for line in lines(run)] == [report.step] * 2
+    again = fit(
+        model,
+        batches(tmp_path, epochs=1),
+        next_token_loss,
+        run,
+        LoopOptions(steps=1000),
+        resume=True,
+        validate=validate,
+    )
+    assert (again.reason, again.step, again.loss) == (report.reason, report.step, report.loss) and calls == [0]
+
+
+def test_a_validation_that_is_no_number_is_not_the_best(tmp_path):
+    losses = iter([math.nan, 3.0, math.nan, 2.0, math.inf, 2.5])
+    options = LoopOptions(steps=12, lr=1e-2, eval_every=2)
+    report = fit(
+        decoder(), batches(tmp_path), next_token_loss, tmp_path / "run", options, validate=lambda m: next(losses)
+    )
+    assert (report.best, report.best_step) == (2.0, 8)
+
+
+def test_a_run_that_has_ended_keeps_its_loss(tmp_path):
+    first = fit(decoder(), batches(tmp_path), next_token_loss, tmp_path / "run", OPTIONS)
+    again = fit(decoder(), batches(tmp_path), next_token_loss, tmp_path / "run", OPTIONS, resume=True)
+    assert again == first
 
 
 # ------------------------------------------------------------------------------------------------------------- going on
@@ -326,6 +368,44 @@ def test_steps_before_an_error_of_the_data_are_saved(tmp_path):
     assert Checkpoints(tmp_path / "run").steps() == [4]
     Checkpoints(tmp_path / "run").load(model)
     assert equal(parameters(model), wanted)
+
+
+@pytest.mark.parametrize("where", ["loss", "update"])
+def test_an_error_within_a_step_costs_no_bits(tmp_path, monkeypatch, where):
+    """What the step drew is drawn again; parameters of which some are updated are not saved."""
+    fails, failed = 7, False
+
+    def loss(model, batch):
+        value = next_token_loss(model, batch) * (0.5 + torch.rand(()))
+        if where == "loss":
+            count()
+        return value
+
+    def count():
+        nonlocal fails, failed
+        fails -= 1
+        if not fails:
+            failed = True
+            raise RuntimeError("of the moment")
+
+    def update(params, *rest):
+        adamw(params, *rest)
+        if where == "update":
+            count()
+
+    def run(name, **how):
+        torch.manual_seed(3)
+        model = decoder(seed=0)
+        fit(model, batches(tmp_path), loss, tmp_path / name, OPTIONS, **how)
+        return parameters(model)
+
+    adamw = ops.adamw
+    monkeypatch.setattr(ops, "adamw", update)
+    with pytest.raises(RuntimeError, match="of the moment"):
+        run("cut")
+    assert failed and Checkpoints(tmp_path / "cut").steps() == ([6] if where == "loss" else [])
+    if where == "loss":
+        assert equal(run("cut", resume=True), run("whole"))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import signal
 import sys
 
@@ -16,12 +17,14 @@ from _training import LINES
 from fastllm import LLM, models
 from fastllm.cli import main
 from fastllm.data.batch import Batches
+from fastllm.data.chat import ChatTemplate
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.models import folder
 from fastllm.models.decoder import Decoder
 from fastllm.models.initial import initialise
 from fastllm.models.presets import build, preset
 from fastllm.train import PretrainOptions, SftOptions, forecast, pretrain, sft, stage
+from fastllm.train.checkpoint import CheckpointError
 from fastllm.train.command import parse
 from fastllm.train.loop import LOG, TrainingError
 from fastllm.train.objective import next_token_loss
@@ -206,7 +209,8 @@ def test_sft(run, tmp_path, record):
     data, template = tmp_path / "data.jsonl", tmp_path / "template.jinja"
     data.write_text("".join(json.dumps(record(i)) + "\n" for i in range(120)))
     template.write_text(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     given = {k: v for k, v in SIZES.items() if k != "vocab_size"} | QUICK
     report = sft(
@@ -217,6 +221,71 @@ def test_sft(run, tmp_path, record):
     assert 6 * 200 < report.tokens <= 6 * 256  # read, trained on or not
     assert "bits_per_byte" not in report.validation
     assert isinstance(models.load(report.model), Decoder)
+    saved = ChatTemplate.from_folder(report.model)  # not the base's, which has none
+    assert saved.render([{"role": "user", "content": "1?"}]) == "user: 1?<|endoftext|>\nassistant: "
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": ""},
+        {"messages": [{"role": "assistant", "content": "Good day."}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "3?"}]},
+                {"role": "assistant", "content": "4."},
+            ]
+        },
+    ],
+    ids=["empty", "opened by the assistant", "parts"],
+)
+def test_samples_of_odd_records(run, tmp_path, record):
+    """A run does not end for the sake of a sample."""
+    data, held, template = tmp_path / "data.jsonl", tmp_path / "held.jsonl", tmp_path / "template.jinja"
+    data.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": f"{i + 1}."}) + "\n" for i in range(120)))
+    held.write_text(json.dumps(record) + "\n" + json.dumps({"prompt": "5?", "completion": "6."}) + "\n")
+    template.write_text(
+        "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}\n{% endfor %}"
+    )
+    given = {k: v for k, v in SIZES.items() if k != "vocab_size"} | QUICK
+    given |= {"validation": str(held), "test": 0, "template": str(template), "samples": 1}
+    sft(SftOptions(model=str(run[0] / "model"), data=str(data), out=str(tmp_path / "run"), **given))
+    samples = (tmp_path / "run" / stage.SAMPLES).read_text().splitlines()
+    parts = isinstance(record.get("messages", [{}])[0].get("content"), list)
+    assert [line.split(" | ")[0] for line in samples[1::2]] == ["3?" if parts else "5?"] * 2
+
+
+def test_samples_that_cannot_be_made(run, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("the chat template refused the messages: no")
+
+    monkeypatch.setattr(LLM, "generate", refuse)
+    data = tmp_path / "data.jsonl"
+    data.write_text((json.dumps({"prompt": "3?", "completion": "4."}) + "\n") * 20)
+    given = (
+        {k: v for k, v in SIZES.items() if k != "vocab_size"}
+        | QUICK
+        | {"validation": str(data), "test": 0, "samples": 1}
+    )
+    report = sft(SftOptions(model=str(run[0] / "model"), data=str(data), out=str(tmp_path / "run"), **given))
+    assert report.steps == 6
+    assert "3? | (no sample: the chat template refused" in (tmp_path / "run" / stage.SAMPLES).read_text()
+
+
+def test_transformers_ends_where_the_tokenizer_does(run, tmp_path):
+    """Also of a model that says so in config.json alone."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run[0] / "model")
+    eos = Tokenizer.from_folder(run[0] / "model").eos_id
+    assert theirs.generation_config.eos_token_id == eos
+    stored = json.loads((run[0] / "model" / "config.json").read_text())
+    source = tmp_path / "source"
+    shutil.copytree(run[0] / "model", source)
+    (source / "config.json").write_text(json.dumps(stored | {"eos_token_id": [7, 9], "bos_token_id": 5}))
+    assert Tokenizer.from_folder(source).eos_ids == {7, 9, eos}
+    models.save(models.load(source), tmp_path / "saved")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert (theirs.generation_config.eos_token_id, theirs.generation_config.bos_token_id) == ([7, 9], 5)
 
 
 @pytest.mark.parametrize("lint", ["off", "warn"])
@@ -234,7 +303,7 @@ def test_a_record_that_cannot_be_encoded_is_named(run, tmp_path, lint, which):
 def test_a_tokenizer_of_another_model(corpus, tmp_path):
     with pytest.raises(ValueError, match=r"the tokenizer has 30522 ids, the model \d+;"):
         made = options(corpus, tmp_path)
-        tokenizer, text = MODULE._tokenizer(made)
+        tokenizer, text = MODULE._tokenizer(made, False)
         other = Tokenizer.from_folder(asset("minilm-l6"))
         plan_of(made, build(preset("decoder", "nano", tokenizer)), other, None, text)
 
@@ -282,6 +351,43 @@ def test_an_unknown_key_of_yaml(tmp_path):
         parse("pretrain", PretrainOptions, ["--config", str(tmp_path / "o.yaml")])
 
 
+def test_a_vocabulary_of_an_attempt_that_came_to_nothing_is_not_kept(corpus, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"zorp quux {i} blarg"}) + "\n" for i in range(200)))
+    out = tmp_path / "run"
+    with pytest.raises(FileNotFoundError):
+        pretrain(options(other, out, validation=str(tmp_path / "nowhere.jsonl")))
+    first = Tokenizer.from_folder(out / "tokenizer")
+    pretrain(options(corpus, out, steps=1))
+    second = Tokenizer.from_folder(out / "tokenizer")
+    assert len(first.encode(" zorp quux blarg")) < len(second.encode(" zorp quux blarg"))
+    kept = (out / "tokenizer" / "tokenizer.json").read_bytes()
+    with pytest.raises(CheckpointError, match="has checkpoints up to step 1"):
+        pretrain(options(other, out))
+    assert (out / "tokenizer" / "tokenizer.json").read_bytes() == kept  # of a run that is there
+
+
+def test_a_run_goes_on_past_a_bad_record(corpus, tmp_path):
+    lines = corpus.read_text().splitlines(keepends=True) * (1100 // len(LINES) + 1)
+    bad, out = tmp_path / "bad.jsonl", tmp_path / "run"  # in the last of the windows that are read ahead
+    bad.write_text("".join(lines[:-20]) + '{"text": \n' + "".join(lines[-20:]))
+    given = {
+        "shuffle": 0,
+        "steps": 45,
+        "tokens": 512,
+        "validation": str(corpus),
+        "test": 0,
+        "eval_every": 0,
+        "lint": "off",
+    }
+    pretrain(options(corpus, tmp_path / "first", steps=1))
+    given["tokenizer"] = str(tmp_path / "first" / "model")
+    with pytest.raises(ValueError, match=r"bad\.jsonl:\d+: "):
+        pretrain(options(bad, out, **given))
+    with pytest.warns(UserWarning, match=r"bad\.jsonl:\d+"):
+        assert pretrain(options(bad, out, bad="skip", **given), resume=True).steps == 45
+
+
 def test_other_options_than_the_run_began_with(run, corpus):
     out, _ = run
     with pytest.raises(ValueError, match=r"tokens is 512, the run in .* began with 256"):
@@ -326,7 +432,7 @@ def test_bad_data(tmp_path, monkeypatch, capsys, content, said):
 
 def first(corpus, tmp_path, tokens=256):
     made = options(corpus, tmp_path)
-    tokenizer, text = MODULE._tokenizer(made)
+    tokenizer, text = MODULE._tokenizer(made, False)
     plan = plan_of(made, initialise(build(preset("decoder", "nano", tokenizer)), 0), tokenizer, None, text)
     return plan, next(Batches(made.documents("train"), plan.encode, tokens))
 
