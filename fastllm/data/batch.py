@@ -84,11 +84,13 @@ def encode_text(tokenizer: Tokenizer, text: str, longest: int | None = None) -> 
 def encode_completion(tokenizer: Tokenizer, prompt: str, completion: str, longest: int | None = None) -> list[Example]:
     """bos, prompt, completion, eos; the completion and eos are trained.
 
-    The two are encoded apart, as the prompt will stand alone when the model is asked. Longer than `longest`, the end is cut
-    and `ends` is false; nothing is given where no answer would be left.
+    The prompt has the tokens that it has when the model is asked, the completion those that go on behind them; no token spans
+    the border, though one of the whole text might. Longer than `longest`, the end is cut and `ends` is false; nothing is
+    given where no answer would be left.
     """
-    head = [*_bos(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
-    tail = [*tokenizer.encode(completion, add_special_tokens=False), end_id(tokenizer)]
+    before = tokenizer.encode(prompt, add_special_tokens=False)
+    head = [*_bos(tokenizer), *before]
+    tail = [*tokenizer.encode_after(before, completion), end_id(tokenizer)]
     if not head:
         raise ValueError("the prompt is empty, so nothing says the first token of the completion; give a text instead")
     return _cut(Example.next_tokens(head + tail, [False] * len(head) + [True] * len(tail)), longest)
@@ -105,8 +107,9 @@ def encode_messages(
     ends it.
 
     A turn is what the template writes beyond the prompt for it, so the model reads what it will read when asked: the prompt of
-    `render(messages before, add_generation_prompt=True)`. Where no token of a last turn ends it, eos is put behind. ValueError:
-    no turn to train; a template that writes earlier turns in another way once others follow.
+    `render(messages before, add_generation_prompt=True)`. The tokens are those of the whole talk; but where one of them would
+    span a border of a turn, what stands on either side is cut there. Where no token of a last turn ends it, eos is put
+    behind. ValueError: no turn to train; a template that writes earlier turns in another way once others follow.
     """
     whole = template.render(messages, add_generation_prompt=False)
     spans = []
@@ -123,10 +126,11 @@ def encode_messages(
     if not spans:
         raise ValueError(f"no message from {first} on is the assistant's, so nothing is trained; leave the talk out")
     edges = [0, *(edge for span in spans for edge in span)]
-    texts = [whole[a:b] for a, b in itertools.pairwise(edges)]  # in turn: what is read, what is said
     ids: list[int] = []
     trained: list[bool] = []
-    for n, part in enumerate(tokenizer.encode_batch(texts, add_special_tokens=False, parse_special=True)):
+    texts = [whole[a:b] for a, b in itertools.pairwise(edges)]  # in turn: what is read, what is said
+    for n, text in enumerate(texts):
+        part = tokenizer.encode_after(ids, text, parse_special=True)
         said = n % 2 == 1
         last = max((i for i, id in enumerate(part) if id in tokenizer.eos_ids), default=None) if said else None
         if said and last is None and n == len(texts) - 1:

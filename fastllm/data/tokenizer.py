@@ -3,12 +3,13 @@
     tok = Tokenizer.from_gguf(GGUFFile(path))
     ids = tok.encode("Hello")                    # special tokens typed in the text stay text
     tok.encode(prompt, parse_special=True)       # "<|im_start|>" becomes its one token, as chat templates need
+    tok.encode_after(ids, " there")              # what goes on behind these tokens
     stream = tok.stream()                        # token by token: stream.push(id), at the end stream.flush()
 
 Decoding joins the tokens' bytes and reads them as UTF-8, a broken sequence giving U+FFFD, so a stream adds up to the
 text of the whole. Tokenizers without bytes of their own (WordPiece, Unigram) decode through the library.
 
-Longer than 500 lines, by a few: training, reading, writing and streaming share what is known of one vocabulary.
+Longer than 500 lines: training, reading, writing and streaming share what is known of one vocabulary.
 """
 
 import codecs
@@ -16,9 +17,10 @@ import json
 import operator
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from tokenizers import Tokenizer as Backend
 from ..files import Replacing
 from . import HasMetadata
 from .pieces import LONG, pieces
+from .prefix import Unprefixed, unprefixed
 
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 DEFAULT_ROLES: Mapping[str, str] = {"eos": "<|endoftext|>", "pad": "<|pad|>"}  # of a tokenizer that is trained
@@ -134,6 +137,35 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` for many texts, in parallel."""
         texts = list(texts) if not isinstance(texts, str) else texts
+        with self._set_for(texts, parse_special):
+            if add_special_tokens:
+                return [one.ids for one in self.backend.encode_batch_fast(texts)]
+            short = iter(self._plain([text for text in texts if len(text) <= LONG]))
+            return [self._plain_long(text) if len(text) > LONG else next(short) for text in texts]
+
+    def encode_after(self, before: Sequence[int], text: str, parse_special: bool = False) -> list[int]:
+        """The token ids of `text` where it goes on behind the tokens `before`, which stay as they are.
+
+        Vocabularies of SentencePiece put a space in front of a text: it is left out here, unless an added token ends `before`
+        and the space comes anew behind such. So [*before, *after] are the tokens of the whole text wherever those have a border
+        at this place. before: a text's tokens, without what encode() puts around them; none of them: `text` is the first.
+        """
+        rule = self._unprefixed
+        if rule is None or not before or before[-1] in rule.again:
+            return self.encode(text, add_special_tokens=False, parse_special=parse_special)
+        with self._set_for([text], parse_special):
+            found = self.backend.encode(text, add_special_tokens=False)
+            added = (at for at, id in enumerate(found.ids) if id in rule.added)
+            first = next(added, None)  # from there on, the space is as it should be
+            if first is None:
+                return rule.backend.encode(text, add_special_tokens=False).ids
+            begin = found.offsets[first][0]
+            return rule.backend.encode(text[:begin], add_special_tokens=False).ids + found.ids[first:]
+
+    @contextmanager
+    def _set_for(self, texts: Iterable[str], parse_special: bool) -> Iterator[None]:
+        """While this thread has the backend. RuntimeError: another had it when the process was forked. TypeError, ValueError: no
+        text."""
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str) or text is texts:
                 raise TypeError(f"encode takes a str, encode_batch a list of str; got {type(text).__name__}")
@@ -146,13 +178,14 @@ class Tokenizer:
         try:
             with self._lock:
                 self.backend.encode_special_tokens = not parse_special
-                if add_special_tokens:
-                    return [one.ids for one in self.backend.encode_batch_fast(texts)]
-                short = iter(self._plain([text for text in texts if len(text) <= LONG]))
-                return [self._plain_long(text) if len(text) > LONG else next(short) for text in texts]
+                yield
         except (UnicodeEncodeError, TypeError):
             bad = next(c for text in texts for c in text if "\ud800" <= c <= "\udfff")
             raise ValueError(f"the text holds a lone surrogate {bad!r}, which no encoding has; remove it") from None
+
+    @cached_property
+    def _unprefixed(self) -> Unprefixed | None:
+        return unprefixed(self.backend, self.unk_id)
 
     def _plain(self, texts: list[str]) -> list[list[int]]:
         """Without special tokens around them."""

@@ -5,8 +5,12 @@
     "sum": the largest score;  "token": score / tokens;  "byte": score / UTF-8 bytes.
 
 The sum is for answers of like length, such as labels and letters; per byte, long and short answers compare whatever the
-vocabulary. Of equals the first one is taken. Prompt and choice are encoded apart, as the prompt stands alone when the model
-answers: the space or new line between them belongs to the choice.
+vocabulary. Of equals the first one is taken.
+
+Prompt and choice are encoded as one text, and a choice's tokens are those behind as many as the prompt has alone; white space
+that ends the prompt is the choice's. It is what lm-evaluation-harness does (Gao et al. 2021, `_encode_pair`). But where no
+token is left so, as one spans the border, and behind the template of a chat, the prompt stays as it is when the model is asked
+and the choice goes on behind it.
 
 The classification of a text is the same thing, its labels the choices: `Instructions.options` makes such records, with solved
 examples in front. Choices share their prompt: it is read once, and a choice of one token costs nothing more.
@@ -18,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..data.sources import Document
+from ..data.tokenizer import Tokenizer
 from ..llm import LLM
 from .records import Record, Watch, check_fields, check_text, documents, in_groups
 from .scorer import Scores
@@ -98,28 +103,27 @@ def score(
     questions = given if given and isinstance(given[0], Question) else [Question.of(d) for d in documents(given)]
     found = []
     # all are encoded before any is run, so that what is wrong with the last one is said at once
-    for group in in_groups([(question, *_encode(model, question, chat)) for question in questions], batch):
-        texts = [head + tail for _, head, tails in group for tail in tails]
-        starts = [len(head) for _, head, tails in group for _ in tails]
+    for group in in_groups([(question, _encode(model, question, chat)) for question in questions], batch):
+        texts = [head + tail for _, encoded in group for head, tail in encoded]
+        starts = [len(head) for _, encoded in group for head, _ in encoded]
         values = iter(model.logprobs(texts, adapter=adapter, starts=starts))
-        for question, _, tails in group:
-            sums = tuple(math.fsum(next(values)) for _ in tails)
-            found.append(Scored(question, sums, tuple(map(len, tails))))
+        for question, encoded in group:
+            sums = tuple(math.fsum(next(values)) for _ in encoded)
+            found.append(Scored(question, sums, tuple(len(tail) for _, tail in encoded)))
         if watch:
             watch(len(found))
     return found
 
 
-def _encode(model: Scores, question: Question, chat: bool) -> tuple[list[int], list[list[int]]]:
-    """(the prompt's tokens, those of each choice)"""
+def _encode(model: Scores, question: Question, chat: bool) -> list[tuple[list[int], list[int]]]:
+    """Of each choice, the tokens before it and its own."""
     tokenizer, prompt = model.tokenizer, question.prompt
     if chat:
         head = model.chat_ids([{"role": "user", "content": prompt}])
+        encoded = [(head, tokenizer.encode_after(head, choice)) for choice in question.choices]
     else:
-        head = [tokenizer.bos_id] if tokenizer.add_bos else []
-        head += tokenizer.encode(prompt, add_special_tokens=False)
-    tails = tokenizer.encode_batch(question.choices, add_special_tokens=False)
-    for choice, tail in zip(question.choices, tails, strict=True):
+        encoded = _encode_pairs(tokenizer, prompt, question.choices)
+    for choice, (head, tail) in zip(question.choices, encoded, strict=True):
         if not tail or not head:
             raise ValueError(f"{question.place}: {choice if head else prompt!r} has no token; give a text that has one")
         if len(head) + len(tail) > model.max_model_len:
@@ -127,7 +131,21 @@ def _encode(model: Scores, question: Question, chat: bool) -> tuple[list[int], l
                 f"{question.place}: the prompt has {len(head)} tokens and {choice[:40]!r} {len(tail)}, the context holds "
                 f"{model.max_model_len}; shorten the prompt, or show fewer examples"
             )
-    return head, tails
+    return encoded
+
+
+def _encode_pairs(tokenizer: Tokenizer, prompt: str, choices: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    """Behind a prompt in plain text."""
+    first = [tokenizer.bos_id] if tokenizer.add_bos else []
+    context = prompt.rstrip() or prompt
+    before = tokenizer.encode(context, add_special_tokens=False)
+    count, encoded = len(before), []
+    wholes = tokenizer.encode_batch([prompt + choice for choice in choices], add_special_tokens=False)
+    for choice, whole in zip(choices, wholes, strict=True):
+        if len(whole) <= count:  # a token spans the border
+            whole = before + tokenizer.encode_after(before, prompt[len(context) :] + choice)
+        encoded.append((first + whole[:count], whole[count:]))
+    return encoded
 
 
 def summarise(scored: Sequence[Scored]) -> dict[str, float]:

@@ -6,15 +6,19 @@ import _tiny
 import pytest
 from _assets import asset, packaged
 from _paged import check
+from _prefixed import FORMS
 from _scores import TEXTS, Counting
 
 from fastllm import LLM, models
+from fastllm.data.chat import ChatTemplate
 from fastllm.data.instruct import REVIEWS, Instructions, read_reviews
 from fastllm.data.questions import HEADLINES, headline, lettered
 from fastllm.data.sources import Documents
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.evaluate.choice import Question, Scored, score, summarise
 from fastllm.evaluate.scorer import Scorer
+from fastllm.models.decoder import Decoder, DecoderConfig
+from fastllm.models.initial import initialise
 
 # answers of one token and of many, some that begin alike
 QUESTIONS = [
@@ -64,6 +68,60 @@ def test_figures_of_classes():
     assert figures["f1_macro"] == pytest.approx((4 / 5 + 2 / 3) / 2)
 
 
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("prompt", "choices"),
+    [
+        ("two and two is", (" four", " five")),
+        ("two and two is ", ("four", "five and six")),
+        ("is it\n\n", ("positive", "negative")),
+        ("is it", ("\npositive", " negative")),
+    ],
+)
+def test_the_tokens_of_the_whole(form, prompt, choices):
+    """Prompt and choice as one text, as lm-evaluation-harness scores them, though the vocabulary begins a text with a space."""
+    model = Counting(FORMS[form])
+    (one,) = score(model, [{"prompt": prompt, "choices": choices, "answer": 0}])
+    wholes = [model.tokenizer.encode(prompt + choice) for choice in choices]
+    count = len(model.tokenizer.encode(prompt.rstrip()))
+    assert model.asked == wholes and one.tokens == tuple(len(ids) - count for ids in wholes)
+
+
+def test_a_token_that_spans_the_border():
+    """Colon and new line, one token, stand in place of the prompt's colon; "ab" leaves none to a choice, so it is cut."""
+    tokenizer = Tokenizer.train(["ab :\n ab :\n"] * 9, 265, pre="llama3")
+    assert [tokenizer.decode([id]) for id in tokenizer.encode(":\nx")] == [":\n", "x"]
+    assert len(tokenizer.encode("ab")) == 1
+    model = Counting(tokenizer)
+    (one,) = score(model, [{"prompt": ":", "choices": ["\nx", "y"], "answer": 0}])
+    assert model.asked[0] == tokenizer.encode(":\nx") and one.tokens == (1, 1)
+    model = Counting(tokenizer)
+    (one,) = score(model, [{"prompt": "a", "choices": ["b", "x"], "answer": 0}])
+    assert model.asked == [tokenizer.encode("a") + tokenizer.encode(c) for c in "bx"] and one.tokens == (1, 1)
+    model = Counting(FORMS["prepend"])
+    score(model, [{"prompt": "is it f", "choices": ["our", "ive"], "answer": 0}])
+    assert [model.tokenizer.decode(ids) for ids in model.asked] == ["is it four", "is it five"]
+
+
+@pytest.mark.parametrize("form", ["gguf", "prepend", "first"])
+@pytest.mark.parametrize("end", ["<|assistant|>", "<|assistant|>\n", "[A]"])
+def test_behind_a_template(form, end):
+    """The tokens of the rendered talk, whether a special token ends the prompt or not."""
+    tokenizer = FORMS[form]
+    model = initialise(Decoder(DecoderConfig(len(tokenizer), 1, 64, 64, 2, 2, 32, 64)), 0)
+    template = ChatTemplate("<|user|>{{ messages[0].content }}</s>{% if add_generation_prompt %}" + end + "{% endif %}")
+    llm = LLM.of(model, tokenizer, template)
+    (one,) = score(llm, [{"prompt": "is it", "choices": ["positive", " negative"], "answer": 0}], chat=True)
+    asked = llm.chat_ids([{"role": "user", "content": "is it"}])
+    rendered = template.render([{"role": "user", "content": "is it"}])
+    for choice, logprob in zip(one.question.choices, one.logprobs, strict=True):
+        whole = tokenizer.encode(rendered + choice, add_special_tokens=False, parse_special=True)
+        assert whole[: len(asked)] == asked and math.fsum(llm.logprobs([whole], starts=len(asked))[0]) == logprob
+
+
 # ---------------------------------------------------------------------------------------------------------------- bits
 
 
@@ -89,7 +147,7 @@ def test_a_prompt_is_read_once(llm, monkeypatch):
     """Of n tokens at most 15 again for each choice; choices of one token cost nothing."""
     step, rows = llm.model.step, []
     monkeypatch.setattr(llm.model, "step", lambda ids, batch: rows.append(len(ids)) or step(ids, batch))
-    prompt = "the rain " * 60
+    prompt = "the rain " * 60 + "and"
     for choices, again in ((["a", "b", "c", "d"], 0), ([" the hat", " a hill", " in the rain"], 3)):
         llm.engine.cache.forget()
         rows.clear()
@@ -166,7 +224,7 @@ GOOD = {"prompt": "q", "choices": [" a", " b"], "answer": 0}
             r"record:2: the record knows no promt; it must have prompt, choices, answer, and may have id, task",
         ),
         (
-            {"prompt": "the rain " * 600},
+            {"prompt": "the rain " * 600 + "and"},
             r"record:2: the prompt has \d+ tokens and ' a' 1, the context holds 1024; shorten",
         ),
         ({"choices": ["\x01", " b"]}, r"record:2: '\\x01' has no token"),
