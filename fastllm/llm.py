@@ -27,7 +27,7 @@ from .decode.scheduler import Sequence as Decoding
 from .decode.scheduler import Step, Timing
 from .models.decoder import Decoder
 from .models.layers import pack_weights, packed
-from .models.text import read_text
+from .models.text import check_ids, check_vocab, read_text
 from .models.weights import load_decoding, to_device
 from .ops import Panels, QWeight
 from .peft import lora
@@ -177,8 +177,7 @@ class LLM:
 
     def _serve(self, limits: Limits) -> None:
         config = self.model.config
-        if len(self.tokenizer) > config.vocab:
-            raise ValueError(f"{self.path}: the tokenizer has {len(self.tokenizer)} ids, the model {config.vocab}")
+        check_vocab(self.tokenizer, config.vocab, self.path)
         stream = self.model.norm.weight
         self.model.exact = limits.exact
         kv_dtype = limits.cache_dtype(stream.dtype)
@@ -369,13 +368,7 @@ class LLM:
             )
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
-        vocab = self.model.config.vocab
-        for place, token in enumerate(ids):
-            if not 0 <= token < vocab:
-                raise ValueError(
-                    f"token id {token} at place {place} is outside the vocabulary [0, {vocab}); "
-                    "encode the text with this model's tokenizer"
-                )
+        check_ids(ids, self.tokenizer, self.model.config.vocab)
         return ids
 
     def _check_decoder(self) -> None:

@@ -15,6 +15,7 @@ from ..data.packed import in_parts
 from ..data.tokenizer import Tokenizer
 from ..models.encoder import POOLS, Encoder
 from ..models.layers import pack_weights
+from ..models.text import check_ids, check_vocab
 
 ROWS = 4096  # tokens that go through the model at once: a layer's widest rows are 25 MB for MiniLM
 
@@ -31,8 +32,7 @@ class TextEncoder:
             raise TypeError(f"TextEncoder: the model is {type(model).__name__}; it must be an Encoder")
         if how not in POOLS:
             raise ValueError(f"TextEncoder: how={how!r}; allowed: {', '.join(map(repr, POOLS))}")
-        if len(tokenizer) > model.config.vocab:
-            raise ValueError(f"TextEncoder: the tokenizer has {len(tokenizer)} ids, the model {model.config.vocab}")
+        check_vocab(tokenizer, model.config.vocab, "TextEncoder")
         self.model, self.tokenizer, self.how, self.normalize = model, tokenizer, how, normalize
 
     @classmethod
@@ -61,7 +61,7 @@ class TextEncoder:
         """The vectors of texts (or of token ids, special ones included): float32 [number of texts, dim].
 
         ValueError for a text of more tokens than the model has positions, unless it may be cut (truncate; the last token,
-        which ends a text, stays), and for one without tokens.
+        which ends a text, stays), and for one without tokens or with an id that the model has not.
         """
         sequences = self._ids([texts] if isinstance(texts, str) else texts, truncate)
         with torch.inference_mode():
@@ -83,6 +83,7 @@ class TextEncoder:
                 raise ValueError(
                     f"text {index} has {len(ids)} tokens, the model {limit} positions; shorten it, or give truncate=True"
                 )
+            check_ids(ids, self.tokenizer, self.model.config.vocab, f"text {index}: ")
         return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in sequences]
 
 

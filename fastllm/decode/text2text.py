@@ -12,7 +12,7 @@ from ..data.packed import in_parts
 from ..data.tokenizer import Tokenizer
 from ..models.layers import pack_weights
 from ..models.seq2seq import Seq2Seq
-from ..models.text import read_text
+from ..models.text import check_ids, check_vocab, read_text
 from .beam import BeamParams, Hypothesis, generate
 
 TOKENS = 4096  # of sources that are decoded together
@@ -35,8 +35,7 @@ class Text2Text:
             raise ValueError(
                 "Text2Text: the model reads audio; give features to model.encode, and that to beam.generate"
             )
-        if len(tokenizer) > model.config.vocab:
-            raise ValueError(f"Text2Text: the tokenizer has {len(tokenizer)} ids, the model {model.config.vocab}")
+        check_vocab(tokenizer, model.config.vocab, "Text2Text")
         self.model, self.tokenizer, self.eos_id = model, tokenizer, end_id(tokenizer)
 
     @classmethod
@@ -57,7 +56,8 @@ class Text2Text:
         """The best answers to each source, best first; greedy, where params does not ask for beams.
 
         sources: texts, or token ids without the end. parse_special: read special tokens that are written in a text, such as
-        <extra_id_0>, as such. ValueError: a source with more tokens, its end included, than the model has positions.
+        <extra_id_0>, as such. ValueError: a source with more tokens, its end included, than the model has positions,
+        or with an id that it has not.
         """
         return list(self.stream([sources] if isinstance(sources, str) else sources, params, parse_special))
 
@@ -80,4 +80,5 @@ class Text2Text:
         for index, each in enumerate(ids):
             if limit is not None and len(each) > limit:
                 raise ValueError(f"source {index} has {len(each)} tokens, the model {limit} positions; shorten it")
+            check_ids(each, self.tokenizer, self.model.config.vocab, f"source {index}: ")
         return ids

@@ -13,6 +13,7 @@ from ..data.tokenizer import Tokenizer
 from ..decode.score import target_logprobs
 from ..llm import LLM
 from ..models.decoder import Decoder
+from ..models.text import check_ids, check_vocab
 
 ROWS = 4096  # tokens that go through the model at once
 
@@ -29,8 +30,7 @@ class Scorer:
             raise TypeError(f"Scorer: the model is {type(model).__name__}; it must be a Decoder")
         if rows < 1:
             raise ValueError(f"Scorer: rows={rows}; allowed: 1 or more")
-        if len(tokenizer) > model.config.vocab:
-            raise ValueError(f"Scorer: the tokenizer has {len(tokenizer)} ids, the model {model.config.vocab}")
+        check_vocab(tokenizer, model.config.vocab, "Scorer")
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
         self.max_model_len = model.config.max_position
 
@@ -38,7 +38,8 @@ class Scorer:
         self, prompts: Sequence[Sequence[int]], *, adapter: str | None = None, starts: int | Sequence[int] = 1
     ) -> list[list[float]]:
         """For each list of ids, log p of the tokens from its start on (one number for all, or one each) given those before.
-        ValueError: an adapter, which a module has in itself; a text that is too long, or a start out of it."""
+        ValueError: an adapter, which a module has in itself; a text that is too long or has an id that the
+        model has not, or a start out of it."""
         if adapter is not None:
             raise ValueError(f"Scorer: adapter={adapter!r}; a module has its adapter in itself, allowed: None")
         each = [starts] * len(prompts) if isinstance(starts, int) else list(starts)
@@ -48,6 +49,7 @@ class Scorer:
                     f"Scorer: a text of {len(ids)} tokens, scored from {start} on; allowed: 1 to {self.max_model_len} tokens, "
                     "a start of 1 or more within them"
                 )
+            check_ids(ids, self.tokenizer, self.model.config.vocab, "Scorer: ")
         asked: dict[tuple[int, ...], list[int]] = {}  # texts that differ in their last token alone are read once
         for index, ids in enumerate(prompts):
             asked.setdefault(tuple(ids[:-1]), []).append(index)

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,28 @@ def ends_of(source: Path | None) -> dict[str, Any]:
         return {}
     ids = {key: getattr(tokenizer, f"{role}_id") for key, role in keys.items()}
     return ids | ({"eos_token_id": sorted(tokenizer.eos_ids)} if len(tokenizer.eos_ids) > 1 else {})
+
+
+def check_vocab(tokenizer: Tokenizer, vocab: int, who: str | Path) -> None:
+    """ValueError: a tokenizer with ids that a model of `vocab` rows does not have. Added special tokens alone may be such, as
+    Gemma 3's <image_soft_token> is: no text gives them unless it is asked to, and `check_ids` finds them then."""
+    if not tokenizer.special_ids.issuperset(range(vocab, len(tokenizer))):
+        raise ValueError(
+            f"{who}: the tokenizer has {len(tokenizer)} ids, the model {vocab}; give the model's own, or grow its tables with "
+            "fastllm.models.resize.resize_vocab"
+        )
+
+
+def check_ids(ids: Iterable[int], tokenizer: Tokenizer, vocab: int, what: str = "") -> None:
+    """ValueError: an id that a model of `vocab` rows does not have; `what` stands in front of the message."""
+    for place, token in enumerate(ids):
+        if not 0 <= token < vocab:
+            advice = "encode the text with this model's tokenizer"
+            if token in tokenizer.special_ids:
+                advice = f"the model has no row for {tokenizer.token(token)!r}, leave it out"
+            raise ValueError(
+                f"{what}token id {token} at place {place} is outside the vocabulary [0, {vocab}); {advice}"
+            )
 
 
 def write_text(source: Path, files: Replacing) -> None:

@@ -1,12 +1,13 @@
 """How each class of model is trained: what a record becomes, which loss, what is written on the way, what spoils it."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..data.batch import Batches, Example, collate, encode
+from ..data.batch import IGNORE, Batches, Example, collate, encode
 from ..data.chat import ChatTemplate
 from ..data.corrupt import Words, encode_masked, encode_spans, sentinel_ids
 from ..data.lint import Finding, check_labels, check_splits, check_tokenizer, lint
@@ -19,6 +20,7 @@ from ..llm import LLM
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
 from ..models.seq2seq import Seq2Seq
+from ..models.text import check_ids, check_vocab
 from ..sampling_params import SamplingParams
 from .objective import masked_loss, next_token_loss, pair_loss
 from .stage import Plan, StageOptions, texts_of
@@ -40,19 +42,33 @@ def plan_of(
 ) -> Plan:
     """text: where tokenizer and template are from. The last two are an encoder's. ValueError: a tokenizer that does not fit the
     model, or lacks a token that its class needs."""
-    config = model.config
-    if len(tokenizer) > config.vocab:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} ids, the model {config.vocab}; give the model's own, or grow its tables with "
-            "fastllm.models.resize.resize_vocab"
-        )
+    vocab = model.config.vocab
+    check_vocab(tokenizer, vocab, text)
     if isinstance(model, Decoder):
-        return _decoder(options, model, tokenizer, template, text)
-    if isinstance(model, Encoder):
-        return _encoder(options, model, tokenizer, text, mask_rate, whole_words)
-    if isinstance(model, Seq2Seq):
-        return _seq2seq(options, model, tokenizer, text)
-    raise TypeError(f"{type(model).__name__} is not a Decoder, an Encoder or a Seq2Seq")
+        plan = _decoder(options, model, tokenizer, template, text)
+    elif isinstance(model, Encoder):
+        plan = _encoder(options, model, tokenizer, text, mask_rate, whole_words)
+    elif isinstance(model, Seq2Seq):
+        plan = _seq2seq(options, model, tokenizer, text)
+    else:
+        raise TypeError(f"{type(model).__name__} is not a Decoder, an Encoder or a Seq2Seq")
+    if len(tokenizer) <= vocab:
+        return plan
+    return dataclasses.replace(plan, encode=_within(vocab, tokenizer, plan.encode))
+
+
+def _within(vocab: int, tokenizer: Tokenizer, encode: Callable[[Document, int], list[Any]]) -> Callable[..., list[Any]]:
+    """The same, but ValueError for a token that the model has no row for: on a GPU nothing else would say so."""
+
+    def checked(document: Document, index: int) -> list[Any]:
+        made = encode(document, index)
+        for one in made:
+            example = one.target if isinstance(one, Pair) else one
+            for ids in (one.source if isinstance(one, Pair) else (), example.ids, example.target):
+                check_ids((id for id in map(int, ids) if id != IGNORE), tokenizer, vocab)
+        return made
+
+    return checked
 
 
 def _decoder(

@@ -13,8 +13,15 @@ from _assets import asset
 from fastllm import LLM, SamplingParams, models
 from fastllm.data.chat import ChatTemplate
 from fastllm.data.tokenizer import Tokenizer
+from fastllm.decode.embed import TextEncoder
+from fastllm.decode.text2text import Text2Text
+from fastllm.evaluate.scorer import Scorer
 from fastllm.files import Replacing
+from fastllm.models.decoder import Decoder
+from fastllm.models.encoder import Encoder, EncoderConfig
 from fastllm.models.gguf import GGUFFile
+from fastllm.models.initial import initialise
+from fastllm.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from fastllm.models.text import write_text
 
 TEXTS = ("the hen", "  on a tin roof, at 12:30!\n\n\tin the attic", "café", "a" * 50, "", " ", "don't\nain't")
@@ -106,3 +113,50 @@ def test_a_base_that_is_gone(tmp_path):
         warnings.simplefilter("error")
         models.save(models.load(bare), tmp_path / "bare")  # it never had one
     shutil.rmtree(tmp_path / "bare")
+
+
+# ---------------------------------------------------------------------------------- a tokenizer of more ids than rows
+
+IMAGE = "<image_soft_token>"  # Gemma 3: the one id behind its 262,144 rows
+VOCAB = len(_tiny.TOKENS)
+SMALL = {"layers": 1, "dim": 16, "ffn": 16, "heads": 2}
+DOORS = {  # made of a tokenizer -> what takes its ids
+    "LLM": lambda tokenizer: LLM.of(initialise(Decoder(_tiny.CONFIG), 1), tokenizer, max_num_seqs=1).logprobs,
+    "Scorer": lambda tokenizer: Scorer(initialise(Decoder(_tiny.CONFIG), 1), tokenizer).logprobs,
+    "TextEncoder": lambda tokenizer: (
+        TextEncoder(Encoder(EncoderConfig(VOCAB, max_position=32, **SMALL)), tokenizer).embed
+    ),
+    "Text2Text": lambda tokenizer: (
+        Text2Text(Seq2Seq(Seq2SeqConfig(VOCAB, 1, 1, 16, 16, 2, 8, max_position=256)), tokenizer).generate
+    ),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_special_tokens_that_the_model_has_no_row_for(door, tmp_path):
+    base = text_side(_tiny.gguf(tmp_path / "base.gguf"))[0]
+    with pytest.raises(ValueError, match=f"the tokenizer has {VOCAB + 2} ids, the model {VOCAB}; give the model's own"):
+        DOORS[door](base.extended([IMAGE]).extended(["plain"], special=False))
+    more = base.extended([IMAGE])
+    take = DOORS[door](more)
+    assert len(take([more.encode("the hen"), more.encode(IMAGE)])) == 2  # written in a text, it is text
+    with pytest.raises(
+        ValueError, match=rf"id {VOCAB} at place 1 .*\[0, {VOCAB}\); the model has no row for '{IMAGE}'"
+    ):
+        take([[5, VOCAB, 6]])
+    with pytest.raises(ValueError, match=f"id {VOCAB + 1} at place 1 .*; encode the text with this model's tokenizer"):
+        take([[5, VOCAB + 1, 6]])
+
+
+def test_a_folder_whose_tokenizer_has_more(tmp_path):
+    base = _tiny.folder(tmp_path / "base")
+    params = SamplingParams(max_new_tokens=12, temperature=0.0, min_new_tokens=12)
+    wanted = LLM(base).generate("the hen", params)[0].token_ids
+    Tokenizer.from_folder(base).extended([IMAGE, "<end_of_turn>"]).save(base)  # the second ends a text
+    llm = LLM(base)
+    assert VOCAB + 1 in llm.tokenizer.eos_ids and len(llm.tokenizer) == VOCAB + 2
+    assert llm.generate("the hen", params)[0].token_ids == wanted
+    with pytest.raises(ValueError, match=f"the model has no row for '{IMAGE}', leave it out"):
+        llm.chat([{"role": "user", "content": IMAGE}])
+    drawn = llm.generate("the hen", SamplingParams(max_new_tokens=200, temperature=100.0, seed=1))[0].token_ids
+    assert max(drawn) < VOCAB
