@@ -138,7 +138,7 @@ class LLM:
         self.encoder = read_encoder(self.path, quantize, device)
         if self.encoder:
             self.model, self.tokenizer = self.encoder.model, self.encoder.tokenizer
-            self.max_model_len = self.model.config.max_position
+            self.max_model_len = self.encoder.longest
             return
         self.tokenizer, self._template = read_text(self.path)
         self.model = load_decoding(self.path, where, quantize, as_float=dtype == "float32")

@@ -18,22 +18,35 @@ from ..models.layers import pack_weights
 from ..models.text import check_ids, check_vocab
 
 ROWS = 4096  # tokens that go through the model at once: a layer's widest rows are 25 MB for MiniLM
+MODES = ("mean", "cls")  # of pooling, as sentence-transformers names them
+MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 class TextEncoder:
     """An encoder with its tokenizer.
 
     how: "mean", "cls" or "pooler", normalize: vectors of length 1; as the folder of a sentence encoder says where None, else
-    the mean, of length 1.
+    the mean, of length 1. longest: tokens of a text, at most the model's positions, which None stands for.
     """
 
-    def __init__(self, model: Encoder, tokenizer: Tokenizer, how: str = "mean", normalize: bool = True):
+    def __init__(
+        self,
+        model: Encoder,
+        tokenizer: Tokenizer,
+        how: str = "mean",
+        normalize: bool = True,
+        longest: int | None = None,
+    ):
         if not isinstance(model, Encoder):
             raise TypeError(f"TextEncoder: the model is {type(model).__name__}; it must be an Encoder")
         if how not in POOLS:
             raise ValueError(f"TextEncoder: how={how!r}; allowed: {', '.join(map(repr, POOLS))}")
         check_vocab(tokenizer, model.config.vocab, "TextEncoder")
+        if longest is not None and longest < 2:
+            raise ValueError(f"TextEncoder: longest={longest}; allowed: 2 or more, or None")
         self.model, self.tokenizer, self.how, self.normalize = model, tokenizer, how, normalize
+        positions = model.config.max_position
+        self.longest = positions if longest is None else min(longest, positions)
 
     @classmethod
     def load(
@@ -46,7 +59,8 @@ class TextEncoder:
         revision: str | None = None,
     ) -> "TextEncoder":
         """An alias ("minilm-l6"), a folder, or a Hub id; weights are packed for a CPU, quantised with "int8" or "int4".
-        Errors as of models.load."""
+        Texts are as long as sentence-transformers lets them be. Errors as of models.load; ValueError for a sentence encoder with
+        other modules, or another pooling."""
         path = hub.resolve(name, revision=revision)
         model = models.load(path)
         if not isinstance(model, Encoder):
@@ -54,14 +68,15 @@ class TextEncoder:
         stored = _pooling(path)
         tokenizer = Tokenizer.from_folder(path)
         return cls(
-            pack_weights(model, quantize), tokenizer, how or stored[0], stored[1] if normalize is None else normalize
-        )
+            pack_weights(model, quantize), tokenizer, how or stored[0], stored[1] if normalize is None else normalize,
+            _longest(path),
+        )  # fmt: skip
 
     def embed(self, texts: str | Sequence[str | Sequence[int]], truncate: bool = False) -> Tensor:
         """The vectors of texts (or of token ids, special ones included): float32 [number of texts, dim].
 
-        ValueError for a text of more tokens than the model has positions, unless it may be cut (truncate; the last token,
-        which ends a text, stays), and for one without tokens or with an id that the model has not.
+        ValueError for a text of more than `longest` tokens, unless it may be cut (truncate; the last token, which ends a text,
+        stays), and for one without tokens or with an id that the model has not.
         """
         sequences = self._ids([texts] if isinstance(texts, str) else texts, truncate)
         with torch.inference_mode():
@@ -75,13 +90,14 @@ class TextEncoder:
         words = [text for text in texts if isinstance(text, str)]
         encoded = iter(self.tokenizer.encode_batch(words))
         sequences = [next(encoded) if isinstance(text, str) else [int(i) for i in text] for text in texts]
-        limit = self.model.config.max_position
+        limit, positions = self.longest, self.model.config.max_position
+        has = f"{limit} positions" if limit == positions else f"is used with at most {limit}"
         for index, ids in enumerate(sequences):
             if not ids:
                 raise ValueError(f"text {index} has no tokens; leave it out")
             if len(ids) > limit and not truncate:
                 raise ValueError(
-                    f"text {index} has {len(ids)} tokens, the model {limit} positions; shorten it, or give truncate=True"
+                    f"text {index} has {len(ids)} tokens, the model {has}; shorten it, or give TextEncoder.embed truncate=True"
                 )
             check_ids(ids, self.tokenizer, self.model.config.vocab, f"text {index}: ")
         return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in sequences]
@@ -102,25 +118,47 @@ def read_encoder(path: Path, quantize: str | None, device: str) -> TextEncoder |
 
 
 def _pooling(path: Path) -> tuple[str, bool]:
-    """(how, normalize) as sentence-transformers writes them."""
-    modules, pooling = _read(path / "modules.json", []), _read(path / "1_Pooling" / "config.json", {})
-    kinds = (
-        [str(module.get("type")) for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
-    )
-    normalize = not kinds or any(kind.endswith("Normalize") for kind in kinds)
-    modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    wanted = [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True]
-    if len(wanted) > 1 or any(key not in modes for key in wanted):
+    """(how, normalize) as sentence-transformers writes them: a pooling_mode, or in earlier versions a flag for each."""
+    modules = [m for m in _read(path / "modules.json", []) if isinstance(m, dict)]
+    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    strange = [kind for kind in kinds if kind not in MODULES]
+    if strange:
+        raise ValueError(f"{path}/modules.json has a {strange[0]}; supported: {', '.join(MODULES)}")
+    file = path / "1_Pooling" / "config.json"
+    pooling = _read(file, {})
+    flags = [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True]
+    wanted = pooling.get("pooling_mode", [flag.removeprefix("pooling_mode_") for flag in flags] or MODES[0])
+    wanted = wanted if isinstance(wanted, list) else [wanted]
+    names = [str(one).removesuffix("_tokens").removesuffix("_token") for one in wanted]
+    if len(names) != 1 or names[0] not in MODES:
         raise ValueError(
-            f"{path}/1_Pooling/config.json wants {', '.join(wanted)}; one of {', '.join(modes)} is supported"
+            f"{file}: the pooling is {' with '.join(names)}; supported: {' or '.join(MODES)}, one of the two"
         )
-    return modes[wanted[0]] if wanted else "mean", normalize
+    return names[0], not kinds or "Normalize" in kinds
+
+
+def _longest(path: Path) -> int | None:
+    """Tokens that sentence-transformers cuts a text to; None where it says nothing, or there is no sentence encoder."""
+    file = path / "sentence_bert_config.json"
+    found = _read(file, {}).get("max_seq_length")
+    if found is None and (path / "modules.json").is_file():  # later versions keep it with the tokenizer
+        file = path / "tokenizer_config.json"
+        found = _read(file, {}).get("model_max_length")
+    if found is None:
+        return None
+    if not isinstance(found, int | float) or isinstance(found, bool) or found < 2:
+        raise ValueError(f"{file}: texts have at most {found!r} tokens; it must be a number, 2 or more")
+    return int(found)
 
 
 def _read(path: Path, default: Any) -> Any:
+    """The content of a file, of the same type as the default, which stands for one that is not there."""
     if not path.is_file():
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, type(default)):
+            raise ValueError(f"it holds a {type(content).__name__}, expected a {type(default).__name__}")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    return content

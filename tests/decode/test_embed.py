@@ -71,29 +71,88 @@ def test_a_vector_does_not_depend_on_its_neighbours(real, monkeypatch):
 
 
 def test_texts_that_are_too_long(real):
-    with pytest.raises(ValueError, match="text 1 has 702 tokens, the model 512 positions; .* truncate=True"):
-        real.embed(["a", "word " * 700])
+    assert (
+        real.longest == LLM("minilm-l6").max_model_len == 256
+    )  # of its 512 positions, as sentence-transformers uses it
+    with pytest.raises(ValueError, match="text 1 has 302 tokens, the model is used with at most 256; .* truncate=True"):
+        real.embed(["a", "word " * 300])
     ids = real.tokenizer.encode("word " * 700)
     cut = real.embed("word " * 700, truncate=True)
-    assert torch.equal(cut, real.embed([ids[:511] + ids[-1:]]))
+    assert torch.equal(cut, real.embed([ids[:255] + ids[-1:]]))
+    whole = TextEncoder(real.model, real.tokenizer)
+    with pytest.raises(ValueError, match="text 0 has 702 tokens, the model 512 positions; .* truncate=True"):
+        whole.embed("word " * 700)
+    assert torch.equal(whole.embed("word " * 700, truncate=True), whole.embed([ids[:511] + ids[-1:]]))
+    assert TextEncoder(real.model, real.tokenizer, longest=600).longest == 512
+    with pytest.raises(ValueError, match="longest=1; allowed: 2 or more"):
+        TextEncoder(real.model, real.tokenizer, longest=1)
     with pytest.raises(ValueError, match="text 1 has no tokens"):
         real.embed([[101], []])
     assert real.embed([]).shape == (0, 384)
 
 
-def test_pooling_as_a_folder_says(tmp_path, real):
+def write(folder, modules=("Transformer", "Pooling", "Normalize"), **files):
+    """The files of a sentence encoder: pooling, sentence_bert, tokenizer."""
+    places = {"pooling": "1_Pooling/config", "sentence_bert": "sentence_bert_config", "tokenizer": "tokenizer_config"}
+    files = {places[name]: content for name, content in files.items()}
+    for name, content in ({"modules": [{"type": f"a.b.{module}"} for module in modules]} | files).items():
+        (folder / f"{name}.json").parent.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("pooling, how", [
+    ({}, "mean"),
+    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+    ({"pooling_mode_mean_tokens": True}, "mean"),
+    ({"pooling_mode": "cls", "embedding_dimension": 3, "include_prompt": True}, "cls"),
+    ({"pooling_mode": ["mean"]}, "mean"),
+    ({"pooling_mode": "cls", "pooling_mode_mean_tokens": True}, "cls"),
+    ({"pooling_mode_max_tokens": True}, "the pooling is max; supported: mean or cls"),
+    ({"pooling_mode": "weightedmean"}, "the pooling is weightedmean; supported"),
+    ({"pooling_mode": ["mean", "cls"]}, "the pooling is mean with cls; supported: mean or cls, one of the two"),
+    ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "the pooling is mean with cls"),
+    ([], "config.json cannot be read: it holds a list, expected a dict"),
+])  # fmt: skip
+def test_pooling_as_a_folder_says(tmp_path, pooling, how):
+    write(tmp_path, pooling=pooling)
+    if how in ("mean", "cls"):
+        assert embed._pooling(tmp_path) == (how, True)
+        write(tmp_path, ("Transformer", "Pooling"), pooling=pooling)
+        assert embed._pooling(tmp_path) == (how, False)
+    else:
+        with pytest.raises(ValueError, match=how):
+            embed._pooling(tmp_path)
+
+
+def test_modules_as_a_folder_says(tmp_path, real):
     assert (real.how, real.normalize) == ("mean", True)
     assert embed._pooling(tmp_path) == ("mean", True)
-    (tmp_path / "modules.json").write_text(json.dumps([{"type": "a.Transformer"}, {"type": "a.Pooling"}]))
-    (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True, "dim": 3}))
-    assert embed._pooling(tmp_path) == ("cls", False)
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
-    with pytest.raises(ValueError, match="wants pooling_mode_max_tokens; one of"):
+    write(tmp_path, ("Transformer", "Pooling", "Dense", "Normalize"))
+    with pytest.raises(ValueError, match=r"modules\.json has a Dense; supported: Transformer, Pooling, Normalize"):
         embed._pooling(tmp_path)
     (tmp_path / "modules.json").write_text("{")
     with pytest.raises(ValueError, match="modules.json cannot be read"):
         embed._pooling(tmp_path)
+
+
+@pytest.mark.parametrize("files, longest", [
+    ({}, None),
+    ({"sentence_bert": {"max_seq_length": 128}, "tokenizer": {"model_max_length": 512}}, 128),
+    ({"sentence_bert": {"max_seq_length": None}, "tokenizer": {"model_max_length": 64}}, 64),
+    ({"tokenizer": {"model_max_length": 10**30}}, 10**30),
+    ({"sentence_bert": {"max_seq_length": "128"}}, "config.json: texts have at most '128' tokens; it must be a number"),
+    ({"sentence_bert": {"max_seq_length": 1}}, "at most 1 tokens; it must be a number, 2 or more"),
+])  # fmt: skip
+def test_lengths_as_a_folder_says(tmp_path, files, longest):
+    write(tmp_path, **files)
+    if isinstance(longest, str):
+        with pytest.raises(ValueError, match=longest):
+            embed._longest(tmp_path)
+    else:
+        assert embed._longest(tmp_path) == longest
+    (tmp_path / "modules.json").unlink()  # an encoder that is no sentence encoder has all its positions
+    if "sentence_bert" not in files:
+        assert embed._longest(tmp_path) is None
 
 
 def test_what_is_no_encoder(real, folder):
