@@ -20,6 +20,7 @@ from .text import FILES as TEXT_FILES
 from .text import write_text
 
 KINDS = ("F32", "F16", "BF16")
+PIECE = 4096  # rows of two tensors that are compared at once
 OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -128,6 +129,20 @@ class Folder:
             raise ValueError(f"{self.path}: tensor {name!r} is stored as {kind}; supported: {', '.join(KINDS)}")
         with safe_open(str(file), framework="pt") as opened:
             return opened.get_tensor(name).to(torch.float32, copy=True)
+
+    def differ(self, one: str, other: str) -> bool:
+        """Whether two tensors are both there and hold other numbers: then a file has untied what its config calls tied."""
+        from safetensors import safe_open
+
+        if one not in self.where or other not in self.where:
+            return False
+        (file, _, shape), (other_file, _, other_shape) = self.where[one], self.where[other]
+        if shape != other_shape:
+            return True
+        with safe_open(str(file), framework="pt") as a, safe_open(str(other_file), framework="pt") as b:
+            left, right = a.get_slice(one), b.get_slice(other)
+            pieces = (slice(start, start + PIECE) for start in range(0, shape[0] if shape else 0, PIECE))
+            return not all(torch.equal(left[rows].float(), right[rows].float()) for rows in pieces)
 
 
 def lengths(file: Path) -> str:

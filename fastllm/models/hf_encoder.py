@@ -126,8 +126,14 @@ def read_config(folder: Folder) -> EncoderConfig:
         labels=labels,
         pooler=head == "classify"
         or (head is None and folder.find(f"{_prefix(folder)}pooler.dense.weight") is not None),
-        tied=folder.get("tie_word_embeddings", bool, True),
+        tied=folder.get("tie_word_embeddings", bool, True) and not _has_own_head(folder, roberta),
     )
+
+
+def _has_own_head(folder: Folder, roberta: bool) -> bool:
+    """Whatever the config calls tied: transformers goes by the weights, where both are there."""
+    head = "lm_head.decoder.weight" if roberta else "cls.predictions.decoder.weight"
+    return folder.differ(f"{_prefix(folder)}embeddings.word_embeddings.weight", head)
 
 
 def _prefix(folder: Folder) -> str:

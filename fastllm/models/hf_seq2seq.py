@@ -90,9 +90,11 @@ def bart_names(c: Seq2SeqConfig) -> Names:
         for kind in ("weight", "bias"):
             ours[f"front.{name}.{kind}"] = (f"model.encoder.{theirs}.{kind}",)
         shapes[f"front.{name}.weight"] = (c.dim, inputs, 3)
-    ours |= {"head.weight": ("lm_head.weight",), "head.bias": ("final_logits_bias",)}
+    ours |= {"head.weight": ("proj_out.weight" if whisper else "lm_head.weight",), "head.bias": ("final_logits_bias",)}
     shapes["head.bias"] = (1, c.vocab)
-    unused = [r"model\.(encoder|decoder)\.embed_tokens\.weight", r"(lm_head|proj_out)\.weight"]
+    unused = [r"model\.(encoder|decoder)\.embed_tokens\.weight"]
+    if c.tied:
+        unused.append(r"(lm_head|proj_out)\.weight")
     if not whisper:
         unused.append(r"model\.(encoder|decoder)\.embed_positions\.weight")  # sinusoids
     return Names(ours, shapes, tuple(unused))
@@ -123,7 +125,7 @@ def _read_t5(folder: Folder) -> Seq2SeqConfig:
         eps=get("layer_norm_epsilon", float, 1e-6),
         activation=GATE[act] if gated else act,
         head_scale=max(dim, 1) ** -0.5 if scaled else 1.0,
-        tied=_is_tied(folder),
+        tied=_is_tied(folder, "shared.weight", "lm_head.weight"),
         buckets=get("relative_attention_num_buckets", int, 32),
         max_distance=get("relative_attention_max_distance", int, 128),
         pad_id=get("pad_token_id", int, 0), eos_id=get("eos_token_id", int, 1),
@@ -131,11 +133,14 @@ def _read_t5(folder: Folder) -> Seq2SeqConfig:
     )  # fmt: skip
 
 
-def _is_tied(folder: Folder) -> bool:
-    """Later versions call every T5 tied, so what counts is whether the head has a weight of its own."""
-    if "lm_head.weight" not in folder.where or "shared.weight" not in folder.where:
-        return True
-    return bool((folder.read("lm_head.weight") == folder.read("shared.weight")).all())
+def _is_tied(folder: Folder, table: str, head: str) -> bool:
+    """Later versions call every T5 tied, so what counts is whether the head has a weight of its own. ValueError: a side has."""
+    for own in folder.where:
+        if own.endswith("coder.embed_tokens.weight") and folder.differ(table, own):
+            raise ValueError(
+                f"{folder.path}: {own!r} differs from {table!r}; embeddings that are not shared are not supported"
+            )
+    return not folder.differ(table, head)
 
 
 def _read_bart(folder: Folder) -> Seq2SeqConfig:
@@ -148,6 +153,7 @@ def _read_bart(folder: Folder) -> Seq2SeqConfig:
     if not get("share_encoder_decoder_embeddings", bool, True) or not get("tie_word_embeddings", bool, True):
         raise ValueError(f"{folder.path}: embeddings that are not shared are not supported")
     heads = get("encoder_attention_heads")
+    table = folder.find("model.shared.weight|model.decoder.embed_tokens.weight") or ""
     return Seq2SeqConfig(
         vocab=get("vocab_size"), dim=dim, ffn=get("encoder_ffn_dim"), heads=heads, head_dim=dim // max(heads, 1),
         encoder_layers=get("encoder_layers"), decoder_layers=get("decoder_layers"),
@@ -156,6 +162,7 @@ def _read_bart(folder: Folder) -> Seq2SeqConfig:
         activation=activation(folder, get("activation_function", str, "gelu")),
         embed_scale=max(dim, 0) ** 0.5 if get("scale_embedding", bool, False) else 1.0,
         head_bias=not whisper,
+        tied=_is_tied(folder, table, "proj_out.weight" if whisper else "lm_head.weight"),
         bins=get("num_mel_bins") if whisper else 0,
         source_position=get("max_source_positions") if whisper else None,
         pad_id=get("pad_token_id"), start_id=get("decoder_start_token_id"), eos_id=get("eos_token_id"),

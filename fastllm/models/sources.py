@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -99,6 +100,11 @@ class FolderSource:
         self.config = read_config(self._files.config, folder)
         # A model without its head is saved without the prefix; the head, where it is tied, is the embedding.
         self._bare = bool(self._files.where) and not any(n.startswith(self._names.base) for n in self._files.where)
+        (table,), (head,) = self.names("embedding.weight"), self.names("head.weight")
+        if self.config.tied and self._files.differ(
+            table, head
+        ):  # as transformers does: the weights are right, not the config
+            self.config = replace(self.config, tied=False)
 
     def extra_names(self, known: set[str]) -> list[str]:
         """Without what older checkpoints hold besides the weights, and a tied head that is stored all the same."""

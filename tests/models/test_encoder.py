@@ -240,6 +240,26 @@ def test_spellings_of_2018(tmp_path):
         assert ours.head.words.weight is ours.embedding.weight
 
 
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "RobertaForMaskedLM"])
+@torch.no_grad()
+def test_a_head_of_its_own_that_the_config_calls_tied(tmp_path, kind):
+    """transformers goes by the weights then."""
+    theirs = build(kind)
+    theirs.save_pretrained(tmp_path)
+    tensors, head = load_file(tmp_path / "model.safetensors"), "lm_head" if "Roberta" in kind else "cls.predictions"
+    tensors[f"{head}.decoder.weight"] = theirs.get_input_embeddings().weight.clone()
+    tensors[f"{head}.decoder.weight"][-1] += 1
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    again, inputs = type(theirs).from_pretrained(tmp_path, attn_implementation="eager").eval(), batch(theirs)
+    mine, expected = ours_of(models.load(tmp_path), inputs), wanted(again, inputs)
+    assert (kept(mine, inputs) - kept(expected, inputs)).abs().max() <= 1e-4
+    assert (kept(expected, inputs) - kept(wanted(theirs, inputs), inputs)).abs().max() > 1e-2
+    models.save(models.load(tmp_path), tmp_path / "saved")
+    assert torch.equal(ours_of(models.load(tmp_path / "saved"), inputs), mine)
+    saved = type(theirs).from_pretrained(tmp_path / "saved", attn_implementation="eager").eval()
+    assert torch.equal(kept(wanted(saved, inputs), inputs), kept(expected, inputs))
+
+
 def test_an_alias():
     model = models.load(asset("minilm-l6"))
     assert model.config == PRESETS["minilm-l6"] and sum(p.numel() for p in model.parameters()) == 22_713_216

@@ -169,6 +169,34 @@ def test_a_folder_without_the_prefix(tmp_path, name):
         assert (load(tmp_path)(ids) - _families.logits(theirs, ids)).abs().max() <= 1e-4
 
 
+TIED = {"smollm": "model.embed_tokens", "gemma3": "model.embed_tokens", "gpt2": "transformer.wte",
+        "bloom": "transformer.word_embeddings"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_head_of_its_own_that_the_config_calls_tied(tmp_path, name):
+    """transformers goes by the weights then; a head that is the same is tied."""
+    theirs = _families.folder(tmp_path / "a", name)
+    held, ids = tensors(tmp_path / "a"), random_ids(2, 20)
+    held["lm_head.weight"] = held[f"{TIED[name]}.weight"].clone()
+    save_file(held, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    same = load(tmp_path / "a")
+    assert same.config.tied and same.head.weight is same.embedding.weight
+    held["lm_head.weight"][-1, -1] += 1  # the last one that is compared
+    save_file(held, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    attention = theirs.config._attn_implementation
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", attn_implementation=attention).eval()
+    ours = load(tmp_path / "a")
+    with torch.no_grad():
+        logits = ours(ids)
+        assert not ours.config.tied and (logits - same(ids)).abs().max() > 1e-2
+        assert (logits - _families.logits(theirs, ids)).abs().max() <= 1e-4
+        assert torch.equal(load_packed(tmp_path / "a")(ids), logits)
+    save(ours, tmp_path / "b")
+    assert_same(tensors(tmp_path / "b"), held)
+    assert torch.equal(load(tmp_path / "b")(ids), logits)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_a_config_of_transformers(name, tmp_path):
     hf = write_config(PRESETS[name])

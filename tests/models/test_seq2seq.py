@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastllm import models
 from fastllm.models import hf_seq2seq
@@ -305,6 +305,46 @@ def test_the_original_comes_back_from_a_folder(tmp_path):
         models.save(pack_weights(again), tmp_path)
     with pytest.raises(TypeError, match="Linear cannot be saved; a Decoder, an Encoder or a Seq2Seq can"):
         models.save(torch.nn.Linear(2, 2), tmp_path)
+
+
+HEADS = {
+    "t5": ("lm_head", "shared"),
+    "marian": ("lm_head", "model.shared"),
+    "whisper": ("proj_out", "model.decoder.embed_tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@torch.no_grad()
+def test_a_head_of_its_own_that_the_config_calls_tied(tmp_path, kind):
+    """transformers goes by the weights then."""
+    theirs, (head, table) = build(kind), HEADS[kind]
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{head}.weight"] = tensors[f"{table}.weight"].clone()
+    tensors[f"{head}.weight"][-1] += 1
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    again, given = type(theirs).from_pretrained(tmp_path, attn_implementation="eager").eval(), inputs_of(theirs)
+    ours, expected = models.load(tmp_path), wanted(again, *given)
+    source, mask, targets = given
+    logits = ours(source, targets, mask)
+    assert not ours.config.tied and (logits - expected).abs().max() <= 1e-4
+    assert (expected - wanted(theirs, *given)).abs().max() > 1e-2
+    models.save(ours, tmp_path / "saved")
+    assert torch.equal(models.load(tmp_path / "saved")(source, targets, mask), logits)
+
+
+@pytest.mark.parametrize(("kind", "side"), [("t5", "encoder"), ("marian", "model.decoder")])
+def test_a_table_of_one_side(tmp_path, kind, side):
+    build(kind).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{side}.embed_tokens.weight"] = tensors[f"{HEADS[kind][1]}.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    models.load(tmp_path)
+    tensors[f"{side}.embed_tokens.weight"][0, 0] += 1
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"'{side}.embed_tokens.weight' differs from .*not shared are not supported"):
+        models.load(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- errors

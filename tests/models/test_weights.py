@@ -255,8 +255,10 @@ def test_what_a_folder_may_hold_beside_the_weights(folder):
     (folder / "pytorch_model.bin").write_bytes(b"not read")
     edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}))
     assert torch.equal(our_logits(load(folder), ids), before)
-    edit(folder, tie_word_embeddings=True)  # the stored lm_head is not used then
-    assert load(folder).head.weight is load(folder).embedding.weight or load(folder).config.tied
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    edit(folder, tie_word_embeddings=True)
+    model = load(folder)
+    assert model.config.tied and model.head.weight is model.embedding.weight
 
 
 # ---------------------------------------------------------------------------------------------------------------- refused
