@@ -72,6 +72,8 @@ class Folder:
 
     def _files(self) -> list[Path]:
         index, whole = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
+        if whole.exists():  # beside an index too, as in transformers: the index is of what stood there before
+            return [whole]
         if index.exists():
             try:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -83,7 +85,7 @@ class Folder:
                     f"{self.path}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}"
                 )
             return [self.path / name for name in names]
-        files = [whole] if whole.exists() else sorted(self.path.glob("*.safetensors"))
+        files = sorted(self.path.glob("*.safetensors"))
         if not files:
             check_no_pickle(self.path)
             raise ValueError(f"{self.path} has no .safetensors file; fetch the model again")

@@ -101,10 +101,10 @@ class FolderSource:
         # A model without its head is saved without the prefix; the head, where it is tied, is the embedding.
         self._bare = bool(self._files.where) and not any(n.startswith(self._names.base) for n in self._files.where)
         (table,), (head,) = self.names("embedding.weight"), self.names("head.weight")
-        if self.config.tied and self._files.differ(
-            table, head
-        ):  # as transformers does: the weights are right, not the config
-            self.config = replace(self.config, tied=False)
+        if self.config.tied and self._files.differ(table, head):
+            self.config = replace(
+                self.config, tied=False
+            )  # as transformers does: the weights are right, not the config
 
     def extra_names(self, known: set[str]) -> list[str]:
         """Without what older checkpoints hold besides the weights, and a tied head that is stored all the same."""

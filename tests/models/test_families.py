@@ -197,6 +197,25 @@ def test_a_head_of_its_own_that_the_config_calls_tied(tmp_path, name):
     assert torch.equal(load(tmp_path / "b")(ids), logits)
 
 
+def test_a_file_beside_an_index_of_what_stood_there(tmp_path):
+    """transformers, too, reads model.safetensors then, and does not miss the shards."""
+    for seed, size in ((0, "60KB"), (1, "1GB")):
+        theirs = _families.build("smollm", seed)
+        theirs.save_pretrained(tmp_path / f"{seed}", max_shard_size=size)
+    for file in (tmp_path / "1").iterdir():
+        shutil.copy(file, tmp_path / "0")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "0", attn_implementation="eager")
+    ids = random_ids(1, 20)
+    for _ in range(2):
+        assert (tmp_path / "0" / "model.safetensors.index.json").exists()
+        with torch.no_grad():
+            logits = load(tmp_path / "0")(ids)
+            assert torch.equal(_families.logits(again, ids), _families.logits(theirs, ids))
+            assert (logits - _families.logits(theirs, ids)).abs().max() <= 1e-4
+        for shard in (tmp_path / "0").glob("model-*.safetensors"):
+            shard.unlink()
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_a_config_of_transformers(name, tmp_path):
     hf = write_config(PRESETS[name])
