@@ -100,11 +100,12 @@ class FolderSource:
         self.config = read_config(self._files.config, folder)
         # A model without its head is saved without the prefix; the head, where it is tied, is the embedding.
         self._bare = bool(self._files.where) and not any(n.startswith(self._names.base) for n in self._files.where)
+        self._only_head = False  # of two that are tied the head alone is stored
         (table,), (head,) = self.names("embedding.weight"), self.names("head.weight")
         if self.config.tied and self._files.differ(table, head):
-            self.config = replace(
-                self.config, tied=False
-            )  # as transformers does: the weights are right, not the config
+            self.config = replace(self.config, tied=False)  # as in transformers: the weights count, not the config
+        elif self.config.tied and head in self._files.where:
+            self._only_head = table not in self._files.where
 
     def extra_names(self, known: set[str]) -> list[str]:
         """Without what older checkpoints hold besides the weights, and a tied head that is stored all the same."""
@@ -113,7 +114,7 @@ class FolderSource:
         return [n for n in self._files.where if n not in known | tied and not any(u.fullmatch(f".{n}") for u in unused)]
 
     def names(self, ours: str) -> tuple[str, ...]:
-        names = self._names.of(ours)
+        names = self._names.of("head.weight" if self._only_head and ours == "embedding.weight" else ours)
         return tuple(name.removeprefix(self._names.base) for name in names) if self._bare else names
 
     def _check(self, name: str) -> None:

@@ -197,6 +197,25 @@ def test_a_head_of_its_own_that_the_config_calls_tied(tmp_path, name):
     assert torch.equal(load(tmp_path / "b")(ids), logits)
 
 
+@pytest.mark.parametrize("name", TIED)
+def test_of_two_that_are_tied_the_head_alone_is_stored(tmp_path, name):
+    theirs = _families.folder(tmp_path / "a", name)
+    held, ids = tensors(tmp_path / "a"), random_ids(2, 20)
+    wanted = load(tmp_path / "a")
+    save(wanted, tmp_path / "b")
+    held["lm_head.weight"] = held.pop(f"{TIED[name]}.weight")
+    save_file(held, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    ours = load(tmp_path / "a")
+    with torch.no_grad():
+        assert ours.config == wanted.config and torch.equal(ours(ids), wanted(ids))
+        assert torch.equal(load_packed(tmp_path / "a")(ids), wanted(ids))
+    attention = theirs.config._attn_implementation
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", attn_implementation=attention).eval()
+    assert torch.equal(_families.logits(again, ids), _families.logits(theirs, ids))
+    save(ours, tmp_path / "c")
+    assert_same(tensors(tmp_path / "c"), tensors(tmp_path / "b"))
+
+
 def test_a_file_beside_an_index_of_what_stood_there(tmp_path):
     """transformers, too, reads model.safetensors then, and does not miss the shards."""
     for seed, size in ((0, "60KB"), (1, "1GB")):
