@@ -16,7 +16,11 @@ from xml.etree import ElementTree
 from .wikitext import articles
 
 UNITS = ("file", "paragraph", "line")
-_FORMAT = re.compile(r"\.(txt|md|jsonl|ndjson|parquet|xml)(?![a-z])", re.IGNORECASE)
+# How a name ends; MediaWiki calls a part of a dump pages.xml-p1p41242.bz2.
+_FORMAT = re.compile(
+    r"\.(parquet|(?:txt|md|jsonl|ndjson|xml(?:-p\d+p\d+[\w-]*)?)(?:\.(?:gz|bz2|xz))?)\Z", re.IGNORECASE
+)
+_PACKED = re.compile(r"(\.(?:txt|md|jsonl|ndjson|xml|parquet))(\.\w+)\Z", re.IGNORECASE)
 _OPENERS: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -41,6 +45,11 @@ def find_files(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[P
         found |= dict.fromkeys(files)
     for file in found:
         if not _format(file):
+            if packed := _PACKED.search(file.name):
+                raise ValueError(
+                    f"{file}: {packed[2]} behind {packed[1]} is no compression that is known; known: .gz .bz2 .xz, behind all "
+                    "but .parquet; unpack it"
+                )
             raise ValueError(
                 f"{file}: the format is told by the name; known: .txt .md .jsonl .parquet .xml (.gz .bz2 .xz)"
             )
@@ -83,7 +92,7 @@ def read_records(
 
 def _format(file: Path) -> str | None:
     found = _FORMAT.search(file.name)
-    kind = found and found[1].lower()
+    kind = found and re.split("[-.]", found[1].lower())[0]
     return {"ndjson": "jsonl", "md": "txt"}.get(kind, kind)
 
 

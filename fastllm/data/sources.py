@@ -4,7 +4,7 @@
     document = next(train)                  # document.text, document.fields, document.file, document.number
     state = train.state_dict()              # plain JSON; load_state_dict(state) goes on with the next document
 
-Formats, by the name of a file: .txt and .md, .jsonl, .parquet (needs the extra `train`), and .xml of a MediaWiki dump; text,
+Formats, by the end of a name: .txt and .md, .jsonl, .parquet (needs the extra `train`), and .xml of a MediaWiki dump; text,
 jsonl and XML may be compressed (.gz, .bz2, .xz). A record is a JSON object or a row; that of a text has the one field "text".
 
 Shuffling: the files of an epoch in a drawn order, then blocks of `shuffle` documents that lie one after another, each block

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastllm.data import formats
 from fastllm.data.formats import find_files, read_records
 from fastllm.data.sources import BadRecord, Documents, Mixture, mixing_rates, split_of, write_jsonl
 from fastllm.data.wikitext import plain_text
@@ -42,6 +43,34 @@ def test_formats(corpus):
     assert documents[5].fields == {"text": "a5", "i": 5}
     assert texts(Documents(corpus / "*.gz")) == ALL[23:34]
     assert find_files([corpus / "c.txt", corpus]) == [corpus / "c.txt", corpus / "a.jsonl", corpus / "b.jsonl.gz"]
+
+
+def test_the_end_of_a_name_tells_the_format(tmp_path):
+    kinds = {
+        "a.jsonl": "jsonl", "A.JSONL.GZ": "jsonl", "b.ndjson.xz": "jsonl", "wiki.txt.jsonl": "jsonl", "x.parquet.md": "txt",
+        "c.parquet": "parquet", "d.xml": "xml", "d.xml-p1p41242.bz2": "xml", "d.xml-p01p30302-shortened.bz2": "xml",
+    }  # fmt: skip
+    others = [
+        f"a.jsonl{end}"
+        for end in (".bak", "~", ".zip", ".zst", ".lock", ".idx", ".1", ".sha256", "-p1p2", ".gz.part", "s", "\n")
+    ] + ["c.parquet.gz", ".hidden.jsonl", "jsonl"]
+    for name in (*kinds, *others):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    assert {file.name for file in find_files(tmp_path)} == set(kinds)
+    assert {name: formats._format(tmp_path / name) for name in kinds} == kinds
+    assert texts(Documents(tmp_path / "wiki.txt.jsonl")) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "b.TXT.zip", "c.parquet.gz"])
+def test_a_compression_that_is_not_known(tmp_path, name):
+    (tmp_path / name).write_bytes(b"(\xb5/\xfd")
+    end = name.rpartition(".")[2]
+    with pytest.raises(
+        ValueError, match=rf"{name}: \.{end} behind .* is no compression .*known: \.gz \.bz2 \.xz, .*unpack it"
+    ):
+        find_files(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="holds no file to read"):
+        find_files(tmp_path)
 
 
 def test_what_apply_refuses_is_a_bad_record(corpus):
