@@ -26,6 +26,7 @@ from typing import Any
 from .formats import UNITS, find_files, read_records
 
 FRACTIONS = {"train": 0.98, "validation": 0.01, "test": 0.01}
+_OTHERS = ("messages", "prompt", "source")  # what a record of another form has, which parquet gives a text of null
 _WARNINGS = 5  # a source says so often that it skipped a record, then only counts
 
 
@@ -99,10 +100,10 @@ class Documents:
 
     paths: files, folders, globs. text: the field that holds the text, which becomes "text". unit: what of a text file is a
     document: the "file", a "paragraph" (between blank lines) or a "line". bad: "raise" a BadRecord, or "skip" it with a
-    warning. longest: bytes of the longest record that is read. split: only the documents of this name of `fractions`.
-    shuffle: documents in a block, 0 keeps the order. epochs: how often all is given, None without end. part: (r, n) gives
-    every n-th document, from the r-th on: what one of n processes trains on. apply: fields -> fields, or None to leave it out; a
-    ValueError of it is a bad record.
+    warning; one whose text is null is bad. longest: bytes of the longest record that is read. split: only the documents of this
+    name of `fractions`. shuffle: documents in a block, 0 keeps the order. epochs: how often all is given, None without end.
+    part: (r, n) gives every n-th document, from the r-th on: what one of n processes trains on. apply: fields -> fields, or None
+    to leave it out; a ValueError of it is a bad record.
     """
 
     def __init__(
@@ -233,6 +234,8 @@ class Documents:
             return self._skip(file, number, record)
         if self.text != "text" and self.text in record:
             record = {"text": record[self.text]} | {k: v for k, v in record.items() if k not in ("text", self.text)}
+        if record.get("text", "") is None and all(record.get(name) is None for name in _OTHERS):
+            return self._skip(file, number, f"{self.text!r} is null")
         document = Document(record, str(file), number)
         if self.split is not None and split_of(document.key, self.fractions) != self.split:
             return None

@@ -175,6 +175,30 @@ def test_bad_files(tmp_path, name, content, words):
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("field", ["text", "content"])
+def test_a_text_that_is_null(tmp_path, kind, field):
+    """Is bad; but not in a record of another form, which has all the columns of a parquet."""
+    rows = [{field: "good"}, {field: None, "i": 1}, {field: None, "prompt": "a", "completion": "b"}, {field: "last"}]
+    file = tmp_path / f"f.{kind}"
+    if kind == "jsonl":
+        write_jsonl(file, rows)
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        every = {name: None for row in rows for name in row}
+        parquet.write_table(pyarrow.Table.from_pylist([every | row for row in rows]), file)
+    refusing = Documents(file, text=field)
+    assert next(refusing).text == "good"
+    for _ in range(2):
+        with pytest.raises(BadRecord, match=rf"f\.{kind}:2: '{field}' is null; mend it, or give bad='skip'"):
+            next(refusing)
+    skipping = Documents(file, text=field, bad="skip")
+    with pytest.warns(UserWarning, match=rf"f\.{kind}:2: '{field}' is null; skipped"):
+        assert [d.fields["text"] for d in skipping] == ["good", None, "last"] and skipping.skipped == 1
+
+
 def test_many_bad_lines_are_counted(tmp_path):
     (tmp_path / "f.jsonl").write_bytes(b"?\n" * 100 + GOOD)
     documents = Documents(tmp_path, bad="skip")
