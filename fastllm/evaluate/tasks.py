@@ -26,8 +26,9 @@ PROMPT = "{text}\nWhich is it: {options}?\nAnswer:"
 class Options:
     """limit: records from the beginning, None: all. window, stride: of perplexity. shots: solved examples in front of each
     record that is classified, drawn by seed out of the records of `pool`, with {"text", "label"}. prompt: the wording of that
-    question, with {text} and {options}; the label follows, behind a space. max_new_tokens, stop: of a text that is generated.
-    beams: of an encoder-decoder. chat: the prompt is a user's message. batch: records that are given to the model together."""
+    question, with {text} and {options}; the label follows, behind a space. These three are of such records alone.
+    max_new_tokens, stop: of a text that is generated. beams: of an encoder-decoder. chat: the prompt is a user's message. batch:
+    records that are given to the model together."""
 
     limit: int | None = None
     window: int | None = None
@@ -112,10 +113,23 @@ def run(
             raise ValueError(f"{wrong[0]}={getattr(options, wrong[0])!r}; an encoder-decoder has none")
     elif options.beams != 1:
         raise ValueError(f"beams={options.beams}; an encoder-decoder has beams, a decoder is greedy: 1")
+    if task != "classify":
+        _check_worded(options, f"the task {task!r}")
     given = islice(documents(records), options.limit)
     began = time.perf_counter()
     figures, found, count = _RUN[task](llm, given, options, watch)
     return Report(task, figures, count, time.perf_counter() - began, found)
+
+
+def _check_worded(options: Options, who: str) -> None:
+    """ValueError: an option that makes a question of a record, where the record is one, or has none."""
+    for name, unset in (("shots", 0), ("pool", ()), ("prompt", PROMPT)):
+        value = getattr(options, name)
+        if value not in (unset, []):
+            shown = name if name == "pool" else f"{name}={value!r}"
+            raise ValueError(
+                f'{shown}; {who} has none: leave it out, or give the task \'classify\' records {{"text", "label"}}'
+            )
 
 
 Found = tuple[dict[str, Any], list[dict[str, Any]], int]
@@ -147,6 +161,8 @@ def _classify(llm: LLM, given: Iterable[Document], options: Options, watch: Watc
     records = list(given)
     if "label" in records[0].fields:
         records = labelled(llm, records, options)
+    else:
+        _check_worded(options, "a record with choices")
     one = choice.Question.of(records[0])
     for document in records:
         if tuple(document.fields.get("choices", ())) != one.choices:

@@ -195,6 +195,32 @@ def test_a_broken_line(evaluate, tmp_path):
     assert status == 2 and "data.jsonl:2: no JSON" in err and "mend it, or give bad='skip'" in err
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [("shots", 2, "shots=2"), ("pool", LABELLED, "pool"), ("prompt", "{text}?", r"prompt='\{text\}\?'")],
+)
+@pytest.mark.parametrize(
+    ("task", "records", "who"),
+    [
+        ("choice", QUESTIONS, "the task 'choice'"),
+        ("classify", QUESTIONS, "a record with choices"),
+        ("perplexity", TEXTS, "the task 'perplexity'"),
+        ("generate", PAIRS, "the task 'generate'"),
+    ],
+)
+def test_options_that_nothing_would_read(llm, task, records, who, name, value, shown):
+    with pytest.raises(
+        ValueError, match=rf"^{shown}; {who} has none: leave it out, or give the task 'classify' records"
+    ):
+        tasks.run(llm, task, records, tasks.Options(**{name: value}))
+
+
+def test_shots_of_a_choice(evaluate, tmp_path):
+    write_jsonl(tmp_path / "pool.jsonl", QUESTIONS)
+    status, out, err, _ = evaluate(QUESTIONS, "--task", "choice", "--shots", 2, "--pool", tmp_path / "pool.jsonl")
+    assert status == 2 and "shots=2; the task 'choice' has none" in err and not out
+
+
 def test_an_unknown_task(llm):
     with pytest.raises(ValueError, match="task is 'x'; allowed: perplexity, choice, classify, generate"):
         tasks.run(llm, "x", TEXTS)
