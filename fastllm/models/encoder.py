@@ -94,7 +94,7 @@ class MaskedHead(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.dense, self.norm = linear(config.dim, config.dim), LayerNorm(config.dim, config.eps)
-        self.activation = config.activation
+        self.activation = "gelu" if config.skip_padding else config.activation  # RoBERTa's, whatever its layers have
         self.words = linear(config.dim, config.vocab)
 
     def transform(self, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ KINDS = {
     "BertForSequenceClassification": dict(num_labels=3, pad_token_id=7),
     "BertForTokenClassification": dict(num_labels=5, hidden_act="relu", type_vocab_size=3),
     "RobertaModel": dict(pad_token_id=1),
-    "RobertaForMaskedLM": dict(pad_token_id=1, type_vocab_size=1),
+    "RobertaForMaskedLM": dict(pad_token_id=1, type_vocab_size=1, hidden_act="relu"),
     "RobertaForSequenceClassification": dict(num_labels=2, pad_token_id=1, layer_norm_eps=1e-5),
     "RobertaForTokenClassification": dict(num_labels=4, pad_token_id=0),
     "untied": dict(tie_word_embeddings=False),
