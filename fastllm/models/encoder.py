@@ -28,8 +28,9 @@ class EncoderConfig:
 
     max_position: the longest sequence. skip_padding: tokens that are no padding are counted from pad_id + 1 on, and the table
     of positions has as many rows more (RoBERTa); else a token's position is its column (BERT). head: None (hidden states),
-    "mlm" (a logit for each word), "classify" (`labels` logits a sequence) or "tokens" (`labels` logits a token). pooler: a
-    dense layer and tanh over the first token; a head of "classify" stands on it.
+    "mlm" (a logit for each word), "classify" (`labels` logits a sequence) or "tokens" (`labels` logits a token).
+    label_names: what these are called, where they have names. pooler: a dense layer and tanh over the first token; a head of
+    "classify" stands on it.
     """
 
     vocab: int
@@ -47,6 +48,7 @@ class EncoderConfig:
     labels: int = 0
     pooler: bool = False
     tied: bool = True
+    label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = (self.vocab, self.layers, self.dim, self.ffn, self.heads, self.max_position, self.types)
@@ -59,6 +61,10 @@ class EncoderConfig:
         if (self.head in ("classify", "tokens")) != (self.labels > 0):
             raise ValueError(
                 f"EncoderConfig: head={self.head!r} with labels={self.labels}; heads of labels need one or more"
+            )
+        if len(self.label_names) not in (0, self.labels):
+            raise ValueError(
+                f"EncoderConfig: {len(self.label_names)} label_names for {self.labels} labels; give as many, or none"
             )
         if self.head == "classify" and not self.pooler:
             raise ValueError("EncoderConfig: head='classify' stands on the pooler: give pooler=True")

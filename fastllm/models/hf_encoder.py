@@ -124,10 +124,24 @@ def read_config(folder: Folder) -> EncoderConfig:
         skip_padding=roberta,
         head=head,
         labels=labels,
+        label_names=_label_names(folder, labels),
         pooler=head == "classify"
         or (head is None and folder.find(f"{_prefix(folder)}pooler.dense.weight") is not None),
         tied=folder.get("tie_word_embeddings", bool, True) and not _has_own_head(folder, roberta),
     )
+
+
+def _label_names(folder: Folder, labels: int) -> tuple[str, ...]:
+    """Of a classifier whose config names them. ValueError: names that are not those of its labels, one each."""
+    named = folder.config.get("id2label")
+    if not labels or named is None:
+        return ()
+    names = [named.get(str(i)) for i in range(labels)] if isinstance(named, dict) and len(named) == labels else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{folder.path}/config.json: id2label is {named!r}; wanted a name for each of 0 to {labels - 1}"
+        )
+    return tuple(names)
 
 
 def _has_own_head(folder: Folder, roberta: bool) -> bool:
@@ -175,6 +189,7 @@ def save(model: Encoder, path, how: Writing) -> None:
         "tie_word_embeddings": c.tied,
     }
     if c.labels:
-        hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(c.labels)}
-        hf["label2id"] = {f"LABEL_{i}": i for i in range(c.labels)}
+        named = c.label_names or [f"LABEL_{i}" for i in range(c.labels)]
+        hf["id2label"] = {str(i): name for i, name in enumerate(named)}
+        hf["label2id"] = {name: i for i, name in enumerate(named)}
     write(path, model, names(c, "" if c.head is None else f"{family}."), hf, how)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -260,6 +261,26 @@ def test_a_head_of_its_own_that_the_config_calls_tied(tmp_path, kind):
     assert torch.equal(kept(wanted(saved, inputs), inputs), kept(expected, inputs))
 
 
+@pytest.mark.parametrize("kind", ["BertForSequenceClassification", "RobertaForTokenClassification"])
+def test_names_of_labels(tmp_path, kind):
+    theirs = build(kind)
+    names = {i: name for i, name in enumerate(("PER", "LOC", "ORG", "O", "MISC")[: theirs.config.num_labels])}
+    theirs.config.id2label, theirs.config.label2id = names, {name: i for i, name in names.items()}
+    theirs.save_pretrained(tmp_path / "a")
+    ours = models.load(tmp_path / "a")
+    assert ours.config.label_names == tuple(names.values())
+    models.save(ours, tmp_path / "b")
+    assert models.load(tmp_path / "b").config == ours.config
+    again = hf.AutoConfig.from_pretrained(tmp_path / "b")
+    assert again.id2label == names and again.label2id == theirs.config.label2id
+    models.save(Encoder(dataclasses.replace(ours.config, label_names=())), tmp_path / "c")
+    assert set(hf.AutoConfig.from_pretrained(tmp_path / "c").label2id) == {f"LABEL_{i}" for i in names}
+    for wrong in ({"0": "PER"}, ["PER"], {str(i): i for i in names}):
+        edit(tmp_path / "a", id2label=wrong)
+        with pytest.raises(ValueError, match=f"id2label is .*; wanted a name for each of 0 to {len(names) - 1}"):
+            models.load(tmp_path / "a")
+
+
 def test_an_alias():
     model = models.load(asset("minilm-l6"))
     assert model.config == PRESETS["minilm-l6"] and sum(p.numel() for p in model.parameters()) == 22_713_216
@@ -366,6 +387,7 @@ def test_errors_of_a_forward():
         ({"head": "lm"}, "head='lm'; allowed: None, 'mlm', 'classify', 'tokens'"),
         ({"head": "tokens"}, "labels=0; heads of labels need one or more"),
         ({"head": "classify", "labels": 2}, "give pooler=True"),
+        ({"head": "tokens", "labels": 2, "label_names": ("a",)}, "1 label_names for 2 labels; give as many, or none"),
     ],
 )
 def test_errors_of_a_config(change, message):
