@@ -160,7 +160,8 @@ def _read_bart(folder: Folder) -> Seq2SeqConfig:
         max_position=get("max_target_positions" if whisper else "max_position_embeddings"),
         position="learned" if whisper else "halves", norm_first=whisper,
         activation=activation(folder, get("activation_function", str, "gelu")),
-        embed_scale=max(dim, 0) ** 0.5 if get("scale_embedding", bool, False) else 1.0,
+        # Whisper's config has the key too, and transformers does nothing by it
+        embed_scale=max(dim, 0) ** 0.5 if get("scale_embedding", bool, False) and not whisper else 1.0,
         head_bias=not whisper,
         tied=_is_tied(folder, table, "proj_out.weight" if whisper else "lm_head.weight"),
         bins=get("num_mel_bins") if whisper else 0,
@@ -203,6 +204,8 @@ def _architecture(c: Seq2SeqConfig) -> str:
     if shape[:6] == ("relative", "rms", True, False, 1.0, False) and not c.head_bias and c.embed_scale == 1.0:
         return "T5ForConditionalGeneration"
     if c.activation in GATED or c.heads * c.head_dim != c.dim or c.eps != 1e-5:
+        return OWN
+    if c.embed_scale not in ((1.0,) if c.bins else (1.0, c.dim**0.5)):
         return OWN
     bart = {
         ("halves", "layer", False, True, None, False, True, True): "MarianMTModel",

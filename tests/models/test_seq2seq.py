@@ -46,7 +46,7 @@ KINDS = {
         hf.WhisperForConditionalGeneration,
         hf.WhisperConfig,
         BART | dict(num_mel_bins=6, max_source_positions=17, max_target_positions=24, suppress_tokens=None,
-                    begin_suppress_tokens=None, bos_token_id=1),
+                    begin_suppress_tokens=None, bos_token_id=1, scale_embedding=True),  # which it makes nothing of
     ),
 }  # fmt: skip
 
@@ -305,6 +305,15 @@ def test_the_original_comes_back_from_a_folder(tmp_path):
         models.save(pack_weights(again), tmp_path)
     with pytest.raises(TypeError, match="Linear cannot be saved; a Decoder, an Encoder or a Seq2Seq can"):
         models.save(torch.nn.Linear(2, 2), tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("whisper", 48**0.5), ("marian", 3.0), ("marian", 1.0)])
+def test_a_scale_that_transformers_has_not(tmp_path, kind, scale):
+    build(kind).save_pretrained(tmp_path / "a")
+    ours = Seq2Seq(dataclasses.replace(models.load(tmp_path / "a").config, embed_scale=scale))
+    models.save(ours, tmp_path / "b")
+    again = models.load(tmp_path / "b")
+    assert again.config == ours.config and torch.equal(again.head.weight, ours.head.weight)
 
 
 HEADS = {
