@@ -27,7 +27,7 @@ def rows(columns: Sequence[Sequence[Tensor | None]]) -> Rows:
 
 def table(columns: Sequence[Sequence[Tensor | None]]) -> Tensor:
     """[tensors, columns + 1] int64: the rows."""
-    return torch.tensor(rows(columns), dtype=torch.int64)
+    return torch.tensor(rows(columns), dtype=torch.int64, device="cpu")
 
 
 def device_table(columns: Sequence[Sequence[Tensor | None]]) -> tuple[Tensor, Tensor, bool]:
@@ -50,14 +50,14 @@ _CAPTURED: list[tuple[Tensor, Tensor]] = []  # what a CUDA graph reads whenever 
 
 @functools.lru_cache(maxsize=4096)
 def _kept_table(found: Rows, device: torch.device, stream: int) -> Tensor:
-    return torch.tensor(found, dtype=torch.int64).to(device, non_blocking=True)
+    return torch.tensor(found, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=256)
 def _kept_blocks(lengths: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    counts = torch.tensor([-(-n // BLOCK) for n in lengths], dtype=torch.int64)
-    tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    number = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    counts = torch.tensor([-(-n // BLOCK) for n in lengths], dtype=torch.int64, device="cpu")
+    tensor = torch.repeat_interleave(counts)
+    number = torch.ones_like(tensor).cumsum(0) - 1 - (counts.cumsum(0) - counts)[tensor]
     return (tensor << 32 | number).to(device, non_blocking=True)
 
 

@@ -286,7 +286,7 @@ def adamw(
     number = 0 if at is not None else step
     check(at is not None or number >= 1, lambda: f"adamw: step is {step}; the first is 1")
     if isinstance(grad_scale, (int, float)):
-        grad_scale = torch.full((), float(grad_scale), device=device)
+        grad_scale = torch.full((), float(grad_scale), dtype=torch.float32, device=device)
     if grad_scale is not None:
         _scalar("grad_scale", grad_scale, device, (torch.float32,))
     if skip is not None:

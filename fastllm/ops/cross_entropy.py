@@ -330,7 +330,7 @@ def rows_and_weights(
         weight = weight * token_weight
     if spec.reduction == "mean":
         total = weight.sum()
-        weight = weight * torch.where(total == 0, 0.0, 1 / total)
+        weight = weight * torch.where(total == 0, 0.0, 1 / total.float())
     return target, weight
 
 

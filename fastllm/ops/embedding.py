@@ -97,7 +97,7 @@ def cpu(ids: Tensor, weight: Tensor) -> Tensor:
 
 
 def cpu_backward(dy: Tensor, ids: Tensor, vocabulary: int) -> Tensor:
-    dweight = torch.empty((vocabulary, dy.shape[-1]), dtype=dy.dtype)
+    dweight = torch.empty((vocabulary, dy.shape[-1]), dtype=dy.dtype, device=dy.device)
     if dweight.numel():
         (dy, dy_stride), (flat, stride) = row_stride(dy), _flat(ids)
         status = _C.embedding_backward(

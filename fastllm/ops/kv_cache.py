@@ -107,7 +107,7 @@ def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     top = x.abs().amax(-1, keepdim=True)
     plain = top.isfinite() & (top >= smallest)
     q = torch.where(plain, x * (largest / top.where(plain, torch.ones_like(top))), 0).clamp(-largest, largest)
-    scale = torch.where(plain, top / largest, torch.where(top.isfinite(), 0.0, float("nan")))
+    scale = torch.where(plain, top / largest, torch.zeros_like(top).masked_fill(~top.isfinite(), float("nan")))
     return (q.round() if dtype == torch.int8 else q).to(dtype), scale[..., 0]
 
 

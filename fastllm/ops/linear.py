@@ -78,7 +78,11 @@ class Panels:
         rows, depth = weight.shape
         halves = weight.chunk(2) if swiglu else (weight,)
         shape = (-(-halves[0].shape[0] // 16) * len(halves), depth, 16)
-        data = torch.empty(shape) if out is None else out.view(torch.float32).view(shape)
+        data = (
+            torch.empty(shape, dtype=torch.float32, device=weight.device)
+            if out is None
+            else out.view(torch.float32).view(shape)
+        )
         for i, half in enumerate(halves):
             stride = depth * 16 * len(halves)
             _C.pack_panels(
@@ -226,7 +230,7 @@ def cpu_panels_backward(dy, panels, rows, halves) -> Tensor:
 
 
 def cpu_rows(ids: Tensor, panels: Tensor, rows: int) -> Tensor:
-    y = torch.empty((*ids.shape, panels.shape[1]))
+    y = torch.empty((*ids.shape, panels.shape[1]), dtype=torch.float32, device=panels.device)
     ids = ids.contiguous()
     if _C.panel_rows(y.data_ptr(), ids.data_ptr(), panels.data_ptr(), ids.numel(), rows, panels.shape[1]):
         bad = ids[(ids < 0) | (ids >= rows)]

@@ -62,12 +62,12 @@ def scale_kernel(x, factor, count, BLOCK: tl.constexpr):
 
 def _rows_cpu(x, weight, bias, target, spec, coefficient=None, needs=(False, False, False)):
     """(losses [T], dx, dweight, dbias). Ignored rows leave first."""
-    loss = torch.zeros(x.shape[0], dtype=torch.float32)
+    loss = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
     counted = (target != spec[0]).nonzero()[:, 0]
     some = counted.shape[0] < x.shape[0]
     part = x[counted] if some else x
     goal = target[counted] if some else target.contiguous()
-    rows = torch.empty(part.shape[0], dtype=torch.float32)
+    rows = torch.empty(part.shape[0], dtype=torch.float32, device=x.device)
     if coefficient is not None:
         coefficient = (coefficient[counted] if some else coefficient).float().contiguous()
 
@@ -82,7 +82,7 @@ def _rows_cpu(x, weight, bias, target, spec, coefficient=None, needs=(False, Fal
     if some:
         loss[counted] = rows
         if needs[0]:
-            dx = torch.zeros(x.shape, dtype=x.dtype).index_copy_(0, counted, dx)
+            dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device).index_copy_(0, counted, dx)
     return (loss if some else rows), dx, dweight, dbias
 
 

@@ -107,7 +107,7 @@ def dropped(x: Tensor, p: float, seed: int, call: int) -> Tensor:
         return x.to(wide)
     rows = torch.arange(x.shape[:-1].numel(), device=x.device).view(*x.shape[:-1], 1)
     mask = keep(rows, torch.arange(x.shape[-1], device=x.device), p, seed, call)
-    return torch.where(mask, x.to(wide) * torch.tensor(1 / (1 - p), dtype=wide), 0.0)
+    return torch.where(mask, x.to(wide) * torch.tensor(1 / (1 - p), dtype=wide, device=x.device), 0.0)
 
 
 def reference(x, weight, form, a, b, scale, bias, gain, p, seed, call, exact) -> tuple[Tensor, Tensor]:
@@ -164,7 +164,9 @@ def gpu_base_backward(dz: Tensor, weight: Tensor, form: list[int]) -> Tensor:
 def gpu(x, weight, form, a, b, scale, bias, gain, p, seed, call, exact) -> tuple[Tensor, Tensor]:
     rows, (cols, rank) = as_rows(x), b.shape
     if not rows.shape[0] * cols:
-        return x.new_empty((*x.shape[:-1], cols)), torch.zeros((rows.shape[0], rank), device=x.device)
+        return x.new_empty((*x.shape[:-1], cols)), torch.zeros(
+            (rows.shape[0], rank), dtype=torch.float32, device=x.device
+        )
     s = shrink(rows, a, scale, p, seed, call, exact)
     if not exact:
         y = gpu_base(rows, weight, form)
@@ -208,8 +210,8 @@ def gpu_norms(weight, form, a, b, scale) -> Tensor:
 
 def cpu(x, weight, form, a, b, scale, bias, gain, p, seed, call, exact, train=False) -> tuple[Tensor, Tensor | None]:
     rows = as_rows(x)
-    y = torch.empty((*x.shape[:-1], b.shape[0]), dtype=x.dtype)
-    s = torch.empty((rows.shape[0], a.shape[0]), dtype=torch.float32) if train else None
+    y = torch.empty((*x.shape[:-1], b.shape[0]), dtype=x.dtype, device=x.device)
+    s = torch.empty((rows.shape[0], a.shape[0]), dtype=torch.float32, device=x.device) if train else None
     if y.numel():
         weight, a, b = unit_stride(weight) if not form else weight, unit_stride(a), unit_stride(b)
         _C.lora_linear(
@@ -221,8 +223,8 @@ def cpu(x, weight, form, a, b, scale, bias, gain, p, seed, call, exact, train=Fa
 
 def cpu_backward(dz, x, s, weight, form, a, b, scale, p, seed, call, dx) -> tuple[Tensor, Tensor, Tensor]:
     d, rows = as_rows(dz), as_rows(x)
-    out = torch.empty(x.shape, dtype=x.dtype) if dx else x.new_empty(0)
-    da, db = torch.zeros(a.shape), torch.zeros(b.shape)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx else x.new_empty(0)
+    da, db = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (a, b))
     if rows.shape[0] and b.shape[0]:
         weight, a, b = unit_stride(weight) if not form else weight, unit_stride(a), unit_stride(b)
         record = fields(out if dx else rows, d, weight, code(form, across=True), group=group(weight, form))
@@ -237,7 +239,7 @@ def cpu_backward(dz, x, s, weight, form, a, b, scale, p, seed, call, dx) -> tupl
 
 
 def cpu_norms(weight, form, a, b, scale) -> Tensor:
-    norms = torch.empty(b.shape[0], dtype=torch.float32)
+    norms = torch.empty(b.shape[0], dtype=torch.float32, device=b.device)
     if norms.numel():
         weight, a, b = unit_stride(weight) if not form else weight, unit_stride(a), unit_stride(b)
         _C.lora_row_norms(

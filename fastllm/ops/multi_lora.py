@@ -88,9 +88,9 @@ class AdapterPool:
         self._stacked = not swiglu and any(size % 16 for size in self.sizes[:-1])
         self.held = (self.cols,) if self._stacked else self.sizes
         if swiglu:
-            part = torch.arange(panels) % len(self.held)
+            part = [panel % len(self.held) for panel in range(panels)]
         else:
-            part = torch.arange(len(self.held)).repeat_interleave(torch.tensor([-(-size // 16) for size in self.held]))
+            part = [i for i, size in enumerate(self.held) for _ in range(-(-size // 16))]
         self.max_rank_of_part = max_rank
         if self._stacked:
             self.max_rank = max_rank = max_rank * len(self.sizes)
@@ -104,7 +104,7 @@ class AdapterPool:
         )
         self.rank = torch.full((slots, len(self.held)), -1, dtype=torch.int64, device=device)
         self.scale = torch.zeros(slots, len(self.held), dtype=torch.float32, device=device)
-        self.part = part.to(device)
+        self.part = torch.tensor(part, dtype=torch.int64, device=device)
         self.gain = torch.ones(slots, panels, 16, dtype=torch.float32, device=device) if dora else None
 
     def add(self, a: Tensor, b: Tensor, scale: float, gain: Tensor | None = None, slot: int | None = None) -> int:
@@ -161,13 +161,17 @@ class AdapterPool:
             return [None]
         scale = given[0][2]
         b = [
-            torch.zeros(size, 0) if part is None else part[1] if part[2] == scale else part[1] * (part[2] / scale)
+            given[0][1].new_zeros(size, 0)
+            if part is None
+            else part[1]
+            if part[2] == scale
+            else part[1] * (part[2] / scale)
             for part, size in zip(parts, self.sizes, strict=True)
         ]
         return [(torch.cat([a for a, _, _ in given]), torch.block_diag(*b), scale)]
 
     def _put(self, slot: int, parts: Sequence[Part | None], gain: Tensor | None) -> None:
-        whole, first = torch.zeros(self.cols, self.max_rank), 0
+        whole, first = torch.zeros(self.cols, self.max_rank, dtype=torch.float32, device="cpu"), 0
         for i, (part, size) in enumerate(zip(parts, self.held, strict=True)):
             if part is not None:
                 a, b, scale = part
@@ -178,10 +182,12 @@ class AdapterPool:
             first += size
         self.b[slot] = self._to_panels(whole)
         if self.gain is not None:
-            ones = torch.ones(self.cols) if gain is None else gain.detach().to("cpu", torch.float32)
-            self.gain[slot] = self._to_panels(ones.unsqueeze(1))[:, 0]
+            column = torch.ones(self.cols, 1, dtype=torch.float32, device="cpu")
+            if gain is not None:
+                column[:, 0] = gain.detach()
+            self.gain[slot] = self._to_panels(column)[:, 0]
         ranks = [0 if part is None else part[0].shape[0] for part in parts]
-        self.rank[slot] = torch.tensor(ranks)  # last: from here on the slot is in use
+        self.rank[slot] = torch.tensor(ranks, dtype=torch.int64, device="cpu")  # last: from here on the slot is in use
 
     def _to_panels(self, rows: Tensor) -> Tensor:
         """[cols, R] -> [panels, R, 16]"""
@@ -386,7 +392,7 @@ def gpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, 
 
 
 def cpu(x, weight, form, a, b, rank, scale, gain, part, adapter_id, bias, norm, eps, residual, swiglu, exact) -> Tensor:
-    y = torch.empty((*x.shape[:-1], height(weight, form) // (1 + swiglu)), dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], height(weight, form) // (1 + swiglu)), dtype=x.dtype, device=x.device)
     if y.numel():
         ids, rows, weight = adapter_id.contiguous(), as_rows(x), weight if form else unit_stride(weight)
         other, halves = None if residual is None else as_rows(residual), SWIGLU if swiglu else WHOLE

@@ -66,7 +66,7 @@ class QWeight:
     ) -> "QWeight":  # fmt: skip
         """Uninitialised panels, in `out` (uint8, flat, of `nbytes_for`) when given."""
         shape = cls.shape_for(rows, depth, bits, has_min, swiglu, group)
-        data = torch.empty(shape, dtype=torch.uint8) if out is None else out.view(shape)
+        data = torch.empty(shape, dtype=torch.uint8, device="cpu") if out is None else out.view(shape)
         return cls(data, rows, depth, bits, has_min, swiglu)
 
     @classmethod
@@ -306,7 +306,10 @@ def cpu(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves
 
 
 def cpu_backward(dy, weight, rows, depth, bits, has_min, halves) -> Tensor:
-    dx, halves = torch.empty((*dy.shape[:-1], depth)), GATE_UP if halves else WHOLE
+    dx, halves = (
+        torch.empty((*dy.shape[:-1], depth), dtype=torch.float32, device=dy.device),
+        GATE_UP if halves else WHOLE,
+    )
     form, group = form_of(bits, has_min, across=True), group_of(weight, bits, has_min)
     return product(dx, dy, weight, form, halves=halves, group=group)
 
@@ -317,7 +320,7 @@ def form_of(bits: int, has_min: bool, across: bool = False) -> int:
 
 
 def cpu_embedding(ids: Tensor, weight: Tensor, rows: int, depth: int, bits: int, has_min: bool) -> Tensor:
-    y = torch.empty((*ids.shape, depth), dtype=torch.float32)
+    y = torch.empty((*ids.shape, depth), dtype=torch.float32, device=ids.device)
     ids = ids.contiguous()
     group = group_of(weight, bits, has_min)
     if _C.quant_embedding(

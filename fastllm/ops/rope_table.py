@@ -94,7 +94,7 @@ class RopeScaling:
 
 def frequencies(max_position: int, dim: int, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, float]:
     """(w [dim / 2] in float64, attention factor) for a table of max_position rows."""
-    pair = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+    pair = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim
     w = theta**-pair
     if scaling is None:
         return w, 1.0
@@ -118,7 +118,7 @@ def frequencies(max_position: int, dim: int, theta: float, scaling: RopeScaling 
     attention = s.attention_factor
     if attention is None:
         attention = math.sqrt(1 + math.log(f) / math.log(context)) if f > 1 else 1.0
-    return w / torch.tensor(divisors, dtype=torch.float64), attention
+    return w / torch.tensor(divisors, dtype=torch.float64, device="cpu"), attention
 
 
 def _blend(w: Tensor, factor: float, kept: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def _kept_by_yarn(s: RopeScaling, dim: int, theta: float) -> Tensor:
     if s.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low if high != low else 0.001)
+    ramp = (torch.arange(dim // 2, dtype=torch.float64, device="cpu") - low) / (high - low if high != low else 0.001)
     return 1 - ramp.clamp(0, 1)
 
 
@@ -165,5 +165,5 @@ def rope_table(
     if max_position < 1 or theta <= 0:
         raise ValueError(f"rope_table: max_position is {max_position}, theta {theta}; both must be positive")
     w, attention = frequencies(max_position, dim, theta, scaling)
-    angle = torch.arange(max_position, dtype=torch.float64)[:, None] * w
+    angle = torch.arange(max_position, dtype=torch.float64, device="cpu")[:, None] * w
     return (torch.cat((angle.cos(), angle.sin()), 1) * attention).float().to(device or "cpu")

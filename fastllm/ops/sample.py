@@ -154,7 +154,7 @@ class SampleState:
         follows. eos: the ids that min_new_tokens keeps out."""
         seed = params.seed if seed is None else seed
         if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
+            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         check(
             len(prompt) <= self.history.shape[1] or not self.history.shape[1],
             lambda: f"SampleState: the prompt has {len(prompt)} tokens, a history {self.history.shape[1]}",
@@ -163,22 +163,25 @@ class SampleState:
             len(eos) <= self.suppress.shape[1] or not params.min_new_tokens,
             lambda: f"SampleState: {len(eos)} ids to suppress, room for {self.suppress.shape[1]}",
         )
-        record = torch.zeros(1, 8, dtype=torch.int64)
+        record = torch.zeros(1, 8, dtype=torch.int64, device="cpu")
         floats, integers = record.view(torch.float32)[0], record.view(torch.int32)[0]
-        record[0, :3] = torch.tensor([seed, index, len(prompt)])
+        record[0, :3] = torch.tensor([seed, index, len(prompt)], dtype=torch.int64, device="cpu")
         floats[6:12] = torch.tensor(
             [
                 params.temperature, params.top_p, params.min_p,
                 params.repetition_penalty, params.presence_penalty, params.frequency_penalty,
-            ]
+            ],
+            dtype=torch.float32,
+            device="cpu",
         )  # fmt: skip
-        integers[12:] = torch.tensor([params.top_k, len(prompt), len(prompt), params.min_new_tokens])
+        counts = [params.top_k, len(prompt), len(prompt), params.min_new_tokens]
+        integers[12:] = torch.tensor(counts, dtype=torch.int32, device="cpu")
         self.settings[row] = record[0]
         if self.history.shape[1]:
-            self.history[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int32)
+            self.history[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int32, device="cpu")
         if params.min_new_tokens:
             self.suppress[row] = -1
-            self.suppress[row, : len(eos)] = torch.as_tensor(eos, dtype=torch.int32)
+            self.suppress[row, : len(eos)] = torch.as_tensor(eos, dtype=torch.int32, device="cpu")
 
     def with_rows(self, rows: Tensor) -> "SampleState":
         """The same memory, read by rows of logits in another order or number."""
@@ -275,11 +278,13 @@ def sample_one(logits: Tensor, state: SampleState, row: int) -> tuple[int, float
         bits = random_bits(int(state.seed[row]), int(state.index[row]), int(state.position[row]))
         token, kept = draw(weights * mask, bits), len(order)
         chosen = x[order].double()
-        scaled = torch.where(chosen == math.inf, 0.0, -math.inf) if chosen[0] == math.inf else chosen / temperature
+        scaled = (
+            torch.where(chosen == math.inf, 0.0, -math.inf).double() if chosen[0] == math.inf else chosen / temperature
+        )
         truncated = float(scaled.log_softmax(0)[order == token])
     wide = logits.double()
     if wide.max() == math.inf:
-        wide = torch.where(wide == math.inf, 0.0, -math.inf)
+        wide = torch.where(wide == math.inf, 0.0, -math.inf).double()
     logprobs = wide.log_softmax(0)
     entropy = -torch.where(logprobs > -math.inf, logprobs.exp() * logprobs, 0.0).sum()
     return token, float(logprobs[token]), truncated, kept, float(entropy)
@@ -297,7 +302,8 @@ def reference(
     outputs = _outputs(logits, entropy)
     for output, column in zip(outputs, columns, strict=True):
         if output.numel():
-            output.copy_(torch.tensor(column, dtype=torch.float64 if output.is_floating_point() else output.dtype))
+            wide = torch.float64 if output.is_floating_point() else output.dtype
+            output.copy_(torch.tensor(column, dtype=wide, device="cpu"))
     raise_for(outputs[1], outputs[3])
     return outputs
 
@@ -335,16 +341,14 @@ def cpu(
     logits: Tensor, settings: Tensor, history: Tensor, suppress: Tensor, rows: Tensor | None, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = logits.shape[0]
-    token, kept = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int32)
-    logprob, truncated, spread = (torch.empty(k, dtype=torch.float32) for k in (n, n, n if entropy else 0))
-    outputs = token, logprob, truncated, kept, spread
+    outputs = _outputs(logits, entropy)
     if n:
         x = logits if logits.stride(1) == 1 else logits.contiguous()
         status = _C.sample(*_fields(outputs, x, settings, history, suppress, rows, entropy))
         if status == _INDEX_OUT_OF_RANGE:
             raise _no_record(settings)
         if status == _NOT_A_NUMBER:  # without torch's ops: a step that is captured may end here
-            raise LogitsError([row for row, value in enumerate(logprob.tolist()) if value != value])
+            raise LogitsError([row for row, value in enumerate(outputs[1].tolist()) if value != value])
     return outputs
 
 

@@ -37,7 +37,7 @@ def target_kernel(logprob, logits, target, vocab, stride, BLOCK: tl.constexpr):
 
 
 def cpu(logits: Tensor, target: Tensor) -> Tensor:
-    logprob = torch.empty(logits.shape[0], dtype=torch.float32)
+    logprob = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
         x, target = as_rows(logits), target.contiguous()
         if _C.target_logprobs(logprob.data_ptr(), x.data_ptr(), target.data_ptr(), *x.shape, x.stride(0)):

@@ -259,7 +259,7 @@ def _raise_for(status: int, logprob: Tensor, target: Tensor, kept: Tensor | None
 
 
 def _rows_cpu(x, weight, target, kept, temperature, exact, upstream=(None, None), needs=(False, False)):
-    logprob, entropy = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    logprob, entropy = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     target, kept = target.contiguous(), None if kept is None else kept.contiguous()
     dlogprob, dentropy = (None if u is None else u.float().contiguous() for u in upstream)
 
@@ -293,7 +293,7 @@ def _rows_gpu(x, weight, target, kept, temperature, exact, upstream=(None, None)
             cut_kernel[rows](cut, logits, kept[block], vocab, stride, BLOCK=BLOCK, num_warps=8)
         outputs = logprob[block], entropy[block], stats
         if exact:
-            numbers = temperature, min(float(1 / torch.tensor(temperature, dtype=torch.float32)), LARGEST)
+            numbers = temperature, min(float(1 / torch.tensor(temperature, dtype=torch.float32, device="cpu")), LARGEST)
             exact_kernel[rows](*outputs, logits, target[block], cut, vocab, stride, *numbers, **options, **OPTIONS)
         else:
             forward_kernel[rows](*outputs, logits, target[block], cut, vocab, stride, inverse, **options, num_warps=8)

@@ -2,11 +2,14 @@
 
 An op's own file holds what it alone must promise."""
 
+import contextlib
 from pathlib import Path
 
 import _oracle
 import pytest
 import torch
+
+from fastllm import SamplingParams, ops
 
 HERE = Path(__file__)
 ALL = pytest.mark.parametrize(("suite", "case", "dtype"), _oracle.table(lambda s, c, d: _oracle.ONE_OP in (None, s.op)))
@@ -42,6 +45,66 @@ def test_lower_tiers(file, tier):
 def small(suite) -> dict:
     """Inputs of the first case that has something to do."""
     return _oracle.draw(suite, next(c for c in suite.correct if c.bytes(4) or c.flops), suite.dtypes[0])
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+DEFAULTS = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "meta": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize(
+    ("suite", "case", "dtype"),
+    _oracle.table(lambda s, c, d: _oracle.ONE_OP in (None, s.op) and d == s.dtypes[0] and c.bytes(4) < 2**16),
+)
+def test_torch_s_defaults_change_nothing(suite, case, dtype, default):
+    """A kernel writes where its launcher pointed it: the dtype and the device of that are the inputs', never torch's."""
+    inputs = _oracle.draw(suite, case, dtype)
+    names = [n for n in suite.gradients if n in inputs]
+    expected = _oracle.as_tuple(suite.run(**inputs))
+    upstream = tuple(torch.ones_like(e) for e in expected)
+    gradients = _oracle._with_gradient(suite.run, inputs, names, upstream)[1] if names else []
+    with DEFAULTS[default]():
+        found = _oracle.as_tuple(suite.run(**inputs))
+        found_gradients = _oracle._with_gradient(suite.run, inputs, names, upstream)[1] if names else []
+    for f, e in zip((*found, *found_gradients), (*expected, *gradients), strict=True):
+        assert f.device == e.device and f.dtype == e.dtype
+        assert _oracle.same(f, e) or e.isnan().any()
+
+
+def records() -> list[torch.Tensor]:
+    """What holds weights, adapters and settings on a CPU, made of given numbers."""
+    weight = torch.arange(64, dtype=torch.float32, device="cpu").view(2, 32)
+    pool, state = ops.AdapterPool((33, 32), 32, slots=1, max_rank=2, dora=True), ops.SampleState.create(1, history=3)
+    pool.add_parts([None, (weight, weight.t(), 0.3)])
+    state.set(0, SamplingParams(temperature=0.7, top_p=0.9, seed=2**40), prompt=[5, 6])
+    scaling = ops.RopeScaling("yarn", 4.0, 32)
+    return [
+        ops.Panels.pack(weight).data, ops.QWeight.quantize(weight, 4).data, ops.QWeight.quantize(weight, 8).dequantize(),
+        pool.a, pool.b, pool.rank, pool.scale, pool.gain, pool.part, state.settings, state.history,
+        ops.rope_table(9, 8), ops.rope_table(9, 8, scaling=scaling),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_torch_s_defaults_change_no_record(default):
+    expected = records()
+    with DEFAULTS[default]():
+        found = records()
+    for f, e in zip(found, expected, strict=True):
+        assert f.device == e.device and f.dtype == e.dtype and torch.equal(f, e)
 
 
 TENSORS = [

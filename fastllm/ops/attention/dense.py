@@ -106,11 +106,11 @@ def cpu_backward(
     dq, dk, dv, dbias, dsinks = _gradients(q, k, v, bias, sinks, bias_gradient)
     wide_bias = wide_sinks = None  # both are summed in fp32
     if bias is not None and bias_gradient:
-        wide_bias = torch.zeros(bias.shape, dtype=torch.float32)
+        wide_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         if any(n > 1 and stride == 0 for n, stride in zip(bias.shape, bias.stride(), strict=True)):
             bias = bias.contiguous()  # the kernel takes a stride of 0 for one that is summed
     if sinks is not None:
-        wide_sinks = torch.zeros(sinks.shape, dtype=torch.float32)
+        wide_sinks = torch.zeros(sinks.shape, dtype=torch.float32, device=sinks.device)
     if q.numel() or k.numel():
         dout, q, k, v = (unit_stride(t) for t in (dout, q, k, v))
         alibi, sinks = as_float(alibi), as_float(sinks)
