@@ -135,6 +135,22 @@ def test_quantised_pages(rotary, dtype):
         assert (a.int() - b.int()).abs().max() <= 1 and (a != b).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("same", [False, True], ids=["without queries", "keys as queries"])
+def test_keys_without_unit_stride_are_appended(same):
+    """The launcher's copy of them is neither taken for queries nor for their absence."""
+    k, v, at, table = (
+        torch.randn(5, 16, 2).transpose(1, 2),
+        torch.randn(5, 2, 16),
+        torch.arange(5),
+        ops.rope_table(9, 16),
+    )
+    ours, plain = (ops.KVPages.empty(1, 2, 16) for _ in range(2))
+    rotated = ops.kv_append(k, v, ours, at, at, table, k if same else None)
+    wanted = reference(k, v, *plain, at, at, table, k if same else None)
+    torch.testing.assert_close((ours.k, ours.v), (plain.k, plain.v))
+    assert rotated is None if not same else torch.allclose(rotated, wanted, atol=1e-6)
+
+
 @pytest.mark.skipif(_C.isa() == "generic", reason="the generic tier rounds an fma twice")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("pages", QUANTISED)

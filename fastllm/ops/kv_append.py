@@ -196,10 +196,12 @@ def gpu(
 ) -> Tensor:  # fmt: skip
     q_out = _output(k, q)
     if slot.numel():
-        k, v, q = unit_stride(k), unit_stride(v), k if q is None else unit_stride(q)
+        asked = q is not None
+        k, v = unit_stride(k), unit_stride(v)
+        q = unit_stride(q) if asked else k
         table, slot, position = table.contiguous(), slot.contiguous(), position.contiguous()
         tokens, kv_heads, dim = k.shape
-        heads, half = 0 if q is k else q.shape[1], table.shape[1] // 2
+        heads, half = q.shape[1] if asked else 0, table.shape[1] // 2
         block = min(8, triton.next_power_of_2(max(heads, kv_heads)))  # heads a program: 2 KiB of 128 bf16 elements
         append_kernel[(tokens, triton.cdiv(heads, block) + triton.cdiv(kv_heads, block))](
             q_out, k_pages, v_pages, scales, q, k, v, slot, position, table,
