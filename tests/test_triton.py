@@ -5,6 +5,7 @@ What to compile is not kept by hand: the launchers run on meta tensors over the 
 they would make is noted with its argument types, constants and warps.
 """
 
+import contextlib
 import functools
 import gc
 import inspect
@@ -56,6 +57,22 @@ def test_triton_takes_every_kernel_that_was_kept_for_it():
     gc.collect()
     kept = (_triton.Source, _triton.Constant)
     assert not [thing for thing in gc.get_objects() if isinstance(thing, kept)]
+
+
+def test_a_launcher_goes_to_the_device_of_its_tensors(monkeypatch):
+    """Wherever among its arguments they are: adamw and grad_norm take lists alone."""
+    went = []
+
+    @contextlib.contextmanager
+    def device(where):
+        went.append(where)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    launch, x = _triton.on_device(lambda *args: len(args)), torch.empty(3, device="meta")
+    assert [launch(None, x), launch([x, x], 1), launch([], None, (x,), 2.0)] == [2, 2, 4]
+    assert went == [x.device] * 3
 
 
 class Launch(NamedTuple):

@@ -101,7 +101,8 @@ def on_device(launcher):
 
     @functools.wraps(launcher)
     def launch(*args, **options):
-        with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
+        lists = (a if isinstance(a, (list, tuple)) else (a,) for a in args)
+        with torch.cuda.device(next(t.device for a in lists for t in a if isinstance(t, torch.Tensor))):
             return launcher(*args, **options)
 
     return launch
