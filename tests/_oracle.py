@@ -182,6 +182,19 @@ def check_contract(suite: Suite, case: Case, dtype: torch.dtype, device: str = "
         assert torch.equal(w, s) or w.isnan().any(), "1 thread and all threads differ"
 
 
+def check_autocast(suite: Suite, inputs: dict) -> None:
+    """The same bits and dtypes where torch's own products are made in 16 bits."""
+    names = [n for n in suite.gradients if n in inputs]
+    expected = as_tuple(suite.run(**inputs))
+    upstream = tuple(torch.ones_like(e) for e in expected)
+    gradients = _with_gradient(suite.run, inputs, names, upstream)[1] if names else []
+    with torch.autocast("cpu", torch.bfloat16):
+        found = as_tuple(suite.run(**inputs))
+        found_gradients = _with_gradient(suite.run, inputs, names, upstream)[1] if names else []
+    for f, e in zip((*found, *found_gradients), (*expected, *gradients), strict=True):
+        assert f.dtype == e.dtype and (same(f, e) or e.isnan().any())
+
+
 def check_compile(suite: Suite, case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
     inputs = draw(suite, case, dtype, device)
     names = [n for n in suite.gradients if n in inputs]

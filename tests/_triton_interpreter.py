@@ -16,7 +16,7 @@ from _interpreter import narrow, repair_bfloat16, repair_conditions, repair_patc
 from fastllm import _C, ops
 from fastllm.bench.cases import suites
 from fastllm.ops import _triton, kv_cache
-from fastllm.ops._op import OPS, Kernel
+from fastllm.ops._op import OPS, Kernel, without_autocast
 from fastllm.ops.attention import triton_paged, triton_tile
 from fastllm.ops.kv_append import reference
 from fastllm.ops.kv_cache import QUANTISED
@@ -38,7 +38,7 @@ def interpreted(op) -> Kernel:
         called.add(op.name)
         return op.triton(*args, **options)
 
-    return Kernel(launch, "Triton", "interpreter")
+    return Kernel(without_autocast(launch, "cpu"), "Triton", "interpreter")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -82,6 +82,12 @@ TABLE = [later(p) for p in TABLE]
 @pytest.mark.parametrize(("suite", "case", "dtype"), TABLE)
 def test_forward_and_gradients(suite, case, dtype):
     _oracle.check_forward_and_gradients(suite, case, dtype)
+
+
+@pytest.mark.parametrize("suite", suites().values(), ids=suites())
+def test_autocast_changes_no_kernel(suite):
+    case = next(c for c in suite.correct if small(c, torch.float32) and (c.bytes(4) or c.flops))
+    _oracle.check_autocast(suite, _oracle.draw(suite, case, suite.dtypes[0]))
 
 
 GUARDED = [p for p in TABLE if p.values[2] == torch.bfloat16 and p.values[1].flops < 2**17]

@@ -53,6 +53,21 @@ class Kernel:
         object.__setattr__(self, "run", functools.partial(self.infer, train=True) if train else self.infer)
 
 
+def without_autocast(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The function, its products by torch in the dtypes that it names: under autocast they would be in autocast's."""
+    if not torch.amp.is_autocast_available(device):
+        return function
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **options)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **options)
+
+    return run
+
+
 def is_plain(tensor: Tensor) -> bool:
     """An ordinary tensor that may be asked for its value: no compile, functorch, dispatch mode or trace looks on."""
     return (
@@ -136,25 +151,28 @@ class Op:
 
     def _choose(self, device: str) -> Kernel:
         if forced_backend():
-            return Kernel(self.reference, "reference", "FASTLLM_BACKEND=reference")
+            return self._reference(device, "FASTLLM_BACKEND=reference")
         if device == "cpu":
             if self.cpu:
                 return Kernel(self.cpu, f"C++ ({_C.isa()})", f"best tier of this processor, {_C.max_threads()} threads")
-            return Kernel(self.reference, "reference", "no CPU kernel")
+            return self._reference(device, "no CPU kernel")
         if device == "cuda":
             return self._choose_gpu()
         warnings.warn(
             f"fastllm.{self.name}: no kernel for device {device!r}, running the PyTorch reference", stacklevel=5
         )
-        return Kernel(self.reference, "reference", f"no kernel for device {device!r}")
+        return self._reference(device, f"no kernel for device {device!r}")
+
+    def _reference(self, device: str, reason: str) -> Kernel:
+        return Kernel(without_autocast(self.reference, device), "reference", reason)
 
     def _choose_gpu(self) -> Kernel:
         from . import _cuda, _triton
 
         if not self.triton:
-            return Kernel(self.reference, "reference", self.no_triton)
+            return self._reference("cuda", self.no_triton)
         if not _triton.available():
-            return Kernel(self.reference, "reference", _triton.unavailable_reason())
+            return self._reference("cuda", _triton.unavailable_reason())
         if not self.cuda:
             return self.gpu_kernel(False, self.triton_reason)
         if self.name not in _cuda.wanted():
@@ -174,7 +192,7 @@ class Op:
         from . import _triton
 
         launcher, name = (self.cuda, self.cuda_name) if cuda else (self.triton, self.triton_name)
-        return Kernel(_triton.on_device(launcher), name, reason)
+        return Kernel(without_autocast(_triton.on_device(launcher), "cuda"), name, reason)
 
     @contextlib.contextmanager
     def using(self, device: str, kernel: Kernel) -> Iterator[None]:
@@ -211,7 +229,7 @@ class Op:
                 if ask and t.requires_grad:
                     grad = True
         if grad and self.backward is None:
-            return self.reference(*args)
+            return without_autocast(self.reference, device.type)(*args)
         if (
             plain
             and not _is_compiling()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastllm import SamplingParams, ops
+from fastllm.ops._op import OPS
 
 HERE = Path(__file__)
 ALL = pytest.mark.parametrize(("suite", "case", "dtype"), _oracle.table(lambda s, c, d: _oracle.ONE_OP in (None, s.op)))
@@ -105,6 +106,17 @@ def test_torch_s_defaults_change_no_record(default):
         found = records()
     for f, e in zip(found, expected, strict=True):
         assert f.device == e.device and f.dtype == e.dtype and torch.equal(f, e)
+
+
+SMALL = pytest.mark.parametrize("suite", _oracle.suites().values(), ids=_oracle.suites())
+
+
+@SMALL
+def test_autocast_changes_no_kernel(suite, monkeypatch):
+    """Here of the references, whose products are torch's; tests/_triton_interpreter.py asks the same of a GPU's launchers."""
+    for op in OPS.values():
+        monkeypatch.setitem(op._kernels, "cpu", op._reference("cpu", "test"))
+    _oracle.check_autocast(suite, small(suite))
 
 
 TENSORS = [
