@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastllm import _C
+from fastllm import _C, ops
 from fastllm.bench.case import Case, Make, Suite, as_tuple
 from fastllm.bench.cases import suites
 
@@ -193,6 +193,34 @@ def check_autocast(suite: Suite, inputs: dict) -> None:
         found_gradients = _with_gradient(suite.run, inputs, names, upstream)[1] if names else []
     for f, e in zip((*found, *found_gradients), (*expected, *gradients), strict=True):
         assert f.dtype == e.dtype and (same(f, e) or e.isnan().any())
+
+
+def check_float16_gradients(rows=256, depth=16, vocab=6000):
+    """Under a loss scale those of tokens that are nowhere a target, each p / T, are as accurate as plain PyTorch's."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(rows, depth, generator=generator).half()
+    weight = (torch.randn(vocab, depth, generator=generator) * 0.2).half()
+    target = torch.randint(vocab, (rows,), generator=generator)
+    others = torch.ones(vocab, dtype=torch.bool).index_fill_(0, target, False)
+
+    def found(loss, dtype, scale):
+        inputs = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        dx, dweight = torch.autograd.grad(loss(*inputs) * scale, inputs)
+        return [dx.double() / scale, dweight.double()[others] / scale]
+
+    exact = found(lambda x, w: torch.nn.functional.cross_entropy(x @ w.t(), target), torch.float64, 1.0)
+    plain = found(lambda x, w: torch.nn.functional.cross_entropy((x @ w.t()).float(), target), torch.float16, 4096.0)
+    for retain in (False, True):
+
+        def loss(x, w, retain=retain):
+            y = ops.linear_cross_entropy(x, w, target)
+            if retain:
+                torch.autograd.grad(y, x, retain_graph=True)
+            return y
+
+        ours = found(loss, torch.float16, 65536.0)
+        for o, p, e in zip(ours, plain, exact, strict=True):
+            assert (o - e).norm() <= 2 * (p - e).norm() + 2**-11 * e.norm()
 
 
 def check_compile(suite: Suite, case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:

@@ -40,10 +40,12 @@ def outputs(x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -
 
 
 def over_blocks(
-    x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], step: Step, cpu: bool, wide=False, exact=False
-) -> tuple[Tensor, ...]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], step: Step, cpu: bool, wide=False, exact=False,
+    unit: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Runs step(rows, logits) on every block; dx, dweight and dbias, empty where not needed. wide: logits are float32,
-    whatever the inputs are (without a bias); exact: that too, and on a GPU in one order for any number of rows."""
+    whatever the inputs are (without a bias); exact: that too, and on a GPU in one order for any number of rows. unit: a power
+    of two that the step left out of the logits' gradients."""
     (rows, depth), vocab = x.shape, weight.shape[0]
     dtype = torch.float32 if cpu else x.dtype
     logits_dtype = torch.float32 if wide or exact else dtype
@@ -54,7 +56,7 @@ def over_blocks(
     width = -(-vocab // 16) * 16  # aligned rows, not a power of two apart: they would meet in the same cache sets
     width += 16 * (width % 1024 == 0)
     buffer = torch.empty((size, width), dtype=logits_dtype, device=x.device)[:, :vocab]
-    summed = dtype if rows <= size else torch.float32  # one block's product is rounded once anyway
+    summed = dtype if rows <= size and unit is None else torch.float32  # one block's product is rounded once anyway
     dx = torch.empty((rows, depth) if needs[0] else (0,), dtype=dtype, device=x.device)
     fresh = torch.empty if rows else torch.zeros
     dw = fresh((vocab, depth) if needs[1] else (0,), dtype=summed, device=x.device)
@@ -80,7 +82,16 @@ def over_blocks(
             add_outer(dw, logits, part, begin > 0) if cpu else _product(dw, logits.t(), part, beta=float(begin > 0))
         if needs[2]:
             db += logits.sum(0, dtype=torch.float32)
+    if unit is not None:
+        for gradient in (dx, dw, db):
+            gradient.mul_(unit)
     return dx.to(x.dtype), narrowed(dw, weight.dtype), db.to((x if bias is None else bias).dtype)
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The largest that is not above x, a float32 number; 1 where there is none. Nothing waits for x."""
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return torch.where((power > 0) & (power < torch.inf), power, torch.ones_like(power))
 
 
 def narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,14 +11,15 @@ What needs no gradient costs nothing: no dW for a frozen head, no block kept in 
 products (on a CPU; on a GPU asking how many there are would stall the stream).
 Rounding: on a CPU logits are fp32, summed as by ops.linear, so that a row's loss has the same bits in any batch; so are
 they on a GPU with exact=True, and else rounded there to the inputs' dtype. dW and dbias are added up in fp32, block after
-block.
+block. In float16 the gradients are made, and kept for the backward, times a power of two: neither 1 / T nor a loss
+scale that comes later leaves any of them behind.
 """
 
 import torch
 from torch import Tensor
 
 from .. import _C
-from ._head import check_head, outputs, over_blocks
+from ._head import check_head, outputs, over_blocks, power_of_two
 from ._op import Op, is_plain
 from ._triton import tl, triton
 from .cross_entropy import PLAIN, LossSpec, check_target, check_targets, reduced, rows_and_weights
@@ -59,6 +60,10 @@ def scale_kernel(x, factor, count, BLOCK: tl.constexpr):
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
+# float16 ends at 6e-8: what 1 / T leaves of a gradient would be lost before a loss scale comes. Within, dlogits are near 1;
+# dx and dweight are kept for losses whose weights add up to this, which |x| above 500 is needed to overflow.
+HALF_ROOM = 32
+
 
 def _rows_cpu(x, weight, bias, target, spec, coefficient=None, needs=(False, False, False)):
     """(losses [T], dx, dweight, dbias). Ignored rows leave first."""
@@ -88,13 +93,17 @@ def _rows_cpu(x, weight, bias, target, spec, coefficient=None, needs=(False, Fal
 
 def _rows_gpu(x, weight, bias, target, spec, coefficient=None, needs=(False, False, False)):
     loss, (*spec, exact) = torch.empty(x.shape[0], dtype=torch.float32, device=x.device), spec
+    unit = None
+    if x.dtype == torch.float16 and coefficient is not None and len(coefficient):
+        unit = power_of_two(coefficient.float().abs().amax())
+        coefficient = coefficient / unit
 
     def step(block: slice, logits: Tensor) -> None:
         loss[block], stats = logits_gpu(logits, target[block], *spec)
         if coefficient is not None:
             logits_gpu_backward(coefficient[block], logits, target[block], stats, *spec, out=logits)
 
-    return loss, *over_blocks(x, weight, bias, needs, step, cpu=False, exact=exact)
+    return loss, *over_blocks(x, weight, bias, needs, step, cpu=False, exact=exact, unit=unit)
 
 
 def cpu(x, weight, bias, target, *spec) -> Tensor:
@@ -117,10 +126,15 @@ def gpu_gradients(coefficient, x, weight, bias, target, *rest) -> tuple[Tensor, 
     return (loss * coefficient).sum(), *gradients
 
 
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a float32 number, which float16 may not hold."""
+    return (x.float() * factor).to(x.dtype) if x.dtype == torch.float16 else x * factor
+
+
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """x times a float32 number, in place; on a GPU nothing is read where that is 1."""
     if gradients.kernel(x.device.type).name != "Triton":
-        return x.mul_(factor)
+        return x.copy_(scaled(x, factor)) if x.dtype == torch.float16 else x.mul_(factor)
     if x.numel():
         scale_kernel[(triton.cdiv(x.numel(), 8192),)](x, factor, x.numel(), BLOCK=8192, num_warps=8)
     return x
@@ -153,16 +167,16 @@ def _scale(ctx, dtotal, *_):
     could still ask for; where this is the last one, they are scaled in place, since a copy would double the memory."""
     found = ctx.saved_tensors
     if dtotal is None:
-        scaled = (None,) * 3
+        given = (None,) * 3
     elif not is_plain(dtotal):
-        scaled = [g * dtotal.to(g.dtype) for g in found]
+        given = [scaled(g, dtotal if g.dtype == torch.float16 else dtotal.to(g.dtype)) for g in found]
     elif dtotal.is_cpu and dtotal.item() == 1:
-        scaled = found
+        given = found
     elif torch._C._autograd._get_current_graph_task_keep_graph():
-        scaled = [g * dtotal for g in found]
+        given = [scaled(g, dtotal) for g in found]
     else:
-        scaled = [scale_(g, dtotal) for g in found]
-    kept = (g if need else None for g, need in zip(scaled, ctx.needs, strict=True))
+        given = [scale_(g, dtotal) for g in found]
+    kept = (g if need else None for g, need in zip(given, ctx.needs, strict=True))
     return None, *kept, *(None,) * 7
 
 
@@ -217,4 +231,8 @@ def linear_cross_entropy(
         return reduced(forward(x, weight, bias, target, *spec.arguments(), exact), coefficient, spec)
     if coefficient is None:
         coefficient = torch.ones(target.shape, dtype=torch.float32, device=target.device)
-    return gradients(coefficient, x, weight, bias, target, *spec.arguments(), exact, needs)[0]
+    if x.dtype != torch.float16:
+        return gradients(coefficient, x, weight, bias, target, *spec.arguments(), exact, needs)[0]
+    unit = power_of_two(coefficient.abs().sum()) / HALF_ROOM
+    total, *_ = gradients(coefficient / unit, x, weight, bias, target, *spec.arguments(), exact, needs)
+    return total * unit

@@ -312,7 +312,7 @@ def kernel(
     for p in range(PARTS):
         its_rank = tl.load(rank + slot * PARTS + p)
         for chunk in range(CHUNKS):
-            last = HAS_GAIN and chunk == CHUNKS - 1
+            last = HAS_GAIN and (chunk == CHUNKS - 1) & (its_rank >= 0)  # an empty slot's gain is no adapter's
             r = chunk * R + tl.arange(0, R)
             if (chunk * R < its_rank) | last:
                 its_a = a + ((slot * PARTS + p) * tl.cdiv(max_rank, 16) + r // 16) * depth * 16 + r % 16

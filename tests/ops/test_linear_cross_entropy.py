@@ -182,6 +182,30 @@ def test_memory_of_a_gradient_of_16_bits(monkeypatch):
     assert peak_memory(used, "cpu") < widened + vocab * depth * 4 + block + slack
 
 
+def test_float16_under_a_loss_scale():
+    _oracle.check_float16_gradients()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_float16_in_every_lane(reduction):
+    """Eager, compiled and under functorch, with a loss scale that float16 does not hold."""
+    x, weight, target, _ = (t if t is None else t.detach() for t in draw(9, 8, 30))
+    x, weight, spec = x.half(), weight.half(), LossSpec(reduction=reduction)
+
+    def value(w):
+        return ops.linear_cross_entropy(x, w, target, spec=spec) * 65536.0 / (9 if reduction == "sum" else 1)
+
+    leaf = weight.clone().requires_grad_()
+    (eager,) = torch.autograd.grad(value(leaf), leaf)
+    torch._dynamo.reset()
+    (compiled,) = torch.autograd.grad(torch.compile(value, fullgraph=True)(leaf), leaf)
+    traced = torch.func.grad(value)(weight)
+    both = torch.func.vmap(torch.func.grad(value))(torch.stack((weight, weight)))
+    assert eager.isfinite().all() and eager.abs().max() > 100
+    for other in (compiled, traced, both[1]):
+        torch.testing.assert_close(other, eager, rtol=2e-3, atol=1e-3)
+
+
 def test_functorch_and_export():
     x, weight, target, _ = (t if t is None else t.detach() for t in draw(6, 8, 30))
     for spec in (LossSpec(), LossSpec(reduction="none")):
