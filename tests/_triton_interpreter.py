@@ -209,6 +209,74 @@ def test_bad_lengths_and_pages_are_nan_in_their_sequence_alone():
     assert out[0].isfinite().all() and out[1:].isnan().all()
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_rows_of_a_removed_adapter_have_none(exact, swiglu):
+    """Not even its magnitudes."""
+    make, part = _oracle.Make(seed=2), 16
+    x, weight, ids = make.normal(3, 32), make.normal(2 * part, 32), torch.tensor([0, -1, 1])
+    pool = ops.AdapterPool((part, part), 32, slots=2, max_rank=40, dora=True, swiglu=swiglu, exact=exact)
+    for _ in range(2):
+        parts = [(make.normal(r, 32), make.normal(part, r), 0.5) for r in (3, 40)]
+        pool.add_parts(parts, make.normal(2 * part).abs() + 2)
+
+    def run(ids):
+        return ops.multi_lora(x, weight, pool, ids)
+
+    whole, plain = run(ids), run(torch.full((3,), -1))
+    pool.remove(0)
+    found = run(ids)
+    assert torch.equal(found[:2], plain[:2]) and torch.equal(found[2], whole[2]) and (whole[0] != plain[0]).any()
+
+
+def test_float16_losses_under_a_loss_scale():
+    _oracle.check_float16_gradients()
+
+
+FAR = 2**30 + 64  # elements from head to head: the third head's begin beyond what 32 bits count
+
+
+def far(x: torch.Tensor) -> torch.Tensor:
+    """x [B, H, M, N] with its heads so far apart, in memory of which only what is written exists."""
+    rows, cols = x.shape[2:]
+    memory = torch.empty(2 * FAR + rows * cols, dtype=x.dtype)
+    return memory.as_strided(x.shape, (0, FAR, cols, 1)).copy_(x)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout", "bias"])
+def test_attention_over_more_than_32_bits_of_elements(name):
+    make, heads = _oracle.Make(dtype=torch.float16, seed=8), 3
+    given = {n: make.normal(1, heads, 5, 16).transpose(1, 2) for n in ("q", "k", "v", "dout")}
+    given["bias"] = make.normal(1, heads, 5, 5)
+
+    def run(q, k, v, dout, bias):
+        rest = (None, None, bias, None, None)
+        options = (True, 0, 0.25, 0.0, 0.0, 0, 0, False)
+        out, lse = OPS["attention"].triton(q, k, v, *rest, *options)
+        return out, *OPS["attention_backward"].triton(dout, q, k, v, out, lse, *rest, True, *options)[:4]
+
+    apart = far(given[name]) if name == "bias" else far(given[name].transpose(1, 2)).transpose(1, 2)
+    for found, wanted in zip(run(**{**given, name: apart}), run(**given), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+def test_packed_attention_over_more_than_32_bits_of_elements(name):
+    make, row = _oracle.Make(dtype=torch.float16, seed=9), 2**29 + 64
+    given = {n: make.normal(1, 8, 1, 16) for n in ("q", "k", "v", "dout")}
+    ends = torch.tensor([0, 5, 8], dtype=torch.int32)
+
+    def run(q, k, v, dout):
+        rest = (ends, ends, None, None, None)
+        options = (True, 0, 0.25, 0.0, 0.0, 0, 0, False)
+        out, lse = OPS["attention"].triton(q, k, v, *rest, *options)
+        return out, *OPS["attention_backward"].triton(dout, q, k, v, out, lse, *rest, False, *options)[:3]
+
+    apart = torch.empty(7 * row + 16, dtype=torch.float16).as_strided((1, 8, 1, 16), (0, row, 16, 1)).copy_(given[name])
+    for found, wanted in zip(run(**{**given, name: apart}), run(**given), strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_every_triton_kernel_ran():
     assert called == {op.name for op in OPS.values() if op.triton}
 

@@ -38,7 +38,7 @@ def delta_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row, d = i[:, None].to(tl.int64), tl.arange(0, BLOCK_D)[None, :]
     inside = (row < queries) & (d < dim)
     y = tl.load(out + b * out_batch + row * out_row + head * out_head + d, mask=inside, other=0.0)
@@ -149,8 +149,9 @@ def keys_kernel(
     key = start + tl.arange(0, BLOCK_N)
     token, d = (first_key + key)[:, None].to(tl.int64), tl.arange(0, BLOCK_D)[None, :]
     inside = (key < keys)[:, None] & (d < dim)
-    k_tile = tl.load(k + b_at * k_batch + token * k_row + kv_head * k_head + d, mask=inside, other=0.0)
-    v_tile = tl.load(v + b_at * v_batch + token * v_row + kv_head * v_head + d, mask=inside, other=0.0)
+    far_head = kv_head.to(tl.int64)
+    k_tile = tl.load(k + b_at * k_batch + token * k_row + far_head * k_head + d, mask=inside, other=0.0)
+    v_tile = tl.load(v + b_at * v_batch + token * v_row + far_head * v_head + d, mask=inside, other=0.0)
     shift = keys - queries  # a row's position is its index plus this
     begin, end = 0, queries
     if CAUSAL:
@@ -175,6 +176,8 @@ def keys_kernel(
         to_row = tl.minimum(tl.maximum(tl.maximum(to_row, 0) // BLOCK_M * BLOCK_M, from_row), end)
     first_row = tl.program_id(2) * queries + first  # in the descriptors
     dk_tile, dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    q += b_at * q_batch + far_head * group * q_head
+    dout += b_at * dout_batch + far_head * group * dout_head
     q += first.to(tl.int64) * q_row if PACKED else 0
     dout += first.to(tl.int64) * dout_row if PACKED else 0
     for member in range(0, group):
@@ -185,29 +188,30 @@ def keys_kernel(
             own_dk, own_dv = tl.zeros_like(dk_tile), tl.zeros_like(dv_tile)
         at_row = (b_at * heads + head) * all_rows + first
         drop_row = (b_at * heads + head) * queries + first * heads
-        own_q, own_dout = q + b_at * q_batch + head * q_head, dout + b_at * dout_batch + head * dout_head
         bias_at = None
         if BIAS:
-            bias_at = bias + b.to(tl.int64) * bias_batch + head * bias_head + key.to(tl.int64) * bias_key
+            bias_at = bias + b.to(tl.int64) * bias_batch + head.to(tl.int64) * bias_head + key.to(tl.int64) * bias_key
         own_dk, own_dv = keys_sweep(
-            own_dk, own_dv, k_tile, v_tile, own_q, own_dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
+            own_dk, own_dv, k_tile, v_tile, q, dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
             start, begin, from_row, queries, keys, dim, q_row, dout_row, bias_row, bias_key,
             window, scale, softcap, seed, call, threshold, rescale, None, None, 0, 0, False,
             True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         own_dk, own_dv = keys_sweep(
-            own_dk, own_dv, k_tile, v_tile, own_q, own_dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
+            own_dk, own_dv, k_tile, v_tile, q, dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
             start, from_row, to_row, queries, keys, dim, q_row, dout_row, bias_row, bias_key,
             window, scale, softcap, seed, call, threshold, rescale, q_rows, dout_rows, first_row, head * dim, BULK,
             False, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         if WINDOW or BULK:
             own_dk, own_dv = keys_sweep(
-                own_dk, own_dv, k_tile, v_tile, own_q, own_dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
+                own_dk, own_dv, k_tile, v_tile, q, dout, lse + at_row, delta + at_row, bias_at, slope, drop_row,
                 start, to_row, end, queries, keys, dim, q_row, dout_row, bias_row, bias_key,
                 window, scale, softcap, seed, call, threshold, rescale, None, None, 0, 0, False,
                 True, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
+        q += q_head  # not head * q_head, which takes 64 bits and more registers
+        dout += dout_head
         dk_tile, dv_tile = (dk_tile + own_dk, dv_tile + own_dv) if APART else (own_dk, own_dv)
     at = ((b_at * all_keys + token) * (heads // group) + kv_head) * dim + d
     tl.store(dk + at, (dk_tile * scale).to(dk.dtype.element_ty), mask=inside)
@@ -261,7 +265,7 @@ def queries_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     at = tl.num_programs(0) - 1 - tl.program_id(0)
-    head, b = tl.program_id(1), tl.program_id(2)
+    head, b = tl.program_id(1).to(tl.int64), tl.program_id(2)
     b_at = b.to(tl.int64)
     all_rows = queries
     first = 0
@@ -316,7 +320,7 @@ def queries_kernel(
     dq_tile = queries_sweep(
         dq_tile, q_tile, dy, m, mean, k, v, bias_at, i + shift, slope, drop_row, from_key, to_key, keys, dim,
         k_row, v_row, bias_key, window, scale, softcap, seed, call, threshold, rescale,
-        k_rows, v_rows, first_row, kv_head * dim, BULK,
+        k_rows, v_rows, first_row, kv_head.to(tl.int32) * dim, BULK,
         False, CAUSAL, WINDOW, SOFTCAP, BIAS, ALIBI, DROPOUT, SHAPED, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq_tile = queries_sweep(
@@ -346,14 +350,15 @@ def bias_kernel(
     all_rows, d = queries, tl.arange(0, BLOCK_D)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for b in range(tl.where(batches == 1, 0, own), tl.where(batches == 1, batch, own + 1)):
-        b_at = tl.cast(b, tl.int64)
-        first, first_key = 0, 0
+        own_b = tl.cast(b, tl.int64)  # the batch of the bias; b_at that of q, k and v
+        b_at, first, first_key = own_b, 0, 0
         if PACKED:
-            b_at = b_at * 0
+            b_at = own_b * 0
             first, first_key = tl.load(cu_q + b), tl.load(cu_k + b)
             queries, keys = tl.load(cu_q + b + 1) - first, tl.load(cu_k + b + 1) - first_key
         shift = keys - queries
-        for head in range(tl.where(bias_heads == 1, 0, own_head), tl.where(bias_heads == 1, heads, own_head + 1)):
+        for h in range(tl.where(bias_heads == 1, 0, own_head), tl.where(bias_heads == 1, heads, own_head + 1)):
+            head = tl.cast(h, tl.int64)
             at_row = (b_at * heads + head) * all_rows + first
             kv_head = head // group
             for start in range(row_block, queries if ONE_ROW else tl.minimum(row_block + BLOCK_M, queries), BLOCK_M):
@@ -372,7 +377,7 @@ def bias_kernel(
                     v_at = v + b_at * v_batch + key_at * v_row + kv_head * v_head + d
                     s = tl.dot(q_tile, tl.trans(tl.load(k_at, mask=key_inside, other=0.0)), input_precision="ieee")
                     dp = tl.dot(dy, tl.trans(tl.load(v_at, mask=key_inside, other=0.0)), input_precision="ieee")
-                    bias_at = bias + b * bias_batch + head * bias_head + i[:, None].to(tl.int64) * bias_row
+                    bias_at = bias + own_b * bias_batch + head * bias_head + i[:, None].to(tl.int64) * bias_row
                     seen = valid[:, None] & (key < keys)[None, :]
                     add = tl.load(bias_at + key[None, :].to(tl.int64) * bias_key, mask=seen, other=0.0).to(tl.float32)
                     kept = True

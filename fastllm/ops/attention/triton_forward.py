@@ -85,7 +85,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     at = tl.num_programs(0) - 1 - tl.program_id(0)  # later rows see more keys: they begin first
-    head, b = tl.program_id(1), tl.program_id(2)
+    head, b = tl.program_id(1).to(tl.int64), tl.program_id(2)
     total_rows = queries
     first = 0  # of the sequence's rows in q, and of its keys in k and v
     first_key = 0
@@ -104,10 +104,14 @@ def forward_kernel(
     token, d = (first + i).to(tl.int64), tl.arange(0, BLOCK_D)[None, :]
     inside = valid[:, None] & (d < dim)
     rows = tl.load(q + b_at * q_batch + token[:, None] * q_row + head * q_head + d, mask=inside, other=0.0)
-    kv_head = (head // group).to(tl.int64)
-    at_row, at_col = tl.program_id(2) * keys + first_key, (head // group) * dim  # of its keys, in the descriptors
-    k += b_at * k_batch + first_key * k_row + kv_head * k_head
-    v += b_at * v_batch + first_key * v_row + kv_head * v_head
+    kv_head = head // group
+    at_row, at_col = tl.program_id(2) * keys + first_key, kv_head.to(tl.int32) * dim  # of its keys, in the descriptors
+    k += b_at * k_batch + first_key.to(tl.int64) * k_row + kv_head * k_head if PACKED else (
+        b_at * k_batch + kv_head * k_head
+    )  # fmt: skip
+    v += b_at * v_batch + first_key.to(tl.int64) * v_row + kv_head * v_head if PACKED else (
+        b_at * v_batch + kv_head * v_head
+    )  # fmt: skip
     drop_row = (b_at * heads + head) * queries + i + first.to(tl.int64) * heads if PACKED else (
         b_at * heads + head
     ) * queries + i  # fmt: skip
