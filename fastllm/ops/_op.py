@@ -256,7 +256,7 @@ class Op:
 
     def _functions(self) -> tuple[type, type]:
         # plain functions in the closures: Dynamo traces into Traced and cannot wrap an Op
-        run, raw, save, derivative = self._run, self.raw, self.save, self.backward
+        run, raw, save, derivative, once = self._run, self.raw, self.save, self.backward, _once(self.name)
 
         class Eager(torch.autograd.Function):  # one forward with ctx: half the host time of the setup_context style
             @staticmethod
@@ -283,10 +283,42 @@ class Op:
 
             @staticmethod
             def backward(ctx, *gradients):
-                return derivative(ctx, *gradients)
+                if _is_compiling():  # Dynamo knows no Function within a backward, and what it compiles refuses by itself
+                    return derivative(ctx, *gradients)
+                with torch.no_grad():
+                    found = derivative(ctx, *gradients)
+                given = [g for g in found if g is not None]
+                read = [t for t in (*gradients, *ctx.saved_tensors) if t is not None]
+                marked = iter(once.apply(len(given), *given, *read))
+                return tuple(None if g is None else next(marked) for g in found)
 
         Eager.__name__, Traced.__name__ = f"{self.name}_eager", f"{self.name}_traced"
         return Eager, Traced
+
+
+def _once(name: str) -> type:
+    """Gradients as they are, which refuse to be differentiated, by what was saved for them too: of a row's rstd or a loss a
+    backward knows the number alone, and would leave out in silence what it depends on. Eager calls refuse by torch's means."""
+
+    class Once(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(count, *tensors):
+            return tuple(g.view_as(g) for g in tensors[:count])
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            raise RuntimeError(
+                f"{name}: a second derivative was asked for, and there is none; use plain PyTorch in its place"
+            )
+
+    Once.__name__ = f"{name}_gradients"
+    return Once
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -157,7 +157,10 @@ def _backward(ctx, dloss):
 
 def _save_gradients(ctx, inputs, output) -> None:
     ctx.needs = inputs[-1]
-    ctx.save_for_backward(*output[1:])
+    more = (
+        () if is_plain(inputs[1]) else inputs[:4]
+    )  # what the gradients depend on: a second derivative is refused by it
+    ctx.save_for_backward(*output[1:], *more)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -165,7 +168,7 @@ def _save_gradients(ctx, inputs, output) -> None:
 def _scale(ctx, dtotal, *_):
     """The gradients, made for an upstream of 1, times the one that came. Nothing is written over that a second backward
     could still ask for; where this is the last one, they are scaled in place, since a copy would double the memory."""
-    found = ctx.saved_tensors
+    found = ctx.saved_tensors[:3]
     if dtotal is None:
         given = (None,) * 3
     elif not is_plain(dtotal):

@@ -119,6 +119,50 @@ def test_autocast_changes_no_kernel(suite, monkeypatch):
     _oracle.check_autocast(suite, small(suite))
 
 
+def differentiable(suite, inputs):
+    """(sum of sin of the outputs as a function of the inputs that receive a gradient, those inputs)."""
+    names = [n for n in suite.gradients if n in inputs]
+
+    def total(*given):
+        outputs = _oracle.as_tuple(suite.run(**{**inputs, **dict(zip(names, given, strict=True))}))
+        return sum(o.sin().sum() for o in outputs if o.is_floating_point())
+
+    return total, [inputs[n] for n in names]
+
+
+TRAINED = pytest.mark.parametrize(
+    "suite", [pytest.param(s, id=op) for op, s in _oracle.suites().items() if s.gradients]
+)
+
+
+@TRAINED
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_functorch_gives_the_gradient_and_no_second_one(suite):
+    """By kernels as in eager mode. What an op saves is a number to its backward, so a second derivative would lack a part."""
+    total, given = differentiable(suite, small(suite))
+    places = tuple(range(len(given)))
+    first = torch.func.grad(total, places)
+    leaves = [t.clone().requires_grad_() for t in given]
+    eager = torch.autograd.grad(total(*leaves), leaves)
+    for f, e in zip(first(*given), eager, strict=True):
+        torch.testing.assert_close(f, e, equal_nan=True)
+    if OPS[suite.op].backward is None:  # then it runs its reference, which has one
+        return
+    for place in places:
+        with pytest.raises(RuntimeError, match="a second derivative was asked for, and there is none"):
+            torch.func.grad(lambda *t, place=place: first(*t)[place].square().sum(), place)(*given)
+
+
+@TRAINED
+def test_compiled_gradients(suite):
+    total, given = differentiable(suite, small(suite))
+    leaves = [t.clone().requires_grad_() for t in given]
+    torch._dynamo.reset()
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    for c, e in zip(*(torch.autograd.grad(f(*leaves), leaves) for f in (compiled, total)), strict=True):
+        torch.testing.assert_close(c, e, equal_nan=True)
+
+
 TENSORS = [
     pytest.param(suite, name, id=f"{op} {name}")
     for op, suite in _oracle.suites().items()
