@@ -223,6 +223,27 @@ def check_float16_gradients(rows=256, depth=16, vocab=6000):
             assert (o - e).norm() <= 2 * (p - e).norm() + 2**-11 * e.norm()
 
 
+def check_compiled_calls(function, inputs: list[torch.Tensor]) -> None:
+    """Of a dropout's calls, one a step, function(call, *inputs) compiles the first and all that follow."""
+    compiles = []
+
+    def backend(module, example):
+        compiles.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    for call in range(2, 13):
+        assert torch.equal(compiled(call, *inputs), function(call, *inputs))
+    assert len(compiles) <= 2
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for call in (2, 3, 4):
+        both = (torch.autograd.grad(f(call, *inputs).sum(), inputs) for f in (compiled, function))
+        for c, e in zip(*both, strict=True):
+            torch.testing.assert_close(c, e)
+
+
 def check_compile(suite: Suite, case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
     inputs = draw(suite, case, dtype, device)
     names = [n for n in suite.gradients if n in inputs]

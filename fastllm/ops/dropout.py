@@ -78,7 +78,7 @@ def _backward(ctx, dy: Tensor):
 
 
 forward = Op(
-    "dropout(Tensor x, float p, int seed, int call) -> Tensor",
+    "dropout(Tensor x, float p, SymInt seed, SymInt call) -> Tensor",
     reference=reference,
     fake=lambda x, p, seed, call: empty_like(x),
     cpu=cpu,

@@ -290,7 +290,7 @@ def _backward(ctx, dy, _):
 
 forward = Op(
     "lora_linear(Tensor x, Tensor weight, int[] form, Tensor a, Tensor b, float scale, Tensor? bias, Tensor? gain,"
-    " float p, int seed, int call, bool exact) -> (Tensor, Tensor)",
+    " float p, SymInt seed, SymInt call, bool exact) -> (Tensor, Tensor)",
     reference=reference,
     fake=lambda x, weight, form, a, b, scale, bias, gain, p, seed, call, exact: _outputs(x, weight, form, a),
     cpu=cpu,
@@ -302,7 +302,7 @@ forward = Op(
 )
 backward = Op(
     "lora_linear_backward(Tensor dz, Tensor x, Tensor s, Tensor weight, int[] form, Tensor a, Tensor b, float scale,"
-    " float p, int seed, int call, bool dx) -> (Tensor, Tensor, Tensor)",
+    " float p, SymInt seed, SymInt call, bool dx) -> (Tensor, Tensor, Tensor)",
     reference=reference_backward,
     fake=lambda dz, x, s, weight, form, a, b, scale, p, seed, call, dx: (
         torch.empty_like(x, memory_format=torch.contiguous_format) if dx else x.new_empty(0),

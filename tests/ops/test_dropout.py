@@ -18,6 +18,13 @@ def test_compile_fullgraph():
     _oracle.check_compile(SUITE, SUITE.correct[3])
 
 
+def test_calls_are_compiled_together():
+    def dropped(call, x):
+        return ops.dropout(x, Dropout(0.5, seed=3, call=call))
+
+    _oracle.check_compiled_calls(dropped, [torch.randn(4, 8, requires_grad=True)])
+
+
 def test_opcheck():
     torch.library.opcheck(OPS["dropout"].raw, (torch.randn(4, 33), 0.25, 7, 0))
 

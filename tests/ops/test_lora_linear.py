@@ -41,6 +41,15 @@ def test_compile_fullgraph(case):
     _oracle.check_compile(SUITE, case)
 
 
+def test_calls_are_compiled_together():
+    weight = torch.randn(6, 8)
+
+    def dropped(call, x, a, b):
+        return ops.lora_linear(x, weight, a, b, LoraSpec(0.5, Dropout(0.5, seed=3, call=call)))
+
+    _oracle.check_compiled_calls(dropped, [torch.randn(*s, requires_grad=True) for s in ((4, 8), (2, 8), (6, 2))])
+
+
 def test_opcheck():
     x, a, b = torch.randn(5, 64), torch.randn(3, 64), torch.randn(20, 3)
     bias, gain, s, dz = torch.randn(20), torch.rand(20), torch.randn(5, 3), torch.randn(5, 20)
