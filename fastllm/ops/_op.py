@@ -15,12 +15,13 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _C
 
@@ -228,6 +229,8 @@ class Op:
                     plain = False
                 if ask and t.requires_grad:
                     grad = True
+        if forward_ad._current_level >= 0:  # within dual_level or torch.func.jvp alone
+            self._refuse_tangents(values)
         if grad and self.backward is None:
             return without_autocast(self.reference, device.type)(*args)
         if (
@@ -244,6 +247,14 @@ class Op:
         if self._traced is not None and (grad or (not _is_compiling() and _functorch_level() is not None)):
             return self._traced.apply(*args)
         return self.raw(*args)
+
+    def _refuse_tangents(self, values: Sequence[Any]) -> None:
+        """A kernel would leave them out in silence."""
+        given = [t for t in values if isinstance(t, Tensor) and t.is_floating_point()]
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+            raise NotImplementedError(
+                f"{self.name}: an input has a tangent, and there is no forward-mode derivative; use torch.autograd.grad"
+            )
 
     def _apart(self, args: tuple) -> str:
         """Which tensors are not where the first one is."""
@@ -283,7 +294,9 @@ class Op:
 
             @staticmethod
             def backward(ctx, *gradients):
-                if _is_compiling():  # Dynamo knows no Function within a backward, and what it compiles refuses by itself
+                if (
+                    _is_compiling()
+                ):  # Dynamo knows no Function within a backward, and what it compiles refuses by itself
                     return derivative(ctx, *gradients)
                 with torch.no_grad():
                     found = derivative(ctx, *gradients)

@@ -154,6 +154,21 @@ def test_functorch_gives_the_gradient_and_no_second_one(suite):
 
 
 @TRAINED
+def test_tangents_are_refused(suite):
+    """Not left out in silence; without one a call is a call."""
+    total, given = differentiable(suite, small(suite))
+    with torch.autograd.forward_ad.dual_level():
+        expected = total(*given)
+        for i, t in enumerate(given):
+            dual = torch.autograd.forward_ad.make_dual(t, torch.ones_like(t))
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative; use torch.autograd.grad"):
+                total(*given[:i], dual, *given[i + 1 :])
+    torch.testing.assert_close(total(*given), expected, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(total, tuple(given), tuple(torch.ones_like(t) for t in given))
+
+
+@TRAINED
 def test_compiled_gradients(suite):
     total, given = differentiable(suite, small(suite))
     leaves = [t.clone().requires_grad_() for t in given]
