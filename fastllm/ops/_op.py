@@ -294,9 +294,8 @@ class Op:
 
             @staticmethod
             def backward(ctx, *gradients):
-                if (
-                    _is_compiling()
-                ):  # Dynamo knows no Function within a backward, and what it compiles refuses by itself
+                # Dynamo knows no Function within a backward, and what it compiles refuses by itself
+                if _is_compiling():
                     return derivative(ctx, *gradients)
                 with torch.no_grad():
                     found = derivative(ctx, *gradients)

@@ -20,11 +20,8 @@ def reference(x: Tensor, p: float, seed: int, call: int) -> Tensor:
     rows = torch.arange(x.shape[:-1].numel(), device=x.device).view(*x.shape[:-1], 1)
     mask = keep(rows, torch.arange(x.shape[-1], device=x.device), p, seed, call)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (
-        torch.where(mask, x.to(wide) * torch.tensor(1 / (1 - p), dtype=wide, device=x.device), 0.0)
-        .to(x.dtype)
-        .contiguous()
-    )
+    scale = torch.tensor(1 / (1 - p), dtype=wide, device=x.device)
+    return torch.where(mask, x.to(wide) * scale, 0.0).to(x.dtype).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------------------- Triton

@@ -78,11 +78,10 @@ class Panels:
         rows, depth = weight.shape
         halves = weight.chunk(2) if swiglu else (weight,)
         shape = (-(-halves[0].shape[0] // 16) * len(halves), depth, 16)
-        data = (
-            torch.empty(shape, dtype=torch.float32, device=weight.device)
-            if out is None
-            else out.view(torch.float32).view(shape)
-        )
+        if out is None:
+            data = torch.empty(shape, dtype=torch.float32, device=weight.device)
+        else:
+            data = out.view(torch.float32).view(shape)
         for i, half in enumerate(halves):
             stride = depth * 16 * len(halves)
             _C.pack_panels(

@@ -157,10 +157,8 @@ def _backward(ctx, dloss):
 
 def _save_gradients(ctx, inputs, output) -> None:
     ctx.needs = inputs[-1]
-    more = (
-        () if is_plain(inputs[1]) else inputs[:4]
-    )  # what the gradients depend on: a second derivative is refused by it
-    ctx.save_for_backward(*output[1:], *more)
+    saved = output[1:] if is_plain(inputs[1]) else (*output[1:], *inputs[:4])  # by which a second derivative is refused
+    ctx.save_for_backward(*saved)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 

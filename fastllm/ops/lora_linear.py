@@ -164,9 +164,8 @@ def gpu_base_backward(dz: Tensor, weight: Tensor, form: list[int]) -> Tensor:
 def gpu(x, weight, form, a, b, scale, bias, gain, p, seed, call, exact) -> tuple[Tensor, Tensor]:
     rows, (cols, rank) = as_rows(x), b.shape
     if not rows.shape[0] * cols:
-        return x.new_empty((*x.shape[:-1], cols)), torch.zeros(
-            (rows.shape[0], rank), dtype=torch.float32, device=x.device
-        )
+        s = torch.zeros((rows.shape[0], rank), dtype=torch.float32, device=x.device)
+        return x.new_empty((*x.shape[:-1], cols)), s
     s = shrink(rows, a, scale, p, seed, call, exact)
     if not exact:
         y = gpu_base(rows, weight, form)

@@ -160,14 +160,14 @@ class AdapterPool:
         if not given:
             return [None]
         scale = given[0][2]
-        b = [
-            given[0][1].new_zeros(size, 0)
-            if part is None
-            else part[1]
-            if part[2] == scale
-            else part[1] * (part[2] / scale)
-            for part, size in zip(parts, self.sizes, strict=True)
-        ]
+        none = given[0][1].new_zeros
+
+        def its_b(part: Part | None, size: int) -> Tensor:
+            if part is None:
+                return none(size, 0)
+            return part[1] if part[2] == scale else part[1] * (part[2] / scale)
+
+        b = map(its_b, parts, self.sizes)
         return [(torch.cat([a for a, _, _ in given]), torch.block_diag(*b), scale)]
 
     def _put(self, slot: int, parts: Sequence[Part | None], gain: Tensor | None) -> None:

@@ -306,10 +306,8 @@ def cpu(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves
 
 
 def cpu_backward(dy, weight, rows, depth, bits, has_min, halves) -> Tensor:
-    dx, halves = (
-        torch.empty((*dy.shape[:-1], depth), dtype=torch.float32, device=dy.device),
-        GATE_UP if halves else WHOLE,
-    )
+    dx = torch.empty((*dy.shape[:-1], depth), dtype=torch.float32, device=dy.device)
+    halves = GATE_UP if halves else WHOLE
     form, group = form_of(bits, has_min, across=True), group_of(weight, bits, has_min)
     return product(dx, dy, weight, form, halves=halves, group=group)
 
