@@ -35,7 +35,7 @@ from .forks import Home
 from .graph import Captured, CapturedGraph, capture
 from .reader import LEAST, Piece, Reader
 from .rows import Rows
-from .scheduler import Scheduler, Sequence
+from .scheduler import Scheduler, Sequence, own
 from .score import Scores
 from .speculate import Speculator
 
@@ -270,7 +270,7 @@ class Engine:
             else:
                 failed = [running[row] for row in error.rows] if isinstance(error, ops.LogitsError) else running
             for s in failed:
-                s.error = lack or error
+                s.error = lack or own(error)
             self._end_done()
             return self._seat_all()  # the rows may be a token ahead
         tokens, logprobs = token.tolist(), logprob.tolist()

@@ -9,6 +9,7 @@ Those first in line are read together, but for one that begins like another whic
 beginning in the cache.
 """
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -104,6 +105,18 @@ class Sequence:
         self.tokens.append(token)
         self.done = self.receive(Step(token, logprob, top)) or len(self.tokens) >= self.room
         self.taking = False
+
+
+def own(error: Exception) -> Exception:
+    """For one of those that a step has failed for: who catches it may write to it, and of the others it tells nothing."""
+    if isinstance(error, LogitsError):  # whose rows are those of the batch
+        return LogitsError([0]).with_traceback(error.__traceback__)
+    try:
+        made = copy.copy(error)
+    except Exception:  # its class takes other arguments than it keeps
+        made = RuntimeError(f"{type(error).__name__}: {error}")
+    made.__cause__ = error.__cause__
+    return made.with_traceback(error.__traceback__)
 
 
 class Scheduler:

@@ -64,6 +64,30 @@ def test_a_prompt_that_fails_is_not_taken_up():
     assert steps(e, PROMPT[:60], SAMPLED, 10) == alone(failing[0])
 
 
+class Odd(Exception):
+    """Cannot be copied."""
+
+    def __init__(self, one, other):
+        super().__init__(f"{one} {other}")
+
+
+@pytest.mark.parametrize("error", [None, KeyError("x"), Odd("x", "y")], ids=["logits", "KeyError", "Odd"])
+def test_each_has_an_error_of_its_own(monkeypatch, error):
+    """Callers in several threads write to theirs, and read nothing of the others' rows."""
+    e, sequences = engine(), [Made([*PROMPT[i : i + 2], PROMPT[3]]) for i in range(3)]
+    if error:
+        monkeypatch.setattr(e, "_capture", lambda *_: (_ for _ in ()).throw(error))
+    else:
+        poisoned(e, PROMPT[3])
+    e.submit(sequences)
+    e.wait(lambda: all(s.ended for s in sequences))
+    errors = [s.error for s in sequences]
+    assert len(set(map(id, errors))) == 3 and all(one.__traceback__ for one in errors)
+    wanted = "x" if error else "sample: logits of row 0 hold a NaN"
+    assert all(wanted in str(one) for one in errors)
+    check(e.cache)
+
+
 def test_a_receiver_that_fails_ends_its_own_sequence():
     e = engine()
     bad, good = Made(PROMPT[:20]), Made(PROMPT[5:30])
