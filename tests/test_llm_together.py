@@ -1,6 +1,8 @@
 """LLM, many requests at once: prompts together, streams and calls of several threads, streams that are left, the cache."""
 
 import gc
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -38,6 +40,21 @@ def test_a_stream_that_is_dropped_gives_back_its_pages(llm):
     gc.collect()
     check(llm.engine.cache)
     assert not llm.engine.scheduler.running
+
+
+SUSPENDED = """
+import sys
+from fastllm import LLM, SamplingParams
+llm, params = LLM(sys.argv[1]), SamplingParams(max_new_tokens=500, ignore_eos=True)
+one, other = llm.stream("on the", params), llm.stream("in the", params)
+next(one), next(other)
+print("here")
+"""
+
+
+def test_a_process_that_ends_with_suspended_streams(path):
+    run = subprocess.run([sys.executable, "-c", SUSPENDED, path], capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "here\n", "")
 
 
 def test_many_prompts_run_together(llm):

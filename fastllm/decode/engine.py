@@ -15,6 +15,7 @@ A step in which any row has an adapter is another plan, of the same sizes; the p
 adapters. A row without one has the same bits in both.
 """
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -118,7 +119,7 @@ class Engine:
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """Ends sequences that are not wanted any more; never waits."""
-        if self._home.left:  # they are the parent's
+        if self._home.left or sys.is_finalizing():  # they are the parent's, or end with the process
             return
         self._cancelled.extend(s for s in sequences if not s.ended)
         with self._lock:
