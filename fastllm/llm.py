@@ -414,7 +414,7 @@ class _Writer:
         self.sequence = Decoding(ids, self.room, params, index, request.seed, self.take, timing=request.timing)
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else llm.tokenizer.eos_ids)
         self._named = len(llm.tokenizer)  # a vocabulary may be padded: an id from there on has no text
-        self._text, self._held, self._pieces = llm.tokenizer.stream(), "", deque()
+        self._text, self._held, self._pieces = llm.tokenizer.stream(after=ids), "", deque()
 
     def take(self, step: Step) -> bool:
         out = self.out

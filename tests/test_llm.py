@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import _tiny
 import numpy as np
@@ -14,7 +15,10 @@ import torch
 from _engine import Made
 
 from fastllm import LLM, SamplingParams, hub, ops
+from fastllm.data.tokenizer import Tokenizer
 from fastllm.decode.cache import page_bytes, pages_for
+from fastllm.models.decoder import Decoder
+from fastllm.models.initial import initialise
 from fastllm.models.weights import load
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24, ignore_eos=True)
@@ -168,6 +172,34 @@ def test_stop_strings(llm):
     assert (
         llm.generate(TEXT, replace(params, stop=(text[30:34], text[12:15])))[0].text == text[: text.find(text[12:15])]
     )
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    """SentencePiece, whose decoder drops the space that begins a text."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", "▁Paris", "▁is", "i", "s", "é", *(f"<0x{byte:02X}>" for byte in range(256))]
+    metadata = {
+        "model": "llama", "tokens": pieces, "scores": [-float(i) for i in range(len(pieces))],
+        "token_type": [2, 3, 3, *[1] * 6, *[6] * 256], "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0,
+    }  # fmt: skip
+    stored = SimpleNamespace(
+        path="m.gguf", metadata={f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    )
+    model = Decoder(replace(_tiny.CONFIG, vocab=len(pieces)))
+    return LLM.of(initialise(model, seed=0), Tokenizer.from_gguf(stored), max_num_seqs=8)
+
+
+def test_a_completion_continues_its_prompt(sentences):
+    """The text of both together is the prompt's and the completion's."""
+    decode, ids = sentences.tokenizer.decode, [1, 5]
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True, n=64, seed=2)
+    made = [out for out in sentences.generate(ids, params)[0].outputs if out.token_ids[0] in (3, 4, 5)]
+    assert made and all(out.text == decode(ids + out.token_ids).removeprefix("is") for out in made)
+    assert all(out.text.startswith(" ") for out in made)
+    stopped = sentences.generate(ids, replace(params, stop=[" ", "\0"]))[0].outputs[made[0].index]
+    assert (stopped.text, stopped.finish_reason, len(stopped.token_ids)) == ("", "stop", 1)
+    alone = sentences.generate([1], params)[0].outputs  # of a prompt without a text it is the beginning
+    assert all(out.text == decode(out.token_ids) for out in alone)
 
 
 def test_ends(llm):

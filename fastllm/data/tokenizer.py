@@ -12,7 +12,6 @@ text of the whole. Tokenizers without bytes of their own (WordPiece, Unigram) de
 Longer than 500 lines: training, reading, writing and streaming share what is known of one vocabulary.
 """
 
-import codecs
 import json
 import operator
 import os
@@ -31,6 +30,7 @@ from ..files import Replacing
 from . import HasMetadata
 from .pieces import LONG, pieces
 from .prefix import Unprefixed, unprefixed
+from .stream import StreamDecoder
 
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 DEFAULT_ROLES: Mapping[str, str] = {"eos": "<|endoftext|>", "pad": "<|pad|>"}  # of a tokenizer that is trained
@@ -72,6 +72,9 @@ PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> rule
     )
     for name in names.split()
 }
+
+# Decoders of the library that look at one token after the other, and at what comes before it.
+_APART = ("WordPiece", "Metaspace", "BPEDecoder", "CTC", "Replace", "Strip")
 
 # tokenizer.ggml.token_type
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
@@ -115,7 +118,7 @@ class Tokenizer:
         ends = {id for id in self.special_ids if self._added[id] in END_TOKENS}
         ends |= {self._check_id(id, "eos") for id in eos_ids}
         self.eos_ids = frozenset(ends | ({self.eos_id} if self.eos_id is not None else set()))
-        self._mode, self._strip = _decoder_mode(backend)
+        self._mode, self._strip, self._joined = _decoder_mode(backend)
         self._bytes: dict[int, bytes] = {}
         self._lock = threading.Lock()  # `encode_special_tokens` is a setting of the backend, not an argument
         self._process = os.getpid()
@@ -212,9 +215,9 @@ class Tokenizer:
         text = b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._strip else text
 
-    def stream(self, skip_special_tokens: bool = True) -> "StreamDecoder":
-        """A decoder for one sequence, fed token by token."""
-        return StreamDecoder(self, skip_special_tokens)
+    def stream(self, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> StreamDecoder:
+        """A decoder for one sequence, fed token by token. after: the ids that it continues, such as a prompt's."""
+        return StreamDecoder(self, skip_special_tokens, after)
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that the token stands for; they need not be UTF-8 by themselves. ValueError: no such id."""
@@ -411,48 +414,6 @@ class Tokenizer:
         files.write("tokenizer_config.json", json.dumps(config, indent=2))
 
 
-class StreamDecoder:
-    """Decodes one sequence token by token: `push` gives the text that is certain, `flush` what an end leaves over.
-
-    All that push and flush return, joined, equals `Tokenizer.decode` of the whole sequence.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._reset()
-
-    def _reset(self) -> None:
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._start = self._tokenizer._strip  # the first space is still to be dropped
-        self._previous: int | None = None
-
-    def push(self, id: int) -> str:
-        """The new text, "" while a character is incomplete. ValueError: an id out of the vocabulary."""
-        tokenizer = self._tokenizer
-        id = tokenizer._check_id(id)
-        if self._skip and id in tokenizer.special_ids:
-            return ""
-        if tokenizer._mode == "text":
-            # In these decoders the text of a token depends on there being a token before it, and on no more.
-            before = [] if self._previous is None else [self._previous]
-            self._previous = id
-            return tokenizer.decode([*before, id], False)[len(tokenizer.decode(before, False)) :]
-        return self._clean(self._utf8.decode(tokenizer.token_bytes(id)))
-
-    def flush(self) -> str:
-        """The rest: U+FFFD for an unfinished character, else "". The decoder then starts a new sequence."""
-        text = self._clean(self._utf8.decode(b"", final=True))
-        self._reset()
-        return text
-
-    def _clean(self, text: str) -> str:
-        if self._start and text:
-            self._start = False
-            return text.removeprefix(" ")
-        return text
-
-
 def _surround(backend: Backend, first: int | None, last: int | None) -> None:
     """The tokens that encode() puts in front of a text and behind it."""
     around = [
@@ -464,21 +425,24 @@ def _surround(backend: Backend, first: int | None, last: int | None) -> None:
         backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
 
 
-def _decoder_mode(backend: Backend) -> tuple[str, bool]:
-    """How tokens become text ("byte_level", "byte_fallback" or, by the library, "text"); whether a first space goes."""
+def _decoder_mode(backend: Backend) -> tuple[str, bool, str]:
+    """How tokens become text ("byte_level", "byte_fallback" or, by the library, "text"); whether a first space goes; which
+    tokens the library may make one text of ("", "bytes": those in a row, "all")."""
     if backend.decoder is None:
-        return "text", False
+        return "text", False, ""
     state = json.loads(backend.decoder.__getstate__())
     steps = state["decoders"] if state["type"] == "Sequence" else [state]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
-        return "byte_level", False
+        return "byte_level", False, ""
     if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and steps[0]["pattern"] == {"String": "▁"}:
         if kinds[3:] == []:
-            return "byte_fallback", False
+            return "byte_fallback", False, ""
         if kinds[3:] == ["Strip"] and (steps[3]["content"], steps[3]["start"], steps[3]["stop"]) == (" ", 1, 0):
-            return "byte_fallback", True
-    return "text", False
+            return "byte_fallback", True, ""
+    if "Fuse" in kinds[:-1] or not {"Fuse", "ByteFallback", *_APART}.issuperset(kinds):
+        return "text", False, "all"
+    return "text", False, "bytes" if "ByteFallback" in kinds else ""
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -291,30 +291,6 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-@RUNS
-@given(data=st.data())
-def test_stream_adds_up(kind, skip, data):
-    tokenizer = KINDS[kind]
-    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=12))
-    stream = tokenizer.stream(skip_special_tokens=skip)
-    for _ in range(2):  # flush makes it ready for another sequence
-        parts = [stream.push(id) for id in ids]
-        assert "".join([*parts, stream.flush()]) == tokenizer.decode(ids, skip_special_tokens=skip)
-    if kind in ("byte level", "unigram", "wordpiece"):  # broken UTF-8 aside, the library's own decoding
-        assert tokenizer.decode(ids, skip) == tokenizer.backend.decode(ids, skip_special_tokens=skip)
-
-
-def test_stream_waits_for_whole_characters():
-    tokenizer, text = byte_level(merges=[]), "é🎉"
-    ids = tokenizer.encode(text)
-    stream = tokenizer.stream()
-    assert [stream.push(id) for id in ids] == ["", "é", "", "", "", "🎉"]
-    assert stream.flush() == ""
-    assert stream.push(ids[2]) == "" and stream.flush() == "\ufffd"
-
-
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
