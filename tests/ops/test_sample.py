@@ -336,6 +336,14 @@ def test_state_from_sampling_params():
     for s in drawn:
         s.set(0, SamplingParams())
     assert drawn[0].seed.item() != drawn[1].seed.item()
+    before, exact = torch.get_default_dtype(), torch.tensor([0.77], dtype=torch.float32)
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            drawn[0].set(0, SamplingParams(temperature=0.77, top_p=0.77))
+            assert torch.equal(drawn[0].temperature, exact) and torch.equal(drawn[0].top_p, exact), dtype
+    finally:
+        torch.set_default_dtype(before)
     with pytest.raises(ValueError, match="prompt has 7 tokens, a history 6"):
         state.set(0, params, prompt=range(7))
     with pytest.raises(ValueError, match="3 ids to suppress, room for 2"):
