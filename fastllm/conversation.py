@@ -7,6 +7,7 @@ talk.messages, talk.dropped
 
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,14 +58,21 @@ class Conversation:
                 yield piece
 
     def _fitted(self, messages: list[Message]) -> tuple[list[Message], list[int]]:
-        """The messages without the oldest pairs, as many as must go, and their ids."""
-        first = len(self._system)
-        while True:
-            ids = self.llm.chat_ids(messages)
-            last = len(messages) - first == 1
-            if last or len(ids) + self.params.max_new_tokens <= self.llm.max_model_len:
-                return messages, ids  # a last question may leave less room for its answer
-            messages = messages[:first] + messages[first + 2 :]
+        """The messages without the oldest pairs, as many as must go, and their ids. The room for an answer is no more than half
+        of the context, where a history would have none beside max_new_tokens."""
+        first, longest = len(self._system), self.llm.max_model_len
+        room = longest - min(self.params.max_new_tokens, longest // 2)
+        pairs = (len(messages) - first) // 2
+
+        def without(count: int) -> tuple[list[Message], list[int]]:
+            kept = messages[:first] + messages[first + 2 * count :]
+            return kept, self.llm.chat_ids(kept)
+
+        whole = without(0)
+        if len(whole[1]) <= room:
+            return whole
+        # a last question may leave less room for its answer
+        return without(bisect_left(range(pairs), True, 1, key=lambda count: len(without(count)[1]) <= room))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the messages as JSON; the file appears whole or not at all."""

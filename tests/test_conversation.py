@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import _tiny
 import pytest
@@ -54,6 +55,35 @@ def test_the_oldest_pairs_go_and_the_system_stays(llm):
         ]
         assert len(llm.chat_ids(talk.messages[:-1])) + GREEDY.max_new_tokens <= llm.max_model_len
     assert dropped and dropped % 2 == 0 and dropped + len(talk.messages) == 1 + 24
+
+
+@pytest.mark.parametrize("most", [199, 200, 100_000])
+def test_a_long_answer_leaves_room_for_the_history(llm, most):
+    """Half of the context is kept for it, at most."""
+    talk = Conversation(llm, replace(GREEDY, max_new_tokens=most))
+    for i in range(4):
+        pieces = talk.ask(f"question {i}")
+        next(pieces), pieces.close()
+    ids = llm.chat_ids(talk.messages[:-1])
+    assert len(talk.messages) > 2 and len(ids) <= 100
+
+
+def test_a_long_history_is_soon_cut(llm, monkeypatch):
+    """As if pair after pair were dropped, in fewer steps; also where only the question is left, or nothing goes."""
+    asked, chat_ids = [], llm.chat_ids
+    monkeypatch.setattr(llm, "chat_ids", lambda messages: (asked.append(1), chat_ids(messages))[1])
+    for pairs, question in ((0, "q"), (1, "q"), (2, "q"), (300, "q"), (300, "x" * 120), (300, "x" * 165)):
+        talk = Conversation(llm, GREEDY, system="s")
+        history = [{"role": r, "content": f"{i} {r}"} for i in range(pairs) for r in ("user", "assistant")]
+        talk.messages = talk.messages + history
+        asked.clear()
+        talk.ask(question).close()
+        assert len(asked) <= 12
+        kept, room = talk.messages[:-1], llm.max_model_len - GREEDY.max_new_tokens
+        assert len(chat_ids(kept)) <= room or len(kept) == 2
+        more = [kept[0], *([*history, kept[-1]][-len(kept) - 1 :])]
+        assert not talk.dropped or len(chat_ids(more)) > room
+        assert talk.dropped + len(kept) == 2 * pairs + 2
 
 
 def test_a_question_too_long_changes_nothing(llm):
