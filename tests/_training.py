@@ -14,9 +14,12 @@ from fastllm.models.decoder import Decoder, DecoderConfig
 from fastllm.models.encoder import Encoder, EncoderConfig
 from fastllm.models.initial import initialise
 from fastllm.models.seq2seq import Seq2Seq, Seq2SeqConfig
+from fastllm.train import PretrainOptions
 
 VOCAB = 128
 LINES = [f"{i} plus {i % 7} is {i + i % 7}." for i in range(200)]
+SIZES = {"tokens": 256, "max_length": 64, "vocab_size": 300, "validation": 0.1, "test": 0.1, "sample_tokens": 4}
+QUICK = {"steps": 6, "log_every": 1, "eval_every": 3, "lr": 3e-3, "tensorboard": False, "plot": False}
 
 
 def decoder(seed: int = 0, **changed) -> Decoder:
@@ -88,3 +91,8 @@ def parameters(model) -> list[torch.Tensor]:
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def options(corpus, out, **changed) -> PretrainOptions:
+    given = {"arch": "decoder", "preset": "nano", "data": str(corpus), "out": str(out), **SIZES, **QUICK}
+    return PretrainOptions(**given | changed)
