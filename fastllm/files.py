@@ -11,30 +11,62 @@ new.finish()
 
 import contextlib
 import errno
+import glob
 import os
 import re
+import secrets
 import shutil
+import stat
 from pathlib import Path
 from types import TracebackType
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed process left stays
+    fcntl = None
 
 LACK_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Replacing:
-    """Files are written under other names, and take theirs when all of them are on the disk. Where that fails, what was written
-    goes and what stood there stays; an OSError names the file, the reason and the next step."""
+    """Files are written under other names, and take theirs, with the permissions of those that stood there, when all of them
+    are on the disk. Where that fails, what was written goes and what stood there stays; an OSError names the file, the reason
+    and the next step. Of several who write a file at a time one is the last."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.parts: dict[str, Path] = {}  # the name that a file is to have, and where it is now
         self._at = ""
+        self._handles: list[int] = []  # by their locks others see that somebody is at work on the parts
 
     def part(self, name: str) -> Path:
-        """Where a file is to be written, to become `name`."""
+        """Where a file is to be written, to become `name`. What others that were cut off left of it goes."""
         self._at = name
-        self.parts[name] = _part(self.folder / name)
-        self.parts[name].parent.mkdir(parents=True, exist_ok=True)
+        if name not in self.parts:
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part"):
+                _remove_left(left)
+            self.parts[name] = self._begin(path)
         return self.parts[name]
+
+    def _begin(self, path: Path) -> Path:
+        """An empty file of a name that nobody has, locked where there are locks."""
+        while True:
+            part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+            handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            if fcntl:
+                self._handles.append(handle)
+                with contextlib.suppress(OSError):
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                if not os.fstat(handle).st_nlink:  # before, somebody took it for one that was left
+                    continue
+            else:
+                os.close(handle)
+            mode = _mode(path)
+            if mode is not None:  # from now on: who may not read the one shall not read the other
+                os.chmod(part, mode | stat.S_IRUSR | stat.S_IWUSR)
+            return part
 
     def write(self, name: str, content: str | bytes) -> None:
         self.part(name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -51,6 +83,9 @@ class Replacing:
                     sync(part)
                 for name, part in self.parts.items():
                     self._at = name
+                    mode = _mode(self.folder / name)
+                    if mode is not None:
+                        os.chmod(part, mode)
                     os.replace(part, self.folder / name)
         except OSError as failed:
             error = failed
@@ -58,6 +93,8 @@ class Replacing:
             for part in self.parts.values():
                 with contextlib.suppress(OSError):
                     part.unlink()
+            for handle in self._handles:
+                os.close(handle)
         number = _number(error)
         if number is not None:
             raise OSError(number, self._message(number)) from error
@@ -102,8 +139,28 @@ class ReplacingFolder:
         shutil.rmtree(self.part, ignore_errors=True)
 
 
+def _mode(path: Path) -> int | None:
+    """The permissions of a file; None where there is none."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except OSError:
+        return None
+
+
+def _remove_left(part: Path) -> None:
+    """Removes a file if nobody is at work on it. Where there are no locks it stays."""
+    with contextlib.suppress(OSError):
+        handle = os.open(part, os.O_RDWR)
+        try:
+            if fcntl:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
+        finally:
+            os.close(handle)
+
+
 def _part(path: Path) -> Path:
-    """What a file or folder is called until it is whole."""
+    """What a folder is called until it is whole."""
     return path.with_name(f".{path.name}.part")
 
 

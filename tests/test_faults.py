@@ -5,8 +5,10 @@ import contextlib
 import errno
 import os
 import resource
+import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,6 +139,61 @@ def test_an_error_of_the_writer_is_its_own(tmp_path):
             files.write("a", "x")
             raise error
     assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o444, 0o664])
+def test_a_file_keeps_its_permissions(tmp_path, mode):
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "a").chmod(mode)
+    with Replacing(tmp_path) as files:
+        part = files.part("a")
+        assert stat.S_IMODE(part.stat().st_mode) == mode | 0o600  # nor may others read it meanwhile
+        part.unlink()
+        files.write("a", "y")
+        files.write("b", "z")
+    (tmp_path / "c").write_text("x")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode and contents(tmp_path)["a"] == b"y"
+    assert (tmp_path / "b").stat().st_mode == (tmp_path / "c").stat().st_mode
+
+
+def test_several_write_a_file_at_a_time(tmp_path):
+    """Each its own, which others that begin leave alone."""
+    errors = []
+
+    def work(letter: str) -> None:
+        try:
+            for _ in range(200):
+                with Replacing(tmp_path) as files:
+                    files.write("a", letter * 3000)
+        except OSError as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work, args=(letter,)) for letter in "xyz"]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not errors and contents(tmp_path) in [{"a": letter.encode() * 3000} for letter in "xyz"]
+
+
+KILLED = """
+import os, sys
+from fastllm.files import Replacing
+with Replacing(sys.argv[1]) as files:
+    files.write("a", "half")
+    os._exit(0)
+"""
+
+
+def test_what_a_killed_process_left_goes(tmp_path):
+    for name in (".a.part", ".a.txt.part", ".a.12345678.party", ".ab.12345678.part"):  # others' files
+        (tmp_path / name).write_text("x")
+    before = contents(tmp_path)
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True, env=ENV)
+    assert len(contents(tmp_path)) == len(before) + 1
+    with Replacing(tmp_path) as files:
+        files.write("a", "whole")
+    assert contents(tmp_path) == before | {"a": b"whole"}
 
 
 @pytest.mark.parametrize("when", ["before", "while pip writes", "while extracting"])
