@@ -9,6 +9,7 @@ from dataclasses import replace
 import _tiny
 import numpy as np
 import pytest
+import torch
 from _paged import check
 
 from fastllm import LLM, SamplingParams, hub, ops
@@ -55,6 +56,17 @@ print("here")
 def test_a_process_that_ends_with_suspended_streams(path):
     run = subprocess.run([sys.executable, "-c", SUSPENDED, path], capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout, run.stderr) == (0, "here\n", "")
+
+
+def test_a_model_that_is_made_in_inference_mode(path, llm):
+    with torch.inference_mode():
+        made = LLM(path)
+    params = replace(SAMPLED, max_new_tokens=60)
+    one, other = (made.run(made.request(text, params)) for text in (TEXT, "the rain"))
+    first = next(one), next(other)
+    one.close()  # whose row the other takes
+    assert first[1] + "".join(other) == llm.generate("the rain", params)[0].text
+    check(made.engine.cache)
 
 
 def test_many_prompts_run_together(llm):

@@ -18,6 +18,7 @@ adapters. A row without one has the same bits in both.
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ class Engine:
         # The lock itself is what is held, not the condition: an interrupt cannot come between its release and Python's own code.
         self._lock, self._home = threading.RLock(), Home()
         self._turn = threading.Condition(self._lock)
-        self._cancelled: list[Sequence] = []
+        self._cancelled: deque[Sequence] = deque()
         self.sizes = (*(1 << i for i in range((rows - 1).bit_length())), rows)
         self.speculator = Speculator(self.speculate, self.sizes)
 
@@ -223,7 +224,8 @@ class Engine:
         if not self._busy:  # else that step does it
             self._busy = True  # a cancel within this one, by the garbage collector, only adds to the list
             try:
-                self._sweep()
+                with torch.inference_mode():  # as in a step: what was made in it may not be written to outside
+                    self._sweep()
             finally:
                 self._busy = False
 
@@ -231,19 +233,20 @@ class Engine:
         if self.scheduler.torn:
             self._mend()
         while self._cancelled:
-            s = self._cancelled[-1]
+            s = self._cancelled[0]
             if not s.ended:
                 self._end(s)
-            self._cancelled.remove(s)
+            self._cancelled.popleft()  # still the same: others only add behind it
+        self.scheduler.close_up()
 
     # ------------------------------------------------------------------------------------------------------- the step
 
     def step(self) -> None:
         """A decode step of all that run, then a piece of the prompts that wait. By one thread at a time: see `wait`."""
-        self._sweep()
         previous = _C.set_thread_limit(self.threads)
         try:
             with torch.inference_mode():
+                self._sweep()
                 if self._unsure:  # the last step did not come to its end
                     self._seat_all()
                 self._unsure = True

@@ -10,7 +10,6 @@ beginning in the cache.
 """
 
 import copy
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -124,8 +123,9 @@ class Scheduler:
 
     def __init__(self, cache: KVCache, rows: int):
         self.cache, self.rows = cache, rows
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []  # with some that have left, until `close_up`
         self.running: list[Sequence] = []
+        self._left = 0  # of the line, since `close_up`, at least as many as it holds of these
         self.torn = False  # who holds what is changing, or that was interrupted
 
     def mend(self, sequences: Iterable[Sequence]) -> None:
@@ -133,15 +133,24 @@ class Scheduler:
         self.running = sorted((s for s in sequences if s.row >= 0), key=lambda s: s.row)
         for row, s in enumerate(self.running):
             s.row = row
-        self.waiting = deque(s for s in sequences if s.row < 0)
+        self.waiting, self._left = [s for s in sequences if s.row < 0], 0
         self.cache.mend([s.pages for s in sequences])
+
+    def close_up(self) -> None:
+        """Takes out of the line who has left, when they may be half of it: so leaving it takes no longer in a long one."""
+        if self._left and 2 * self._left >= len(self.waiting):
+            line, self._left = self.waiting[:], 0
+            self.waiting[: len(line)] = [s for s in line if not s.leaving]  # behind them others may have joined
 
     def next(self, reading: list[Sequence]) -> Sequence | None:
         """Who is to be read beside these, the first in line: the one behind them, with its pages; None where nobody is, or it
         has to wait."""
-        if len(reading) == len(self.waiting):
+        place = len(reading)
+        while place < len(self.waiting) and self.waiting[place].leaving:
+            del self.waiting[place]
+        if place == len(self.waiting):
             return None
-        s = self.waiting[len(reading)]
+        s = self.waiting[place]
         if not s.pages:
             self.torn = True
             admitted = self._admit(s, reading)
@@ -191,7 +200,8 @@ class Scheduler:
         self.cache.learn(s.prompt[: s.read], s.pages, s.root)
         s.row = len(self.running)
         self.running.append(s)
-        self.waiting.popleft()
+        while self.waiting.pop(0) is not s:  # those before it have left
+            pass
         self.torn = False
 
     def leave(self, s: Sequence) -> None:
@@ -203,7 +213,7 @@ class Scheduler:
             if not s.error:
                 self.cache.learn([*s.prompt, *s.tokens][:-1], s.pages, s.root)
         else:
-            self.waiting.remove(s)
+            self._left += 1
             if s.skip and not s.error:
                 self.cache.learn(s.prompt[: s.read], s.pages, s.root)
         self.cache.release(s.pages, forget=s.error is not None)

@@ -367,6 +367,37 @@ def test_a_cancel_within_a_cancel(monkeypatch):
     check(e.cache)
 
 
+class Line(list):
+    """Counts how many are looked at."""
+
+    looked = 0
+
+    def remove(self, s):
+        self.looked += self.index(s)
+        super().remove(s)
+
+    def __getitem__(self, place):
+        self.looked += len(self) if isinstance(place, slice) else 1
+        return super().__getitem__(place)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("turn", [1, -1])
+def test_cancels_of_a_long_line(at_once, turn):
+    """Those in line may be many: that they leave takes no longer for each of them."""
+    e, count = engine(max_num_seqs=2), 2000
+    e.scheduler.waiting = line = Line()
+    sequences, stay = [Made(PROMPT[:5], count=4) for _ in range(count)], [Made(PROMPT[:7], count=4) for _ in range(3)]
+    e.submit([*sequences[: count // 2], *stay, *sequences[count // 2 :]])
+    e.step()
+    for some in [sequences[::turn]] if at_once else [[s] for s in sequences[::turn]]:
+        e.cancel(some)
+    assert all(s.ended for s in sequences) and line.looked < 4 * count
+    e.wait(lambda: all(s.ended for s in stay))
+    assert all(s.made == alone(s) for s in stay) and not line and not e._cancelled
+    check(e.cache)
+
+
 def test_an_engine_goes_when_it_is_dropped():
     e = engine()
     e.run([Made(PROMPT[:20])])
