@@ -415,6 +415,7 @@ class _Writer:
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else llm.tokenizer.eos_ids)
         self._named = len(llm.tokenizer)  # a vocabulary may be padded: an id from there on has no text
         self._text, self._held, self._pieces = llm.tokenizer.stream(after=ids), "", deque()
+        self._free = 0  # characters of what is held in which no stop string may end
 
     def take(self, step: Step) -> bool:
         out = self.out
@@ -428,7 +429,10 @@ class _Writer:
             self._held += self._text.push(step.token)
         if last:
             self._held += self._text.flush()
-        piece, self._held, stopped = _release(self._held, self.params.stop, last)
+        if len(out.token_ids) <= self.params.min_new_tokens:
+            self._free = len(self._held)
+        piece, self._held, stopped = _release(self._held, self.params.stop, last, self._free)
+        self._free = max(self._free - len(piece), 0)
         out.text += piece
         if stopped or last:
             out.finish_reason = "stop" if stopped or ended else "length"
@@ -465,9 +469,9 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts) if several and not _is_ids(prompts) else [prompts]
 
 
-def _release(held: str, stops: Sequence[str], last: bool) -> tuple[str, str, bool]:
-    """(text that is final, text that may still begin a stop string, whether one was found)."""
-    found = min((i for i in (held.find(s) for s in stops) if i >= 0), default=-1)
+def _release(held: str, stops: Sequence[str], last: bool, free: int) -> tuple[str, str, bool]:
+    """(text that is final, text that may still begin a stop string, whether one was found that ends behind `free`)."""
+    found = min((i for i in (held.find(s, max(free - len(s) + 1, 0)) for s in stops) if i >= 0), default=-1)
     if found >= 0:
         return held[:found], "", True
     keep = 0

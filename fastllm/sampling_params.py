@@ -39,7 +39,7 @@ class SamplingParams:
     """How to sample one request. Frozen: derive another with dataclasses.replace(params, ...).
 
     max_new_tokens: how many to generate at most, ≥ 1; max_tokens is accepted as its name.
-    min_new_tokens: no end of sequence before so many, ≥ 0.
+    min_new_tokens: no end of sequence before so many, ≥ 0; nor does a stop string end the completion that lies within them.
     temperature: ≥ 0; 0 takes the most likely token and leaves the rest of the sampler out.
     top_k: the k most likely tokens, ≥ 1; 0 and -1 are off.
     top_p: the fewest most likely tokens that together have probability p, in [0, 1]; 1 is off, 0 keeps one.

@@ -293,6 +293,13 @@ fits = int(error.split("could be had, for ")[1].split()[0])
 kept = LLM(base, kv_bytes=fits * 512 * 9 // 10)  # most of what was promised
 assert kept.generate("on the", params)[0].logprobs == want
 """,
+    "sequences": """
+for count, room in ((1 << 30, None), (100_000, 100 << 20)):  # more than there is, and more than the system gives
+    limit(room)
+    error = str(fails(lambda: LLM(base, max_num_seqs=count, kv_bytes=1 << 20)))
+    assert f"the records of max_num_seqs={count} sequences of 1024 tokens: " in error and "are asked for" in error, error
+    assert error.endswith("; lower max_num_seqs or max_model_len"), error
+""",
     "weights": """
 path = _tiny.gguf(folder / "large.gguf", "Q8_0", config=replace(_tiny.CONFIG, dim=512, ffn=2048))  # 26 MB as float32
 limit(24 << 20)

@@ -174,6 +174,26 @@ def test_stop_strings(llm):
     )
 
 
+def test_min_new_tokens_delays_stop_strings(llm):
+    """One that lies within so many tokens is text as any; one that ends behind them ends the completion."""
+    params = replace(SAMPLED, max_new_tokens=60)
+    whole = llm.generate(TEXT, params)[0]
+    for count in (5, 20, 59):
+        begin = len("".join(map(llm.tokenizer.stream().push, whole.token_ids[:count])))
+        for stop in (
+            whole.text[begin - 3 : begin],
+            whole.text[begin - 1 : begin + 1],
+            whole.text[2:4],
+            "the",
+            "e",
+        ):
+            ends = (i for i in range(len(whole.text)) if whole.text[i:].startswith(stop) and i + len(stop) > begin)
+            found = next(ends, len(whole.text))
+            out = llm.generate(TEXT, replace(params, min_new_tokens=count, stop=[stop, stop + "\0"]))[0]
+            assert stop and out.text == whole.text[:found]
+            assert out.finish_reason == ("stop" if found < len(whole.text) else "length")
+
+
 @pytest.fixture(scope="module")
 def sentences():
     """SentencePiece, whose decoder drops the space that begins a text."""

@@ -4,6 +4,7 @@ vector has the same bits whatever stands beside it."""
 import json
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class TextEncoder:
         ValueError for a text of more than `longest` tokens, unless it may be cut (truncate; the last token, which ends a text,
         stays), and for one without tokens or with an id that the model has not.
         """
-        sequences = self._ids([texts] if isinstance(texts, str) else texts, truncate)
+        sequences = self._ids([texts] if isinstance(texts, (str, bytes, bytearray)) else texts, truncate)
         with torch.inference_mode():
             parts = [
                 self.model.embed(self.model.pack_lists(part), self.how, self.normalize)
@@ -89,7 +90,7 @@ class TextEncoder:
     def _ids(self, texts: Sequence[str | Sequence[int]], truncate: bool) -> list[list[int]]:
         words = [text for text in texts if isinstance(text, str)]
         encoded = iter(self.tokenizer.encode_batch(words))
-        sequences = [next(encoded) if isinstance(text, str) else [int(i) for i in text] for text in texts]
+        sequences = [next(encoded) if isinstance(text, str) else _checked(text) for text in texts]
         limit, positions = self.longest, self.model.config.max_position
         has = f"{limit} positions" if limit == positions else f"is used with at most {limit}"
         for index, ids in enumerate(sequences):
@@ -101,6 +102,14 @@ class TextEncoder:
                 )
             check_ids(ids, self.tokenizer, self.model.config.vocab, f"text {index}: ")
         return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in sequences]
+
+
+def _checked(ids: Sequence[int]) -> list[int]:
+    listed = ids.tolist() if hasattr(ids, "tolist") else ids
+    several = isinstance(listed, Sequence) and not isinstance(listed, (bytes, bytearray))
+    if not several or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in listed):
+        raise TypeError(f"a text is a str or a list of token ids (integers), got {type(ids).__name__} {repr(ids)[:40]}")
+    return [int(i) for i in listed]
 
 
 def read_encoder(path: Path, quantize: str | None, device: str) -> TextEncoder | None:

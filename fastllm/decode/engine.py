@@ -74,7 +74,11 @@ class Engine:
         self.device = next(self.model.parameters()).device
         self.cache = KVCache(self.model.config, pages, self.prefix_cache, self.kv_dtype, self.device)
         rows = max(self.max_num_seqs, self.speculate + 1)
-        self.rows = Rows(self.cache, rows, self.capacity, self.eos_ids)
+        try:
+            self.rows = Rows(self.cache, rows, self.capacity, self.eos_ids)
+        except (MemoryError, RuntimeError) as error:
+            what = f"the records of max_num_seqs={self.max_num_seqs} sequences of {self.capacity} tokens"
+            raise lack_of_memory(error, what, "lower max_num_seqs or max_model_len") or error from None
         self.scheduler = Scheduler(self.cache, self.max_num_seqs)
         self.reader = Reader(self.model, self.cache, self.max_num_seqs, self.capacity)
         self.adapters = AdapterTable(self.model)

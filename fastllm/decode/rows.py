@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..models.arena import available_memory
 from ..models.blocks import Adapters, PagedBatch
 from .adapters import Pools
 from .cache import PAGE, KVCache, pages_for
@@ -23,8 +24,12 @@ class Rows:
     def __init__(
         self, cache: KVCache, count: int, capacity: int, eos_ids: Iterable[int], device: torch.device | None = None
     ):
+        """MemoryError where they are more than the device has free: zeros are written, so the system need not refuse them."""
         self.cache, self._eos = cache, sorted(eos_ids)
         self.device = cache.device if device is None else device
+        need, free = count * 4 * (capacity + pages_for(capacity) + 32), available_memory(self.device)
+        if need > free:
+            raise MemoryError(f"{need / 1e9:.2f} GB are asked for, {free / 1e9:.2f} GB are free")
         # Where a sequence takes a row of a GPU, it is written on the CPU first: a number there costs a launch.
         on_gpu = self.device.type == "cuda"
         self._staged = Rows(cache, count, capacity, self._eos, torch.device("cpu")) if on_gpu else None

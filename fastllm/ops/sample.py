@@ -57,7 +57,10 @@ class LogitsError(ValueError):
         super().__init__(
             f"{op}: logits of row {shown} hold a NaN or nothing above -inf; look for an overflow in the model"
         )
-        self.rows = rows
+        self.rows, self.op = rows, op
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.rows, self.op), self.__dict__
 
 
 # -------------------------------------------------------------------------------------------------------------- state

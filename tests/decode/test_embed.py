@@ -71,9 +71,8 @@ def test_a_vector_does_not_depend_on_its_neighbours(real, monkeypatch):
 
 
 def test_texts_that_are_too_long(real):
-    assert (
-        real.longest == LLM("minilm-l6").max_model_len == 256
-    )  # of its 512 positions, as sentence-transformers uses it
+    # of its 512 positions, as sentence-transformers uses it
+    assert real.longest == LLM("minilm-l6").max_model_len == 256
     with pytest.raises(ValueError, match="text 1 has 302 tokens, the model is used with at most 256; .* truncate=True"):
         real.embed(["a", "word " * 300])
     ids = real.tokenizer.encode("word " * 700)
@@ -86,6 +85,9 @@ def test_texts_that_are_too_long(real):
     assert TextEncoder(real.model, real.tokenizer, longest=600).longest == 512
     with pytest.raises(ValueError, match="longest=1; allowed: 2 or more"):
         TextEncoder(real.model, real.tokenizer, longest=1)
+    for wrong in (b"text", [b"text"], [[101, 1.5]], [[101, True]], [["a"]], [None], [7]):
+        with pytest.raises(TypeError, match=r"a text is a str or a list of token ids \(integers\), got "):
+            real.embed(wrong)
     with pytest.raises(ValueError, match="text 1 has no tokens"):
         real.embed([[101], []])
     assert real.embed([]).shape == (0, 384)

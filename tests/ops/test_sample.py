@@ -1,6 +1,7 @@
 """sample: the rules of truncation and penalties; the distribution; the arithmetic, bit for bit."""
 
 import math
+import pickle
 from dataclasses import replace
 
 import _oracle
@@ -212,6 +213,14 @@ def test_rows_without_a_distribution(fields, vocab):
     tokens = ops.sample(logits[[0, 2]], state.with_rows(good))[0]  # the advice of the documentation
     clean = torch.where(logits.isnan() | (logits == -INF), 0.0, logits)
     assert torch.equal(tokens, ops.sample(clean, state)[0][[0, 2]])
+
+
+def test_an_error_that_is_pickled():
+    """As between processes; with what was written to it."""
+    error = LogitsError([3, 5], "token_logprobs")
+    error.outputs = ["x"]
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.rows, again.outputs) == (str(error), [3, 5], ["x"])
 
 
 def test_rows_that_are_left_out():
