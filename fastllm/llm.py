@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from . import hub
+from .data.bound import Bound
 from .data.chat import NO_TEMPLATE, ChatTemplate
 from .data.tokenizer import Tokenizer
 from .decode.embed import read_encoder
@@ -178,7 +179,7 @@ class LLM:
     def _serve(self, limits: Limits) -> None:
         config = self.model.config
         check_vocab(self.tokenizer, config.vocab, self.path)
-        stream = self.model.norm.weight
+        self._bound, stream = Bound(self.tokenizer), self.model.norm.weight
         self.model.exact = limits.exact
         kv_dtype = limits.cache_dtype(stream.dtype)
         pages = limits.pages(config, kv_dtype, stream.device)
@@ -359,6 +360,8 @@ class LLM:
     def _ids(self, prompt: Prompt) -> list[int]:
         prompt = _plain(prompt)
         if isinstance(prompt, str):
+            if (least := self._bound.least(prompt)) > self.max_model_len:
+                raise self._too_long(f"at least {least}")
             ids = self.tokenizer.encode(prompt)
         elif _is_ids(prompt):
             ids = [int(i) for i in prompt]
@@ -384,11 +387,13 @@ class LLM:
 
     def _check_fits(self, ids: list[int], room: int = 1) -> None:
         if len(ids) + room > self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.max_model_len}"
-                f"{' with at least one to generate' if room else ''}; shorten it, or raise max_model_len "
-                f"(the model allows {self.model.config.max_position})"
-            )
+            raise self._too_long(f"{len(ids)}", " with at least one to generate" if room else "")
+
+    def _too_long(self, count: str, room: str = "") -> ValueError:
+        return ValueError(
+            f"the prompt has {count} tokens, the context holds {self.max_model_len}{room}; shorten it, or raise "
+            f"max_model_len (the model allows {self.model.config.max_position})"
+        )
 
     def _check(self, params: SamplingParams) -> SamplingParams:
         if not isinstance(params, SamplingParams):

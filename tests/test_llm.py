@@ -174,6 +174,13 @@ def test_stop_strings(llm):
     )
 
 
+def test_a_prompt_far_too_long_is_not_encoded(llm, monkeypatch):
+    monkeypatch.setattr(llm.tokenizer, "encode", None)
+    for call in (llm.generate, llm.perplexity):
+        with pytest.raises(ValueError, match=r"at least \d+ tokens, the context holds 1024; shorten it, or raise"):
+            call("the rain " * 10_000)
+
+
 def test_min_new_tokens_delays_stop_strings(llm):
     """One that lies within so many tokens is text as any; one that ends behind them ends the completion."""
     params = replace(SAMPLED, max_new_tokens=60)

@@ -9,7 +9,7 @@
 Decoding joins the tokens' bytes and reads them as UTF-8, a broken sequence giving U+FFFD, so a stream adds up to the
 text of the whole. Tokenizers without bytes of their own (WordPiece, Unigram) decode through the library.
 
-Longer than 500 lines: training, reading, writing and streaming share what is known of one vocabulary.
+Longer than 500 lines, by a few: training, reading and writing share what is known of one vocabulary.
 """
 
 import json
