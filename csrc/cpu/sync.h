@@ -15,8 +15,10 @@ inline void relax() {
 #endif
 }
 
-// Spins, then yields: a step has hundreds of barriers, each shorter than a system call, but a descheduled thread must not
-// burn the core that its partner waits for.
+constexpr int kSpins = 128;    // some microseconds
+
+// Spins, then yields: a step has hundreds of barriers, most of them shorter than a system call, but a waiting thread must not
+// burn the core that its partner is to run on, where there are fewer cores than threads, or others at work on them.
 [[maybe_unused]] inline void sync(Team& team) {
   if (team.size == 1) return;
   Barrier* b = team.barrier;
@@ -27,7 +29,7 @@ inline void relax() {
     return;
   }
   for (int spins = 0; __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE) == phase; ++spins) {
-    if (spins < 4096)
+    if (spins < kSpins)
       relax();
     else
       sched_yield();
