@@ -27,7 +27,7 @@ def said(example) -> list[int]:
 
 
 @pytest.mark.parametrize("form", FORMS | FLAGS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(left=TEXTS, right=TEXTS, parse=st.booleans())
 def test_the_rest_of_a_text(form, left, right, parse):
     """Where the whole text's tokens have a border, they are those of its halves."""
