@@ -269,7 +269,8 @@ ONE_OP = os.environ.get("FASTLLM_TEST_OP")  # of which the table is, where a low
 def check_lower_tier(op: str, files: list[Path], tier: str) -> None:
     """Runs an op's table and test files again under FASTLLM_ISA=tier, but for what does not depend on it."""
     command = [sys.executable, "-m", "pytest", *map(str, files), "-x", "-p", "no:cacheprovider"]
-    apart = "lower_tiers compile opcheck errors fork functorch export defaults autocast tangents".split()
+    apart = ("lower_tiers", "compile", "opcheck", "errors", "fork", "functorch", "export")
+    apart += ("defaults", "autocast", "tangents")
     command += ["-k", " and ".join(f"not {name}" for name in apart)]
     environment = {**os.environ, "FASTLLM_ISA": tier, "FASTLLM_TEST_OP": op}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)

@@ -84,8 +84,10 @@ def test_forward_and_gradients(suite, case, dtype):
     _oracle.check_forward_and_gradients(suite, case, dtype)
 
 
-@pytest.mark.parametrize("suite", suites().values(), ids=suites())
-def test_autocast_changes_no_kernel(suite):
+@pytest.mark.parametrize("op", ["linear", "linear_cross_entropy", "lora_linear", "multi_lora", "quant_linear"])
+def test_autocast_changes_no_kernel(op):
+    """Of those that leave a product to torch."""
+    suite = suites()[op]
     case = next(c for c in suite.correct if small(c, torch.float32) and (c.bytes(4) or c.flops))
     _oracle.check_autocast(suite, _oracle.draw(suite, case, suite.dtypes[0]))
 

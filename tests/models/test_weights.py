@@ -419,6 +419,7 @@ def test_damaged_folders_refused(folder):
     refused(folder, r"has no \*?\.safetensors")
     torch.save({"a": torch.zeros(1)}, folder / "pytorch_model.bin")
     refused(folder, "pytorch_model.bin is a pickle, and loading one runs code")
+    path.write_bytes(whole)
     (folder / "config.json").write_text("{")
     refused(folder, "config.json cannot be read")
 
