@@ -360,7 +360,8 @@ class LLM:
     def _ids(self, prompt: Prompt) -> list[int]:
         prompt = _plain(prompt)
         if isinstance(prompt, str):
-            if (least := self._bound.least(prompt)) > self.max_model_len:
+            # what is short is not looked at: the vocabulary would be, at the first prompt
+            if len(prompt) > self.max_model_len and (least := self._bound.least(prompt)) > self.max_model_len:
                 raise self._too_long(f"at least {least}")
             ids = self.tokenizer.encode(prompt)
         elif _is_ids(prompt):

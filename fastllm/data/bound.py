@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import models
 
-from .tokenizer import Tokenizer, _byte_of_char
+from .tokenizer import Tokenizer, byte_of_char
 
 
 class Bound:
@@ -38,7 +38,7 @@ class Bound:
             return None
         if mode == "byte_level":
             certain = not normalizers and "ByteLevel" in kinds and kinds <= {"ByteLevel", "Split", "Digits"}
-            lost = bytes(byte for char, byte in _byte_of_char().items() if char not in own)
+            lost = bytes(byte for char, byte in byte_of_char().items() if char not in own)
         else:
             spaces = all(step["type"] == "Prepend" or _is_space(step) for step in normalizers)
             certain = (

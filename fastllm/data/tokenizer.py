@@ -81,7 +81,7 @@ UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
 
 @cache
-def _byte_of_char() -> dict[str, int]:
+def byte_of_char() -> dict[str, int]:
     """The byte-level alphabet: printable bytes stand for themselves, the others take the characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -231,7 +231,7 @@ class Tokenizer:
             return self._added[id].encode()
         token = self.backend.id_to_token(id) or ""  # a hole in the vocabulary
         if self._mode == "byte_level":
-            alphabet = _byte_of_char()
+            alphabet = byte_of_char()
             return bytes(alphabet[c] for c in token) if alphabet.keys() >= set(token) else token.encode()
         if self._mode == "byte_fallback":
             if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
