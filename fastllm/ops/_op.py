@@ -7,7 +7,8 @@ the rest. A call takes the cheapest way that is right:
 - eager with gradient: an `autograd.Function` around the same kernel;
 - under compile, export, fake tensors, functorch or a dispatch mode: the registered op (`torch.ops.fastllm.<name>`),
   inside an `autograd.Function` where a gradient is asked for. No autograd kernel is registered on it: that would cost
-  every call, compiled ones too, some 15 us.
+  every call, compiled ones too, some 15 us. Where functorch differentiates within a compiled function the graph breaks,
+  and the call runs as it would without compile: a graph knows no derivative of the registered op there.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ _grad_enabled = torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
+_is_traced_by_dynamo = torch.compiler.is_dynamo_compiling
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,20 @@ def is_plain(tensor: Tensor) -> bool:
         and _functorch_level() is None
         and _tracing_state() is None
     )
+
+
+@torch.compiler.assume_constant_result  # Dynamo guards the stack of transforms, and cannot compare what is on it
+def _differentiates() -> bool:
+    """Whether functorch differentiates here (grad, vjp, jacrev, jvp), at any level."""
+    kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    return any(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def _outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called by compiled code and never part of it."""
+    why = "torch.func cannot differentiate a kernel of fastllm within a graph; compile without fullgraph=True"
+    known = "reason" in arguments(torch.compiler.disable)  # from torch 2.7 on
+    return torch.compiler.disable(function, reason=why) if known else torch.compiler.disable(function)
 
 
 @functools.cache
@@ -142,6 +158,7 @@ class Op:
         self._lists = [i for i, kind in enumerate(kinds) if kind.startswith("List") and "Tensor" in kind]
         self._kernels: dict[str, Kernel] = {}
         self._eager, self._traced = self._functions() if self.backward else (None, None)
+        self._outside = _outside_graphs(self.__call__)
         OPS[self.name] = self
 
     def kernel(self, device: str) -> Kernel:
@@ -244,6 +261,8 @@ class Op:
                 return self._eager.apply(*args)
             kind = "cpu" if first.is_cpu else device.type
             return (self._kernels.get(kind) or self.kernel(kind)).infer(*args)
+        if _is_traced_by_dynamo() and _differentiates():
+            return self._outside(*args)
         if self._traced is not None and (grad or (not _is_compiling() and _functorch_level() is not None)):
             return self._traced.apply(*args)
         return self.raw(*args)

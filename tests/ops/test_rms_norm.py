@@ -65,6 +65,25 @@ def test_functorch_export_and_fake():
         assert ops.rms_norm(torch.empty(4, 64), torch.empty(64)).shape == (4, 64)
 
 
+def test_functorch_within_a_compiled_function():
+    """Dynamo shows an op neither requires_grad nor the transform there: the gradient was zero, with no word."""
+    x, w = torch.randn(4, 64), torch.randn(64)
+    total = lambda t: ops.rms_norm(t * 2, w).sin().sum()  # noqa: E731
+    step = lambda t: t + torch.func.grad(total)(t)  # noqa: E731
+    compiled = torch.compile(step, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), step(x))
+    torch.testing.assert_close(compiled(-x), step(-x))
+    rows = torch.func.vmap(torch.func.grad(total))
+    torch.testing.assert_close(torch.compile(rows, backend="aot_eager")(x), rows(x))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.compile(lambda t: torch.func.jvp(total, (t,), (t,)), backend="aot_eager")(x)
+    torch._dynamo.reset()  # what was compiled with breaks would serve here too
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="cannot differentiate|disable"):
+        torch.compile(torch.func.grad(total), backend="aot_eager", fullgraph=True)(x)
+    whole = torch.compile(torch.func.vmap(lambda row: ops.rms_norm(row, w)), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(x), ops.rms_norm(x, w))  # a batch is no derivative
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
