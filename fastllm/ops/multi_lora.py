@@ -266,15 +266,14 @@ def reference(
     if norm is not None:
         v = (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * norm.to(wide)).to(x.dtype).to(wide)
     z, cols = base_reference(v.to(x.dtype), weight, form, swiglu), height(weight, form)
-    its = from_panels(part.to(wide).view(-1, 1, 1).expand(-1, 1, 16), cols, swiglu)[:, 0]  # the part of each column
     for i in range(rank.shape[0]):
         with_it = z
         for p in range(rank.shape[1]):
-            r = max(int(rank[i, p]), 0)
-            low_a = a[i, p].transpose(1, 2).flatten(0, 1)[:r].to(wide)
-            low_b = from_panels(b[i], cols, swiglu)[:, :r].to(wide)
-            low = (scale[i, p].to(wide) * (v @ low_a.t())) @ low_b.t()
-            with_it = torch.where(its == p, with_it + low, with_it)
+            held = torch.arange(b.shape[2], device=b.device) < rank[i, p]  # a mask: a number would wait for the GPU
+            low_a = torch.where(held[:, None], a[i, p].transpose(1, 2).flatten(0, 1)[: b.shape[2]].to(wide), 0)
+            its = held[None, :, None] & (part == p)[:, None, None]
+            low_b = from_panels(torch.where(its, b[i].to(wide), 0), cols, swiglu)
+            with_it = with_it + (scale[i, p].to(wide) * (v @ low_a.t())) @ low_b.t()
         if gain is not None:
             with_it = with_it * from_panels(gain[i].unsqueeze(1), cols, swiglu)[:, 0].to(wide)
         z = torch.where(((adapter_id == i) & (rank[i, 0] >= 0)).unsqueeze(-1), with_it, z)
