@@ -20,6 +20,7 @@ from .triton_tile import (
     BIAS,
     LENGTHS,
     Sizes,
+    begin_of,
     clear,
     fitting,
     heads_of_rows,
@@ -176,10 +177,8 @@ def keys_kernel(
         to_row = tl.minimum(tl.maximum(tl.maximum(to_row, 0) // BLOCK_M * BLOCK_M, from_row), end)
     first_row = tl.program_id(2) * queries + first  # in the descriptors
     dk_tile, dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    q += b_at * q_batch + far_head * group * q_head
-    dout += b_at * dout_batch + far_head * group * dout_head
-    q += first.to(tl.int64) * q_row if PACKED else 0
-    dout += first.to(tl.int64) * dout_row if PACKED else 0
+    q = begin_of(q, b_at, q_batch, far_head * group, q_head, first, q_row, PACKED)
+    dout = begin_of(dout, b_at, dout_batch, far_head * group, dout_head, first, dout_row, PACKED)
     for member in range(0, group):
         head = kv_head * group + member
         slope = tl.load(alibi + head) if ALIBI else 0.0
@@ -297,12 +296,8 @@ def queries_kernel(
     from_key, to_key = clear(
         begin, end, start + shift, tl.minimum(start + BLOCK_M, queries) - 1 + shift, keys, window, CAUSAL, WINDOW, BLOCK_N
     )  # fmt: skip
-    k += b_at * k_batch + first_key.to(tl.int64) * k_row + kv_head * k_head if PACKED else (
-        b_at * k_batch + kv_head * k_head
-    )  # fmt: skip
-    v += b_at * v_batch + first_key.to(tl.int64) * v_row + kv_head * v_head if PACKED else (
-        b_at * v_batch + kv_head * v_head
-    )  # fmt: skip
+    k = begin_of(k, b_at, k_batch, kv_head, k_head, first_key, k_row, PACKED)
+    v = begin_of(v, b_at, v_batch, kv_head, v_head, first_key, v_row, PACKED)
     drop_row = (b_at * heads + head) * queries + i + first * heads
     bias_at = None
     if BIAS:

@@ -19,6 +19,7 @@ from .triton_tile import (
     EXACT,
     LENGTHS,
     TILE,
+    begin_of,
     clear,
     finish,
     fitting,
@@ -106,12 +107,8 @@ def forward_kernel(
     rows = tl.load(q + b_at * q_batch + token[:, None] * q_row + head * q_head + d, mask=inside, other=0.0)
     kv_head = head // group
     at_row, at_col = tl.program_id(2) * keys + first_key, kv_head.to(tl.int32) * dim  # of its keys, in the descriptors
-    k += b_at * k_batch + first_key.to(tl.int64) * k_row + kv_head * k_head if PACKED else (
-        b_at * k_batch + kv_head * k_head
-    )  # fmt: skip
-    v += b_at * v_batch + first_key.to(tl.int64) * v_row + kv_head * v_head if PACKED else (
-        b_at * v_batch + kv_head * v_head
-    )  # fmt: skip
+    k = begin_of(k, b_at, k_batch, kv_head, k_head, first_key, k_row, PACKED)
+    v = begin_of(v, b_at, v_batch, kv_head, v_head, first_key, v_row, PACKED)
     drop_row = (b_at * heads + head) * queries + i + first.to(tl.int64) * heads if PACKED else (
         b_at * heads + head
     ) * queries + i  # fmt: skip

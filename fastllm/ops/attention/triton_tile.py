@@ -21,6 +21,15 @@ LENGTHS = [
 
 
 @triton.jit
+def begin_of(tensor, entry, batch_stride, head, head_stride, first, row_stride, PACKED: tl.constexpr):
+    """Where a head of a batch entry begins; in packed tensors, its sequence, whose row there is `first`."""
+    tensor += entry * batch_stride + head * head_stride
+    if PACKED:
+        tensor += first.to(tl.int64) * row_stride
+    return tensor
+
+
+@triton.jit
 def tanh(x):
     z = tl.abs(x)
     e = tl.exp2(z * -2.8853900817779268)  # e^(-2 |x|)
