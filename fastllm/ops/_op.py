@@ -286,7 +286,7 @@ class Op:
 
     def _functions(self) -> tuple[type, type]:
         # plain functions in the closures: Dynamo traces into Traced and cannot wrap an Op
-        run, raw, save, derivative, once = self._run, self.raw, self.save, self.backward, _once(self.name)
+        run, raw, save, derivative = self._run, self.raw, self.save, _refusing(self.backward, _once(self.name))
 
         class Eager(torch.autograd.Function):  # one forward with ctx: half the host time of the setup_context style
             @staticmethod
@@ -296,7 +296,6 @@ class Op:
                 return output
 
             @staticmethod
-            @torch.autograd.function.once_differentiable
             def backward(ctx, *gradients):
                 return derivative(ctx, *gradients)
 
@@ -313,23 +312,34 @@ class Op:
 
             @staticmethod
             def backward(ctx, *gradients):
-                # Dynamo knows no Function within a backward, and what it compiles refuses by itself
-                if _is_compiling():
-                    return derivative(ctx, *gradients)
-                with torch.no_grad():
-                    found = derivative(ctx, *gradients)
-                given = [g for g in found if g is not None]
-                read = [t for t in (*gradients, *ctx.saved_tensors) if t is not None]
-                marked = iter(once.apply(len(given), *given, *read))
-                return tuple(None if g is None else next(marked) for g in found)
+                return derivative(ctx, *gradients)
 
         Eager.__name__, Traced.__name__ = f"{self.name}_eager", f"{self.name}_traced"
         return Eager, Traced
 
 
+def _refusing(derivative: Callable[..., Any], once: type) -> Callable[..., Any]:
+    """A backward whose gradients, where a graph of them is asked for, hang on all that it read and refuse to be
+    differentiated. torch's once_differentiable would not do: its refusal hangs on no input, and torch.autograd.grad, which
+    walks to the inputs it is given alone, never meets it and leaves the part out in silence."""
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        # Dynamo knows no Function within a backward, and what it compiles refuses by itself
+        if not _grad_enabled() or _is_compiling():
+            return derivative(ctx, *gradients)
+        with torch.no_grad():
+            found = derivative(ctx, *gradients)
+        given = [g for g in found if g is not None]
+        read = [t for t in (*gradients, *ctx.saved_tensors) if t is not None]
+        marked = iter(once.apply(len(given), *given, *read))
+        return tuple(None if g is None else next(marked) for g in found)
+
+    return backward
+
+
 def _once(name: str) -> type:
     """Gradients as they are, which refuse to be differentiated, by what was saved for them too: of a row's rstd or a loss a
-    backward knows the number alone, and would leave out in silence what it depends on. Eager calls refuse by torch's means."""
+    backward knows the number alone, and would leave out in silence what it depends on."""
 
     class Once(torch.autograd.Function):
         generate_vmap_rule = True

@@ -155,10 +155,15 @@ def _backward(ctx, dloss):
     return *(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * 6
 
 
+def _traces(tensors) -> list[Tensor]:
+    """No elements of them: enough for a second derivative to be refused, which hangs on what was saved, without their memory."""
+    with torch.enable_grad():
+        return [t[:0].clone() for t in tensors if t is not None and t.requires_grad]
+
+
 def _save_gradients(ctx, inputs, output) -> None:
     ctx.needs = inputs[-1]
-    saved = output[1:] if is_plain(inputs[1]) else (*output[1:], *inputs[:4])  # by which a second derivative is refused
-    ctx.save_for_backward(*saved)
+    ctx.save_for_backward(*output[1:], *(inputs[:4] if not is_plain(inputs[1]) else _traces(inputs[1:4])))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 

@@ -169,6 +169,19 @@ def test_tangents_are_refused(suite):
 
 
 @TRAINED
+def test_a_second_derivative_is_refused_beside_other_paths(suite):
+    """autograd.grad walks to the inputs alone: it must meet the refusal on the way, and not leave a part out in silence."""
+    total, given = differentiable(suite, small(suite))
+    leaves = [t.clone().requires_grad_() for t in given]
+    gradients = torch.autograd.grad(total(*leaves), leaves, create_graph=True)
+    if OPS[suite.op].backward is None:
+        return
+    for g in gradients:
+        with pytest.raises(RuntimeError, match="a second derivative was asked for, and there is none"):
+            torch.autograd.grad(g.square().sum() + sum(t.square().sum() for t in leaves), leaves, retain_graph=True)
+
+
+@TRAINED
 def test_compiled_gradients(suite):
     total, given = differentiable(suite, small(suite))
     leaves = [t.clone().requires_grad_() for t in given]
