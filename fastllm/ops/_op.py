@@ -287,6 +287,7 @@ class Op:
     def _functions(self) -> tuple[type, type]:
         # plain functions in the closures: Dynamo traces into Traced and cannot wrap an Op
         run, raw, save, derivative = self._run, self.raw, self.save, _refusing(self.backward, _once(self.name))
+        name = self.name
 
         class Eager(torch.autograd.Function):  # one forward with ctx: half the host time of the setup_context style
             @staticmethod
@@ -297,7 +298,11 @@ class Op:
 
             @staticmethod
             def backward(ctx, *gradients):
-                return derivative(ctx, *gradients)
+                try:
+                    return derivative(ctx, *gradients)
+                except RuntimeError:
+                    _refuse_batched(name, gradients)
+                    raise
 
         class Traced(torch.autograd.Function):
             generate_vmap_rule = True
@@ -316,6 +321,17 @@ class Op:
 
         Eager.__name__, Traced.__name__ = f"{self.name}_eager", f"{self.name}_traced"
         return Eager, Traced
+
+
+def _refuse_batched(name: str, gradients: Sequence[Tensor | None]) -> None:
+    """Says why a backward failed where it was given many gradients at once, by torch's older vmap, which has no memory to read
+    and which nothing tells of beforehand."""
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    if any(g is not None and batched(g) for g in gradients):
+        raise NotImplementedError(
+            f"{name}: a batch of gradients (is_grads_batched=True, jacobian(vectorize=True)) is not supported; use "
+            "torch.func.jacrev, or torch.func.vmap over torch.func.vjp"
+        )
 
 
 def _refusing(derivative: Callable[..., Any], once: type) -> Callable[..., Any]:

@@ -182,6 +182,17 @@ def test_a_second_derivative_is_refused_beside_other_paths(suite):
 
 
 @TRAINED
+def test_a_batch_of_gradients_is_refused(suite):
+    """torch's older vmap has no memory that a kernel could read."""
+    total, given = differentiable(suite, small(suite))
+    leaves = [t.clone().requires_grad_() for t in given]
+    if OPS[suite.op].backward is None:
+        return
+    with pytest.raises(NotImplementedError, match=r"a batch of gradients .* use torch.func.jacrev"):
+        torch.autograd.grad(total(*leaves), leaves, torch.ones(2), is_grads_batched=True)
+
+
+@TRAINED
 def test_compiled_gradients(suite):
     total, given = differentiable(suite, small(suite))
     leaves = [t.clone().requires_grad_() for t in given]
