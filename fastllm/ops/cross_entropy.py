@@ -50,9 +50,9 @@ class LossSpec:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"LossSpec: label_smoothing is {self.label_smoothing}, allowed: 0 to 1")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"LossSpec: softcap is {self.softcap}, allowed: a positive number, or None for no cap")
-        if not (math.isfinite(self.z_loss) and self.z_loss >= 0):
+        if not 0 <= self.z_loss < math.inf:
             raise ValueError(f"LossSpec: z_loss is {self.z_loss}, allowed: a number >= 0")
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"LossSpec: reduction is {self.reduction!r}, allowed: {', '.join(REDUCTIONS)}")

@@ -411,7 +411,7 @@ def linear(
             halves = GATE_UP if swiglu else WHOLE
 
             def plain(v, wide):
-                return forward_panels(v, weight.data, weight.rows, bias, None, eps, None, halves, wide)
+                return forward_panels(v, weight.data, weight.rows, bias, None, 0.0, None, halves, wide)
 
             return compose(plain, x, norm, eps, residual, swiglu)
         return forward_panels(x, weight.data, weight.rows, bias, norm, eps, residual, int(swiglu), False)
@@ -424,7 +424,7 @@ def linear(
 
         def product_of(v, wide):
             rounded = rounds(x, exact, swiglu)  # then what comes behind need not keep it in float32
-            y = op(v, weight, bias, None, eps, None, False, wide and not rounded)
+            y = op(v, weight, bias, None, 0.0, None, False, wide and not rounded)
             return y.float() if rounded and swiglu and residual is not None else y
 
         return compose(product_of, x, norm, eps, residual, swiglu)

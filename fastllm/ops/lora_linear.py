@@ -382,7 +382,7 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         check(
-            math.isfinite(self.scale),
+            -math.inf < self.scale < math.inf,
             lambda: f"LoraSpec: scale is {self.scale}, allowed: a finite number, alpha / rank",
         )
 

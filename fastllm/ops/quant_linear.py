@@ -340,7 +340,7 @@ def cuda(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halve
         return gpu(x, weight, rows, depth, bits, has_min, bias, norm, eps, residual, halves)
     if halves == SWIGLU:  # silu by the op: more rows have its bits too, in Triton's fused kernel
         form = (weight, rows, depth, bits, has_min)
-        return compose(lambda v, wide: cuda(v, *form, bias, None, eps, None, GATE_UP), x, norm, eps, residual, True)
+        return compose(lambda v, wide: cuda(v, *form, bias, None, 0.0, None, GATE_UP), x, norm, eps, residual, True)
     y, group = _output(x, rows, halves), group_of(weight, bits, has_min)
     if not y.numel():
         return y
@@ -436,5 +436,5 @@ def quant_linear(
     form = (weight.data, weight.rows, weight.depth, weight.bits, weight.has_min)
     if must_compose(x, None, bias, norm, residual, swiglu):
         halves = GATE_UP if swiglu else WHOLE
-        return compose(lambda v, wide: forward(v, *form, bias, None, eps, None, halves), x, norm, eps, residual, swiglu)
+        return compose(lambda v, wide: forward(v, *form, bias, None, 0.0, None, halves), x, norm, eps, residual, swiglu)
     return forward(x, *form, bias, norm, eps, residual, int(swiglu))

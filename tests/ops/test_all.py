@@ -202,6 +202,23 @@ def test_compiled_gradients(suite):
         torch.testing.assert_close(c, e, equal_nan=True)
 
 
+Q, W, A, B = (torch.randn(*shape) for shape in ((1, 5, 2, 16), (9, 32), (2, 32), (9, 2)))
+NUMBERS = {
+    "AttentionSpec": lambda f, x: x.sum() * ops.attention(Q, Q, Q, ops.AttentionSpec(scale=f, softcap=f)),
+    "LossSpec": lambda f, x: ops.cross_entropy(x, torch.arange(4), spec=ops.LossSpec(softcap=f, z_loss=f)),
+    "LoraSpec": lambda f, x: ops.lora_linear(x, W, A, B, ops.LoraSpec(f)),
+    "linear's eps": lambda f, x: ops.linear(x, W, norm=W[0], eps=f),
+}
+
+
+@pytest.mark.parametrize("function", [pytest.param(f, id=name) for name, f in NUMBERS.items()])
+def test_a_number_that_changes_from_call_to_call_is_compiled(function):
+    torch._dynamo.reset()
+    compiled, x = torch.compile(function, fullgraph=True, backend="aot_eager"), torch.randn(4, 32, requires_grad=True)
+    for number in (0.5, 0.7, 0.9):  # from the second on a symbol
+        assert torch.equal(compiled(number, x), function(number, x))
+
+
 TENSORS = [
     pytest.param(suite, name, id=f"{op} {name}")
     for op, suite in _oracle.suites().items()

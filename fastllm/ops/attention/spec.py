@@ -57,9 +57,9 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         if self.window is not None and not (isinstance(self.window, int) and self.window >= 1):
             raise ValueError(f"AttentionSpec: window is {self.window}, allowed: an int >= 1, or None for no window")
-        if self.scale is not None and not math.isfinite(self.scale):
+        if self.scale is not None and not -math.inf < self.scale < math.inf:
             raise ValueError(f"AttentionSpec: scale is {self.scale}, allowed: a finite number, or None for 1/sqrt(D)")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(
                 f"AttentionSpec: softcap is {self.softcap}, allowed: a positive number, or None for no cap"
             )
