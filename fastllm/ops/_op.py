@@ -82,18 +82,27 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # Dynamo guards the stack of transforms, and cannot compare what is on it
 def _differentiates() -> bool:
-    """Whether functorch differentiates here (grad, vjp, jacrev, jvp), at any level."""
+    """Whether functorch differentiates here (grad, vjp, jacrev, jvp), at any level. If so, `_outside` is there to be called."""
     kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
-    return any(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack() or ())
+    found = any(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack() or ())
+    if found and _outside is None:
+        _make_outside()
+    return found
 
 
-def _outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, called by compiled code and never part of it."""
+# Dynamo calls it while it traces: it guards the stack of transforms, and cannot compare what is on it. This is all that
+# torch.compiler.assume_constant_result does, but for an import of torch._dynamo, which takes longer than torch's own.
+_differentiates._dynamo_marked_constant = True
+_outside: Callable[..., Any] | None = None  # calls an op from compiled code, and is never part of a graph
+
+
+def _make_outside() -> None:
+    """Not before Dynamo traces, for the same import's sake."""
+    global _outside
     why = "torch.func cannot differentiate a kernel of fastllm within a graph; compile without fullgraph=True"
-    known = "reason" in arguments(torch.compiler.disable)  # from torch 2.7 on
-    return torch.compiler.disable(function, reason=why) if known else torch.compiler.disable(function)
+    reason = {"reason": why} if "reason" in arguments(torch.compiler.disable) else {}  # from torch 2.7 on
+    _outside = torch.compiler.disable(lambda op, *args: op(*args), **reason)
 
 
 @functools.cache
@@ -158,7 +167,6 @@ class Op:
         self._lists = [i for i, kind in enumerate(kinds) if kind.startswith("List") and "Tensor" in kind]
         self._kernels: dict[str, Kernel] = {}
         self._eager, self._traced = self._functions() if self.backward else (None, None)
-        self._outside = _outside_graphs(self.__call__)
         OPS[self.name] = self
 
     def kernel(self, device: str) -> Kernel:
@@ -262,7 +270,7 @@ class Op:
             kind = "cpu" if first.is_cpu else device.type
             return (self._kernels.get(kind) or self.kernel(kind)).infer(*args)
         if _is_traced_by_dynamo() and _differentiates():
-            return self._outside(*args)
+            return _outside(self, *args)
         if self._traced is not None and (grad or (not _is_compiling() and _functorch_level() is not None)):
             return self._traced.apply(*args)
         return self.raw(*args)
