@@ -10,7 +10,7 @@ made larger is a new one, with new pointers: the plans of steps with adapters ar
 are used, on huge pages; an adapter takes 4 bytes for each of its numbers. When the last adapter goes, the pools go.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from ..models.decoder import Decoder
 from ..ops import AdapterPool, Panels, QWeight
 from ..ops.linear import unpack
 from ..ops.lora_linear import row_norms
+from ..ops.multi_lora import in_use
 from ..peft.lora import Parts, Place
 
 Pools = dict[Place, AdapterPool]
@@ -68,21 +69,31 @@ class AdapterTable:
         except BaseException:
             self._empty(slot, done)
             raise
-        self.named[name] = self._held[slot] = Adapter(name, slot, root)
+        self._held[slot] = self.named[name] = Adapter(name, slot, root)
 
     def free(self, adapter: Adapter) -> None:
         """Takes out one that is retired and has no user."""
         self._held.pop(adapter.slot, None)
         self._empty(adapter.slot, self.pools.values())
 
-    def sweep(self) -> None:
-        """Takes out all that are retired and have no user."""
-        for adapter in [a for a in self._held.values() if a.retired and not a.users]:
-            self.free(adapter)
+    def mend(self, sequences: Collection[Hashable]) -> None:
+        """What an interrupt tore apart: a slot is held by an adapter that has a name, or a user among these, and by no other."""
+        for adapter in list(self._held.values()):
+            adapter.users.intersection_update(sequences)
+            adapter.retired = self.named.get(adapter.name) is not adapter
+            if adapter.retired and not adapter.users:
+                del self._held[adapter.slot]
+        for pool in self.pools.values():
+            for slot in set(in_use(pool.rank)) - self._held.keys():
+                pool.remove(slot)
+        self._drop_pools()
 
     def _empty(self, slot: int, pools: Iterable[AdapterPool]) -> None:
         for pool in pools:
             pool.remove(slot)
+        self._drop_pools()
+
+    def _drop_pools(self) -> None:
         if not self._held:
             self.pools = Pools()
 

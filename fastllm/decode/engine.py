@@ -199,12 +199,12 @@ class Engine:
     def _drop_plans(self) -> None:
         """Those whose pools have gone."""
         if self._planned is not self.adapters.pools:
-            self._planned = self.adapters.pools
             self._adapted_plans.clear()
+            self._planned = self.adapters.pools
 
     @contextmanager
     def _between_steps(self) -> Iterator[None]:
-        """Nobody runs a step meanwhile; whoever is about to begin the next one waits."""
+        """Nobody runs a step meanwhile; whoever is about to begin the next one waits. What an interrupt tears apart is mended."""
         self._settle()
         alone = False
         try:
@@ -216,7 +216,10 @@ class Engine:
                     alone = self._busy = True
                 finally:
                     self._wanted -= 1
-            yield
+            with torch.inference_mode():
+                self._sweep()
+            with self.scheduler.changing():
+                yield
         finally:
             if alone:
                 self._busy = False
@@ -417,7 +420,7 @@ class Engine:
                 if s.adapter:
                     s.adapter.users.discard(s)
             self.scheduler.mend(self._live)
-            self.adapters.sweep()
+            self.adapters.mend(self._live)
             self._drop_plans()
         self._unsure, self.scheduler.torn = True, False
 

@@ -10,7 +10,8 @@ beginning in the cache.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -127,6 +128,17 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._left = 0  # of the line, since `close_up`, at least as many as it holds of these
         self.torn = False  # who holds what is changing, or that was interrupted
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """An interrupt within leaves things torn; an Exception does not: whoever raises one puts back what he changed."""
+        self.torn = True
+        try:
+            yield
+        except Exception:
+            self.torn = False
+            raise
+        self.torn = False
 
     def mend(self, sequences: Iterable[Sequence]) -> None:
         """Makes the line, the rows and the cache's books anew of the sequences that have not ended, as they came."""

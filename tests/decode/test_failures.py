@@ -7,8 +7,10 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
+import _lora
 import pytest
 import torch
 from _engine import GREEDY, PENALISED, PROMPT, SAMPLED, Made, alone, engine, mixed, steps
@@ -215,10 +217,10 @@ def survive(e: Engine, kill) -> bool:
 
 
 class AtLine:
-    """Raises at the n-th line that Python runs in the step and in what it calls."""
+    """Raises at the n-th line that Python runs in the step, or in another call of the engine, and in what it calls."""
 
-    def __init__(self, n: int):
-        self.left = n
+    def __init__(self, n: int, call=Engine.step):
+        self.left, self.code = n, call.__code__
 
     def __enter__(self):
         sys.settrace(self._called)
@@ -227,8 +229,12 @@ class AtLine:
         sys.settrace(None)
 
     def _called(self, frame, event, arg):
-        if frame.f_code is Engine.step.__code__ or (frame.f_back and frame.f_back.f_trace):
-            return self._line if frame.f_code.co_filename.startswith(DECODE) else None
+        if frame.f_code is self.code or (frame.f_back and frame.f_back.f_trace):
+            lock = frame.f_code.co_name in (
+                "_between_steps",
+                "_sweep_between_steps",
+            )  # Python looks for signals at calls alone
+            return self._line if frame.f_code.co_filename.startswith(DECODE) and not lock else None
         return None
 
     def _line(self, frame, event, arg):
@@ -267,6 +273,33 @@ def test_a_thread_that_is_killed_at_any_time():
     e.run([Made(PROMPT[i : i + 20], SAMPLED, 5) for i in range(4)])
     died = sum(survive(e, Sent(r.uniform(0, 4e-3))) for _ in range(60))
     assert died > 10
+
+
+@pytest.mark.parametrize(
+    ("call", "stride"), [(Engine.load_adapter, 9), (Engine.unload_adapter, 4)], ids=["load", "unload"]
+)
+def test_a_thread_that_dies_as_adapters_change(call, stride):
+    """Ctrl-C in load_adapter: the name can be loaded again, what it stands for then is what is served, and nothing is left."""
+    e, line, died, alike = engine(), 1, True, []
+    one, other = (_lora.draw(e.model, seed, lambda name: 4 * name.endswith("k_proj")) for seed in (1, 2))
+    params = replace(GREEDY, adapter="name")
+    while died:
+        e.load_adapter("name", one)
+        first, again = (Made(PROMPT[:40], params, 3) for _ in range(2))
+        e.run([first])  # now there are a plan and pages of that name
+        try:
+            with AtLine(line, call):
+                call(e, "name", *[other][: call is Engine.load_adapter])
+            died = False
+        except Killed:
+            line += stride
+        e.load_adapter("name", other)
+        e.run([again])
+        e.unload_adapter("name")
+        alike.append((first.made, again.made))
+        assert not e.adapters._held and not e.adapters.pools and not e._adapted_plans
+        check(e.cache)
+    assert len(set(map(str, alike))) == 1 and alike[0][0] != alike[0][1] and len(alike) > 9
 
 
 # ---------------------------------------------------------------------------------------------------------- threads
