@@ -278,8 +278,8 @@ class LLM:
         held back."""
         writers = self._writers(request)
         sequences = [writer.sequence for writer in writers]
-        self.engine.submit(sequences)
         try:
+            self.engine.submit(sequences)
             for writer in writers:
                 request.outputs.append(writer.out)
                 yield from writer.told()

@@ -154,8 +154,8 @@ class Engine:
     def run(self, sequences: Iterable[Sequence]) -> None:
         """Submits sequences and returns when all have ended; then raises the first one's error that has one."""
         sequences = list(sequences)
-        self.submit(sequences)
         try:
+            self.submit(sequences)
             for s in sequences:
                 self.wait(lambda s=s: s.ended)
         finally:

@@ -302,6 +302,21 @@ def test_a_thread_that_dies_as_adapters_change(call, stride):
     assert len(set(map(str, alike))) == 1 and alike[0][0] != alike[0][1] and len(alike) > 9
 
 
+def test_a_thread_that_dies_as_it_puts_sequences_in_line():
+    """Nobody waits for them: they leave the line, and their adapter."""
+    e, line, died = engine(), 1, True
+    e.load_adapter("name", _lora.draw(e.model, 1, lambda name: 4 * name.endswith("k_proj")))
+    while died:
+        try:
+            with AtLine(line, Engine.submit):
+                e.run([Made(PROMPT[:9], replace(GREEDY, adapter="name"), 2) for _ in range(2)])
+            died = False
+        except Killed:
+            line += 1
+        assert not e.scheduler.waiting and not e._live and not e.adapters.named["name"].users
+    assert line > 20
+
+
 # ---------------------------------------------------------------------------------------------------------- threads
 
 
