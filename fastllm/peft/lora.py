@@ -82,12 +82,13 @@ class Lora:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, name: str) -> bool:
-        """Whether the config names a module."""
-        if self.layers is not None:
-            index = re.search(r"\.(\d+)\.", f".{name}")
-            if index is None or int(index[1]) not in self.layers:
-                return False
-        return _named(self.target_modules, name) and not _named(self.exclude_modules, name)
+        """Whether the config names a module. As in PEFT no layers are all of them, and a whole name counts in any layer."""
+        if not _named(self.target_modules, name) or _named(self.exclude_modules, name):
+            return False
+        if not self.layers or name in self.target_modules:
+            return True
+        index = re.search(r"\.(\d+)\.", f".{name}")
+        return index is not None and int(index[1]) in self.layers
 
 
 def _matched(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

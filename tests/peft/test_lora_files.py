@@ -32,6 +32,10 @@ CONFIGS = {  # name -> (model, what LoraConfig gets)
     ),
     "a regular expression": ("mistral", dict(r=4, target_modules=r".*\.layers\.1\.(mlp\.up_proj|self_attn\.[qk]_proj)")),
     "one layer": ("llama with biases", dict(r=4, target_modules=LINEARS, layers_to_transform=[1])),
+    "no layers, which are all": ("gpt2", dict(r=4, target_modules=["c_attn"], layers_to_transform=[], fan_in_fan_out=True)),
+    "a whole name beside layers": (
+        "smollm", dict(r=4, target_modules=["model.layers.0.mlp.up_proj", "q_proj"], layers_to_transform=[1]),
+    ),
     "but for one": ("llama1", dict(r=4, target_modules=LINEARS, exclude_modules=["model.layers.0.mlp.up_proj"])),
     "dora": ("smollm", dict(r=4, use_dora=True, target_modules=LINEARS)),
     "dora of some": ("llama with biases", dict(r=4, use_dora=True, target_modules=["k_proj", "up_proj"])),
