@@ -109,21 +109,32 @@ def _names(c: Seq2SeqConfig, model: Seq2Seq, architecture: str) -> Names:
 # ------------------------------------------------------------------------------------------------------- config.json, read
 
 
+def _t5_activation(folder: Folder) -> str:
+    """What feed_forward_proj says. ValueError: it is not built, or contradicts what transformers stores beside it and goes by."""
+    named = folder.get("feed_forward_proj", str, "relu")
+    gated, _, act = named.rpartition("-")
+    act = "gelu_new" if named == "gated-gelu" else act
+    ours = activation(folder, act)
+    if gated not in ("", "gated") or (gated and ours not in GATE):
+        raise ValueError(f"{folder.path}: feed_forward_proj {named!r} is not supported")
+    for key, meant in (("dense_act_fn", act), ("is_gated_act", bool(gated))):
+        if folder.get(key, type(meant), meant) != meant:
+            raise ValueError(
+                f"{folder.path}: feed_forward_proj {named!r} means {key}={meant!r}, and the file has "
+                f"{folder.config[key]!r}; correct the one that is wrong"
+            )
+    return GATE[ours] if gated else ours
+
+
 def _read_t5(folder: Folder) -> Seq2SeqConfig:
     get, dim = folder.get, folder.get("d_model")
-    gated, _, act = get("feed_forward_proj", str, "relu").rpartition("-")
-    if gated not in ("", "gated"):
-        raise ValueError(f"{folder.path}: feed_forward_proj {folder.config['feed_forward_proj']!r} is not supported")
-    act = activation(folder, "gelu_new" if (gated, act) == ("gated", "gelu") else act)
-    if gated and act not in GATE:
-        raise ValueError(f"{folder.path}: feed_forward_proj {folder.config['feed_forward_proj']!r} is not supported")
     scaled = get("scale_decoder_outputs", bool, get("tie_word_embeddings", bool, True))
     return Seq2SeqConfig(
         vocab=get("vocab_size"), dim=dim, ffn=get("d_ff"), heads=get("num_heads"), head_dim=get("d_kv"),
         encoder_layers=get("num_layers"), decoder_layers=get("num_decoder_layers", int, get("num_layers")),
         position="relative", norm="rms", norm_first=True, bias=False, scale=1.0,
         eps=get("layer_norm_epsilon", float, 1e-6),
-        activation=GATE[act] if gated else act,
+        activation=_t5_activation(folder),
         head_scale=max(dim, 1) ** -0.5 if scaled else 1.0,
         tied=_is_tied(folder, "shared.weight", "lm_head.weight"),
         buckets=get("relative_attention_num_buckets", int, 32),

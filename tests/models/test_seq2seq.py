@@ -369,6 +369,8 @@ def edit(folder, **changes) -> None:
     [
         ("t5", {"feed_forward_proj": "gated-relu"}, "feed_forward_proj 'gated-relu' is not supported"),
         ("t5", {"feed_forward_proj": "double-gelu"}, "feed_forward_proj 'double-gelu' is not supported"),
+        ("t5", {"dense_act_fn": "silu"}, "'relu' means dense_act_fn='relu', and the file has 'silu'; correct"),
+        ("t5", {"is_gated_act": True}, "'relu' means is_gated_act=False, and the file has True; correct"),
         ("t5", {"d_model": None}, "config.json lacks 'd_model'"),
         ("t5", {"num_layers": 4}, "there is no tensor 'encoder.block.3.layer.0.layer_norm.weight'"),
         ("t5", {"num_heads": 8}, r"has shape \(32, 48\), the config wants \(64, 48\)"),
