@@ -126,6 +126,7 @@ BLOOM = Names(
 
 ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh", "gelu": "geglu"}  # gated
 PLAIN = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+ALWAYS = {"is_causal": (True, None)}  # transformers makes an encoder of any decoder by it, as embedding models want
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -249,7 +250,7 @@ def read_config(hf: Mapping[str, Any], where: Any) -> DecoderConfig:
 
 
 def _read(family: Family, hf: Mapping[str, Any], where: Any) -> DecoderConfig:
-    for key, allowed in family.fixed.items():
+    for key, allowed in (ALWAYS | dict(family.fixed)).items():
         if hf.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{where}: {key}={hf[key]!r} is not supported; {allowed[0]!r} is")
     values: dict[str, Any] = {}

@@ -283,6 +283,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     [
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported; None is"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ("qwen2", {"is_causal": False}, "is_causal=False is not supported; True is"),
         ("gemma3", {"hidden_activation": "relu"}, "hidden_activation 'relu' is not supported; supported: silu, gelu_py"),
         ("gemma3", {"layer_types": ["full_attention"]}, "layer_types .* must be 4 times"),
         ("gemma3", {"head_dim": 16}, r"q_proj.weight' has shape \(128, 64\), the config wants \(64, 64\)"),
