@@ -128,7 +128,9 @@ def write(path: Path, parts: Parts) -> Path:
         if isinstance(value, list):
             writer.add_array(key, value)
         else:
-            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[
+                type(value)
+            ]
             add(key, value)
     for name, (data, kind) in tensors.items():
         writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[kind])

@@ -73,6 +73,24 @@ FAMILIES = {
     ),
 }
 
+# Keys with the values that are built, the first of which is the one that an absent key has.
+PLAIN: Mapping[str, tuple] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (1.0, 0.0),
+    "embedding_scale": (1.0, 0.0),
+    "residual_scale": (1.0, 0.0),
+    "attention.scale": (0.0,),
+    "rope.scaling.attn_factor": (1.0, 0.0),
+    "rope.scaling.yarn_attn_factor": (1.0, -1.0),
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "rope.scaling.alpha": (0.0, 1.0),
+}
+BETAS = (("fast", 32.0), ("slow", 1.0))  # turns of YaRN's pairs
+
 
 def read_metadata(file: GGUFFile) -> DecoderConfig:
     """The config of a GGUF's metadata. ValueError for another architecture, or a variant that is not built."""
@@ -101,6 +119,7 @@ class _Reader:
         return tensor in self.file.tensors
 
     def config(self) -> DecoderConfig:
+        self._check_plain()
         traits = TRAITS[self.family.family]
         heads, dim, layers = (int(self.get(k)) for k in ("attention.head_count", "embedding_length", "block_count"))
         if layers > len(self.file.tensors):
@@ -132,6 +151,23 @@ class _Reader:
             values |= self._gemma(layers, dim, heads, head_dim)
         return DecoderConfig(**values)
 
+    def _check_plain(self) -> None:
+        """ValueError for what changes the arithmetic and is not built, and for a part of a file that was split."""
+        if (parts := self.meta.get("split.count", 1)) not in (0, 1):
+            raise ValueError(
+                f"{self.file.path} is one of {parts} parts of a split file; merge them into one file first"
+            )
+        for key, allowed in PLAIN.items():
+            value = self.meta.get(f"{self.prefix}.{key}", allowed[0])
+            if value not in allowed:
+                raise ValueError(f"{self.file.path}: {self.prefix}.{key} is {value!r}; supported: {allowed[0]!r}")
+        window = self.get("attention.sliding_window", 0)
+        if self.family.family != "gemma3" and 0 < window < self.get("context_length"):
+            raise ValueError(
+                f"{self.file.path}: {self.prefix}.attention.sliding_window is {window}; a window is supported of gemma3 alone, "
+                "or of a folder of safetensors"
+            )
+
     def _rows_of(self, name: str) -> int:
         if not self.has(name):
             raise ValueError(
@@ -140,20 +176,25 @@ class _Reader:
         return self.file.tensors[name].shape[0]
 
     def _scaling(self) -> RopeScaling | None:
+        """As llama.cpp takes it: a factor without a type is linear, `none` is none whatever stands beside it."""
+        factor = float(self.get("rope.scaling.factor", self.get("rope.scale_linear", 1.0)))
+        kind = self.meta.get(f"{self.prefix}.rope.scaling.type", "none" if factor == 1 else "linear")
         if self.has("rope_freqs.weight"):  # Llama 3: what each pair's frequency is divided by
+            if kind != "none" and factor != 1:
+                raise ValueError(f"{self.file.path}: rope scaling {kind!r} beside rope_freqs.weight is not supported")
             factors = tuple(self.file.dequantize("rope_freqs.weight").tolist())
             context = int(self.get("context_length"))
             return RopeScaling(
                 "longrope", 1.0, context, short_factor=factors, long_factor=factors, attention_factor=1.0
             )
-        kind = self.meta.get(f"{self.prefix}.rope.scaling.type", "none")
         if kind == "none":
             return None
-        factor = float(self.get("rope.scaling.factor", self.get("rope.scale_linear", 1.0)))
         if kind == "linear":
             return RopeScaling("linear", factor)
         if kind == "yarn":
-            return RopeScaling("yarn", factor, int(self.get("rope.scaling.original_context_length")))
+            context = int(self.get("rope.scaling.original_context_length"))
+            turns = {f"beta_{end}": float(self.get(f"rope.scaling.yarn_beta_{end}", beta)) for end, beta in BETAS}
+            return RopeScaling("yarn", factor, context, **turns)
         raise ValueError(f"{self.file.path}: rope scaling {kind!r} is not supported; none, linear and yarn are")
 
     def _gemma(self, layers: int, dim: int, heads: int, head_dim: int) -> dict[str, Any]:

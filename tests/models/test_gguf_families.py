@@ -16,6 +16,7 @@ from fastllm.models.weights import load_packed
 from fastllm.ops import Panels, QWeight, RopeScaling
 
 TYPES = gguf.GGMLQuantizationType
+YARN = RopeScaling("yarn", 4.0, 32, beta_fast=8.0)
 # name of _families -> architecture; what its loader knows without being told is told where a test wants another value
 ARCHITECTURES = {
     "llama1": "llama",
@@ -184,3 +185,20 @@ def test_what_the_metadata_says(tmp_path):
     yarn = load(write(tmp_path / "y.gguf", model_for("llama yarn"), "llama", "F32")).config
     assert yarn.rope_scaling == RopeScaling("yarn", 4.0, 128)
     assert load(write(tmp_path / "2.gguf", model_for("gpt2"), "gpt2", "F32")).config.tied
+
+
+@pytest.mark.parametrize(
+    ("keys", "scaling"),
+    [
+        ({"factor": 2.0}, RopeScaling("linear", 2.0)),
+        ({"factor": 2.0, "type": "none"}, None),
+        ({"type": "yarn", "factor": 4.0, "original_context_length": 32, "yarn_beta_fast": 8.0}, YARN),
+    ],
+)
+def test_what_the_metadata_says_of_rope(tmp_path, keys, scaling):
+    values, tensors = _llama.to_gguf(_llama.build(**_llama.CONFIGS["grouped"]), lambda name: "F32")[0]
+    values |= {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
+    assert load(_llama.write(tmp_path / "r.gguf", (values, tensors))).config.rope_scaling == scaling
+    if keys == {"factor": 2.0}:  # as files of 2023 have it
+        values = {("llama.rope.scale_linear" if k.endswith("scaling.factor") else k): v for k, v in values.items()}
+        assert load(_llama.write(tmp_path / "o.gguf", (values, tensors))).config.rope_scaling == scaling

@@ -303,6 +303,13 @@ def gguf_parts(kind="F32", **sizes) -> _llama.Parts:
         ("llama.rope.dimension_count", 8, "llama.rope.dimension_count is 8, not the head size 16"),
         ("llama.rope.scaling.type", "yarn", "lacks llama.rope.scaling.original_context_length"),
         ("llama.rope.scaling.type", "longrope", "rope scaling 'longrope' is not supported; none, linear and yarn are"),
+        ("llama.rope.scaling.attn_factor", 1.5, "llama.rope.scaling.attn_factor is 1.5; supported: 1.0"),
+        ("llama.rope.scaling.yarn_ext_factor", 0.0, "llama.rope.scaling.yarn_ext_factor is 0.0; supported: 1.0"),
+        ("llama.attention.causal", False, "llama.attention.causal is False; supported: True"),
+        ("llama.attention.sliding_window", 9, "llama.attention.sliding_window is 9; a window is supported of gemma3"),
+        ("llama.final_logit_softcapping", 30.0, "llama.final_logit_softcapping is 30.0; supported: 0.0"),
+        ("llama.logit_scale", 0.5, "llama.logit_scale is 0.5; supported: 1.0"),
+        ("split.count", 2, "is one of 2 parts of a split file; merge them"),
     ],
 )
 def test_gguf_metadata_refused(tmp_path, key, value, message):
@@ -328,6 +335,7 @@ def as_f32(*shape: int) -> tuple[np.ndarray, str]:
         ({"output.weight": as_f32(319, 64)}, r"'output.weight' has shape \(319, 64\), the config wants \(320, 64\)"),
         ({"blk.0.attn_q.bias": as_f32(64)}, "there is no tensor 'blk.0.attn_k.bias'"),
         ({"blk.1.attn_q.bias": as_f32(64)}, "does not have, 'blk.1.attn_q.bias' first; it is another model"),
+        ({"rope_freqs.weight": as_f32(8), "llama.rope.scale_linear": 2.0}, "rope scaling 'linear' beside rope_freqs.weight is"),
         ({"rope_freqs.weight": as_f32(4)}, "short_factor of longrope has 4 values; 16 dimensions take 8"),
         (
             {"blk.0.ffn_up.weight": (np.zeros((96, 66), np.uint8), "IQ2_XXS")},
@@ -337,7 +345,9 @@ def as_f32(*shape: int) -> tuple[np.ndarray, str]:
 )  # fmt: skip
 def test_gguf_tensors_refused(tmp_path, changes, message):
     metadata, tensors = gguf_parts(hidden_size=256 if "IQ2" in message else 64)
-    tensors = {k: v for k, v in (tensors | changes).items() if v is not None}
+    metadata |= {k: v for k, v in changes.items() if k.startswith("llama.")}
+    tensors |= {k: v for k, v in changes.items() if k not in metadata}
+    tensors = {k: v for k, v in tensors.items() if v is not None}
     refused(_llama.write(tmp_path / "m.gguf", (metadata, tensors)), message)
 
 
