@@ -175,7 +175,7 @@ def _scale(ctx, dtotal, *_):
     if dtotal is None:
         given = (None,) * 3
     elif not is_plain(dtotal):
-        given = [scaled(g, dtotal if g.dtype == torch.float16 else dtotal.to(g.dtype)) for g in found]
+        given = [(g.float() * dtotal).to(g.dtype) for g in found]  # under vmap it has dimensions, and would widen them
     elif dtotal.is_cpu and dtotal.item() == 1:
         given = found
     elif torch._C._autograd._get_current_graph_task_keep_graph():

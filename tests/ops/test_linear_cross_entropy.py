@@ -206,6 +206,23 @@ def test_float16_in_every_lane(reduction):
         torch.testing.assert_close(other, eager, rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_factor_of_the_loss_is_not_rounded(dtype):
+    """Compiled and under functorch too, where 1/3 in 16 bits would turn the whole gradient by 2^-9."""
+    x, weight, target, _ = (t if t is None else t.detach() for t in draw(9, 8, 30))
+    x, leaf = x.to(dtype), weight.to(dtype).requires_grad_()
+
+    def value(w):
+        return ops.linear_cross_entropy(x, w, target) / 3
+
+    (eager,) = torch.autograd.grad(value(leaf), leaf)
+    torch._dynamo.reset()
+    (compiled,) = torch.autograd.grad(torch.compile(value, fullgraph=True, backend="aot_eager")(leaf), leaf)
+    both = torch.func.vmap(torch.func.grad(value))(torch.stack((leaf, leaf)).detach())
+    for other in (compiled, torch.func.grad(value)(leaf.detach()), both[1]):
+        assert torch.equal(other, eager)
+
+
 def test_functorch_and_export():
     x, weight, target, _ = (t if t is None else t.detach() for t in draw(6, 8, 30))
     for spec in (LossSpec(), LossSpec(reduction="none")):
