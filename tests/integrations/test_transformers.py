@@ -161,6 +161,20 @@ def test_logits_are_those_of_the_forward(name):
         assert model(**inputs).logits.shape == before.shape
 
 
+def test_logits_have_a_gradient_where_the_forward_had_one():
+    """Wherever they are read."""
+    model, inputs = build("smollm"), batch()
+    accelerate(model, quiet=True)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            outputs = model(**inputs)
+        assert not outputs.logits.requires_grad and outputs.logits.numpy().shape == (3, 24, 131)
+        outputs = model(**inputs)
+        with mode():
+            outputs.logits.argmax(-1)
+        outputs.logits.sum().backward()
+
+
 def test_without_logits():
     model, inputs = build("smollm"), batch()
     own = model(**inputs)

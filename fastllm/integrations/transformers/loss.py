@@ -1,9 +1,9 @@
 """The loss of a model that is given labels, without logits [T, V] in memory.
 
 A forward with labels runs `ops.linear_cross_entropy` on the hidden states. `outputs.logits` is made when it is read, by
-attribute, key, index or iteration, with its gradient, and then kept; who reads the loss alone never pays for it. They are
-those of the forward: under its autocast, and once the head has changed, by an optimizer's step, reading them is an error. With
-`logits=False` it is None in a forward with labels.
+attribute, key, index or iteration, and then kept; who reads the loss alone never pays for it. They are those of the forward:
+under its autocast, with a gradient if it had one, and once the head has changed, by an optimizer's step, reading them is an
+error. With `logits=False` it is None in a forward with labels.
 
 The class's own forward runs, logits and all, where `loss_function` is not the class's own or an argument of it is unknown
 here, with `return_dict=False` or `logits_to_keep`, and where the head is no plain nn.Linear (quantised, with LoRA, with
@@ -44,6 +44,7 @@ class Source:
         self.versions = self._versions()
         kind = hidden.device.type
         self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        self.grad, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def logits(self) -> Tensor:
         """RuntimeError: the head is not the forward's any more."""
@@ -53,7 +54,11 @@ class Source:
                 "optimizer.step(), or call the model again"
             )
         kind, dtype, enabled = self.autocast
-        with torch.autocast(kind, dtype, enabled):
+        with (
+            torch.inference_mode(self.inference),  # which sets the other one too
+            torch.set_grad_enabled(self.grad),
+            torch.autocast(kind, dtype, enabled),
+        ):
             return capped(self.head(self.hidden), self.softcap)
 
     def _versions(self) -> list[int | None]:
