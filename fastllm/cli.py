@@ -83,21 +83,23 @@ def bench(
     """
     from .bench import report, roofline
     from .bench import run as runs
+    from .bench.select import select
+    from .files import check_file, write_file
 
     # everything that can be wrong is found before minutes are spent
     old = report.load(compare) if compare else None
     for path in filter(None, (json_path, plot)):
-        if not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{path}: the folder {path.absolute().parent} does not exist")
+        check_file(path)
+    dtypes = [d.strip() for d in dtype.split(",") if d.strip()] or [dtype]
     if plot:
-        roofline.require()
+        roofline.require(plot, select(ops or [], device, dtypes, shape))
     if malloc is None:
         malloc = "both" if not quick else "tuned" if "tuned" in runs.malloc_settings("both", device) else "default"
 
     result = runs.run(
         ops or [],
         device,
-        [d.strip() for d in dtype.split(",") if d.strip()],
+        dtypes,
         shape,
         backward,
         not quick if compiled is None else compiled,
@@ -106,10 +108,12 @@ def bench(
         _progress,
     )
     _progress("")
-    print(report.table(result))
-    if json_path:
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
-    if plot:
+    try:
+        if json_path:  # first: what reads the table may have left
+            write_file(json_path, json.dumps(result, indent=1) + "\n")
+    finally:
+        print(report.table(result))
+    if plot and roofline.points(result)[0]:
         roofline.draw(result, plot)
     regressions = 0
     if old:
@@ -356,13 +360,13 @@ def evaluate(
     """
     from .data.sources import Documents
     from .evaluate import tasks
-    from .files import Replacing
+    from .files import check_file, write_file
 
     # everything that can be wrong is found before a model is loaded
     if task not in tasks.TASKS:
         raise ValueError(f"--task {task}; allowed: {', '.join(tasks.TASKS)}")
-    if json_path and not json_path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{json_path}: the folder {json_path.absolute().parent} does not exist")
+    if json_path:
+        check_file(json_path)
     if shots and not pool:
         raise ValueError(f"--shots {shots}: give the file that the examples come from, with --pool")
     records = Documents(data, split=split, text=text, unit=unit)
@@ -380,8 +384,7 @@ def evaluate(
     if json_path:
         origin = {"model": model, "dtype": dtype, "quantize": quantize, "data": list(map(str, data)), "split": split}
         asked = {k: v for k, v in vars(options).items() if k != "pool"}
-        with Replacing(json_path.absolute().parent) as files:
-            files.write(json_path.name, json.dumps(origin | {"options": asked} | dataclasses.asdict(report)) + "\n")
+        write_file(json_path, json.dumps(origin | {"options": asked} | dataclasses.asdict(report)) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------- training

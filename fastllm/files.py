@@ -1,4 +1,7 @@
-"""Files of a folder, or a folder of files, that appear whole or not at all.
+"""A file, files of a folder, or a folder of files, that appear whole or not at all.
+
+check_file(path)  # before minutes are spent on what it is to hold
+write_file(path, text)
 
 with Replacing(folder) as files:
     files.write("config.json", text)
@@ -137,6 +140,32 @@ class ReplacingFolder:
     def drop(self) -> None:
         """Gives it up; what stands in its place stays."""
         shutil.rmtree(self.part, ignore_errors=True)
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Raises OSError where write_file could not write."""
+    path = Path(path).absolute()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; make it, or name another")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file in it")
+    if not os.access(path.parent if _replaceable(path) else path, os.W_OK):
+        raise PermissionError(f"{path} cannot be written; name another place")
+
+
+def write_file(path: str | os.PathLike, content: str) -> None:
+    """Writes a file, whole or not at all. A pipe, a device or a link, as /dev/stdout is, stays one: what is behind it is written
+    in place."""
+    path = Path(path).absolute()
+    if _replaceable(path):
+        with Replacing(path.parent) as files:
+            files.write(path.name, content)
+    else:
+        path.write_bytes(content.encode())
+
+
+def _replaceable(path: Path) -> bool:
+    return not path.is_symlink() and (path.is_file() or not path.exists())
 
 
 def _mode(path: Path) -> int | None:

@@ -11,6 +11,7 @@ from _cli import call
 
 import fastllm
 from fastllm import cli
+from fastllm.bench import report
 from fastllm.bench import run as runs
 from fastllm.ops._op import OPS
 
@@ -51,7 +52,13 @@ def test_info(monkeypatch, capsys):
         (["bench", "--device", "tpu"], 2, "fastllm: no device 'tpu'"),
         (["bench", "--malloc", "jemalloc"], 2, "fastllm: no malloc setting 'jemalloc'"),
         (["bench", "--compare", "absent.json"], 1, "absent.json"),
+        (["bench", "--dtype", ","], 2, "fastllm: no dtype ','; allowed: float32"),
         (["bench", "--json", "no/such/folder/x.json"], 1, "the folder .*no/such/folder does not exist"),
+        (["bench", "--json", "."], 1, "is a folder; give the name of a file in it"),
+        (["bench", "--plot", "roof.xyz"], 2, r"--plot roof.xyz: the ending chooses the format; allowed: .*png"),
+        (["bench", "--plot", "roof"], 2, r"--plot roof: the ending chooses the format"),
+        (["bench", "advance", "--plot", "roof.png"], 2, "nothing to draw: advance has no arithmetic"),
+        (["eval", "--data", "x", "--task", "choice", "--json", "."], 1, "is a folder; give the name of a file in it"),
         (["bench", "--no-such-flag"], 2, "No such option"),
         (["benchmark"], 2, "No such command 'benchmark'"),
     ],
@@ -106,6 +113,15 @@ def test_bench_writes_what_it_is_asked_for(monkeypatch, capsys, tmp_path, record
     assert not calls[1][5] and calls[1][6] in ("tuned", "default") and calls[1][7] == runs.QUICK
     call(monkeypatch, capsys, "bench", "--quick", "--compile", "--malloc", "default")
     assert calls[2][5] and calls[2][6] == "default"
+
+
+def test_a_result_is_kept_whoever_reads_the_table(monkeypatch, capsys, tmp_path, recorded):
+    def gone(result):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(report, "table", gone)
+    call(monkeypatch, capsys, "bench", "--json", tmp_path / "new.json")
+    assert json.loads((tmp_path / "new.json").read_text()) == recorded[1]
 
 
 def test_bench_status(monkeypatch, capsys, tmp_path, recorded):

@@ -21,7 +21,7 @@ import torch
 from fastllm import LLM, SamplingParams, hub, models, ops
 from fastllm.conversation import Conversation
 from fastllm.data.tokenizer import Tokenizer
-from fastllm.files import LACK_OF_ROOM, Replacing
+from fastllm.files import LACK_OF_ROOM, Replacing, check_file, write_file
 from fastllm.peft import lora
 
 index = test_hub.index  # a cache of our own, and pip confined to a folder
@@ -154,6 +154,19 @@ def test_a_file_keeps_its_permissions(tmp_path, mode):
     (tmp_path / "c").write_text("x")
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode and contents(tmp_path)["a"] == b"y"
     assert (tmp_path / "b").stat().st_mode == (tmp_path / "c").stat().st_mode
+
+
+def test_what_is_no_ordinary_file_stays_what_it_is(tmp_path):
+    """As /dev/stdout, which is a link to a pipe."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        check_file(path)
+        write_file(path, "text")
+        assert os.read(reader, 10) == b"text" and link.is_symlink() and pipe.is_fifo()
+        os.close(reader)
 
 
 def test_several_write_a_file_at_a_time(tmp_path):

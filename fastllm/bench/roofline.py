@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .measure import FORWARD, OURS
+from .measure import FORWARD, OURS, Job
 from .report import rate
 from .run import Result
 
@@ -12,8 +12,22 @@ INK, MUTED, ACCENT, GRID, SKY = "#1b1f24", "#6b7280", "#0b62c4", "#e6e8eb", "#f4
 ROOM, LETTER = 11, 5.7  # points between the middles of two labels; width of a letter
 
 
-def require() -> None:
-    """Raises where matplotlib is missing, before anything is measured."""
+def require(path: Path, jobs: list[Job]) -> None:
+    """Raises where the picture of what these jobs find could not be drawn, before anything is measured."""
+    _import_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise ValueError(f"--plot {path}: the ending chooses the format; allowed: {', '.join(sorted(formats))}")
+    if not any(job.case.flops and job.cost()[0] for job in jobs if job.direction == FORWARD):
+        ops = ", ".join(dict.fromkeys(job.suite.op for job in jobs))
+        raise ValueError(
+            f"--plot {path}: there is nothing to draw: {ops} has no arithmetic; leave it out, or add an op"
+        )
+
+
+def _import_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -53,7 +67,7 @@ def roofs(result: Result, rows: list[dict[str, Any]]) -> tuple[tuple[str, float]
 
 def draw(result: Result, path: str | Path) -> None:
     """Writes the picture; the file's ending chooses the format."""
-    require()
+    _import_matplotlib()
     import matplotlib
 
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "none"}):

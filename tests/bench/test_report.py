@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from _bench import result, row
@@ -185,4 +186,4 @@ def test_draw_refuses_an_empty_picture(tmp_path):
 def test_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'fastllm\[bench\]'"):
-        roofline.require()
+        roofline.require(Path("roof.png"), [])
