@@ -115,6 +115,8 @@ def bench(
         print(report.table(result))
     if plot and roofline.points(result)[0]:
         roofline.draw(result, plot)
+    elif plot:  # all that it could show failed, or was interrupted
+        print(f"fastllm: --plot {plot} is not drawn: nothing that it could show was measured", file=sys.stderr)
     regressions = 0
     if old:
         text, regressions = report.compare(result, old)
