@@ -97,6 +97,25 @@ def test_an_unusual_activation_and_hooks():
     assert sorted(seen) == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["smollm", "gemma3", "gpt2", "bert", "t5 gated"])
+@pytest.mark.parametrize("kind", ["forward_hook", "full_backward_pre_hook"])
+def test_hooks_are_called_on_every_module(name, kind):
+    """Of those whose work a kernel does inside another one's, each alone: a hook on one must not depend on one on another."""
+    model, inputs, seen = build(name), batch(), set()
+    listened = {n: getattr(m, f"register_{kind}")(lambda *_, n=n: seen.add(n)) for n, m in model.named_modules() if n}
+    step(model, inputs)
+    for hook in listened.values():
+        hook.remove()
+    accelerate(model, quiet=True)
+    inner = ("act_fn", "act", "LayerNorm", "post_attention_layernorm", "cls", "predictions", "decoder", "lm_head")
+    for module in sorted(n for n in seen if n.rsplit(".", 1)[-1] in inner):
+        called = []
+        hook = getattr(model.get_submodule(module), f"register_{kind}")(lambda *_, called=called: called.append(1))
+        step(model, inputs)
+        hook.remove()
+        assert called, module
+
+
 def test_an_attention_of_ones_own_stays():
     handle = accelerate(decoder("gemma3 softcap, scaled"), quiet=True)
     assert handle.model.config._attn_implementation == "capped"

@@ -33,7 +33,13 @@ def fits(x: Tensor, *weights: Tensor | None) -> bool:
 
 def bare(module: nn.Module) -> bool:
     """Whether nobody listens to a module: only then may its work be done inside another one's kernel."""
-    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    m = module
+    return not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def gated(act: nn.Module, gate: Tensor, up: Tensor) -> bool:
+    """Whether a kernel takes an activation and its product with the other half."""
+    return bare(act) and fits(gate, up)
 
 
 # --------------------------------------------------------------------------------------------------------------- norms
@@ -84,19 +90,19 @@ def linear(self, input: Tensor) -> Tensor:
 def swiglu_mlp(self, x: Tensor) -> Tensor:
     """down(silu(gate(x)) * up(x))."""
     gate, up = self.gate_proj(x), self.up_proj(x)
-    return self.down_proj(ops.swiglu(gate, up) if fits(gate, up) else self.act_fn(gate) * up)
+    return self.down_proj(ops.swiglu(gate, up) if gated(self.act_fn, gate, up) else self.act_fn(gate) * up)
 
 
 def geglu_mlp(self, x: Tensor) -> Tensor:
     """down(gelu(gate(x)) * up(x)), gelu by the error function."""
     gate, up = self.gate_proj(x), self.up_proj(x)
-    return self.down_proj(ops.geglu(gate, up) if fits(gate, up) else self.act_fn(gate) * up)
+    return self.down_proj(ops.geglu(gate, up) if gated(self.act_fn, gate, up) else self.act_fn(gate) * up)
 
 
 def geglu_tanh_mlp(self, x: Tensor) -> Tensor:
     """The same, gelu by tanh."""
     gate, up = self.gate_proj(x), self.up_proj(x)
-    return self.down_proj(ops.geglu(gate, up, "tanh") if fits(gate, up) else self.act_fn(gate) * up)
+    return self.down_proj(ops.geglu(gate, up, "tanh") if gated(self.act_fn, gate, up) else self.act_fn(gate) * up)
 
 
 def _t5_out(self, h: Tensor) -> Tensor:
@@ -110,19 +116,19 @@ def _t5_out(self, h: Tensor) -> Tensor:
 def t5_swiglu(self, hidden_states: Tensor) -> Tensor:
     """T5DenseGatedActDense with silu."""
     gate, up = self.wi_0(hidden_states), self.wi_1(hidden_states)
-    return _t5_out(self, ops.swiglu(gate, up) if fits(gate, up) else self.act(gate) * up)
+    return _t5_out(self, ops.swiglu(gate, up) if gated(self.act, gate, up) else self.act(gate) * up)
 
 
 def t5_geglu(self, hidden_states: Tensor) -> Tensor:
     """T5DenseGatedActDense with gelu by the error function."""
     gate, up = self.wi_0(hidden_states), self.wi_1(hidden_states)
-    return _t5_out(self, ops.geglu(gate, up) if fits(gate, up) else self.act(gate) * up)
+    return _t5_out(self, ops.geglu(gate, up) if gated(self.act, gate, up) else self.act(gate) * up)
 
 
 def t5_geglu_tanh(self, hidden_states: Tensor) -> Tensor:
     """T5DenseGatedActDense with gelu by tanh: T5 1.1, Flan-T5."""
     gate, up = self.wi_0(hidden_states), self.wi_1(hidden_states)
-    return _t5_out(self, ops.geglu(gate, up, "tanh") if fits(gate, up) else self.act(gate) * up)
+    return _t5_out(self, ops.geglu(gate, up, "tanh") if gated(self.act, gate, up) else self.act(gate) * up)
 
 
 def gelu(self, input: Tensor) -> Tensor:

@@ -231,12 +231,12 @@ def causal(self: nn.Module, logits: bool, output: type, args: tuple, kwargs: dic
 
 def masked(self: nn.Module, logits: bool, output: type, args: tuple, kwargs: dict[str, Any]) -> Any:
     """BertForMaskedLM."""
-    given, head = _named(self, args, kwargs), self.get_output_embeddings()
-    if not ours(self, head, given):
+    given, head, over = _named(self, args, kwargs), self.get_output_embeddings(), self.cls.predictions
+    if not (bare(self.cls) and bare(over)) or not ours(self, head, given):
         return type(self).forward(self, *args, **kwargs)
     labels = given.pop("labels")
     outputs = self.bert(**given | {"return_dict": True})
-    hidden = self.cls.predictions.transform(outputs.last_hidden_state)
+    hidden = over.transform(outputs.last_hidden_state)
     return finish(output, outputs, head, hidden, labels, logits)
 
 
