@@ -21,6 +21,7 @@ _FORMAT = re.compile(
     r"\.(parquet|(?:txt|md|jsonl|ndjson|xml(?:-p\d+p\d+[\w-]*)?)(?:\.(?:gz|bz2|xz))?)\Z", re.IGNORECASE
 )
 _PACKED = re.compile(r"(\.(?:txt|md|jsonl|ndjson|xml|parquet))(\.\w+)\Z", re.IGNORECASE)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character, as JSON escapes it; a pair of them is one
 _OPENERS: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -148,8 +149,11 @@ def _parse(raw: bytes, kind: str, number: int) -> dict[str, Any] | str:
         return {"text": text.strip("\r\n")}
     try:
         fields = json.loads(text)
+        alone = _SURROGATE.search(text) and re.search(r"[\ud800-\udfff]", json.dumps(fields, ensure_ascii=False))
     except (ValueError, RecursionError) as error:
         return f"no JSON: {error}"
+    if alone:
+        return f"it holds a lone surrogate {alone[0]!r}, which no encoding has"
     return fields if isinstance(fields, dict) else f"a JSON {type(fields).__name__}; a record is an object"
 
 
@@ -179,10 +183,22 @@ def _read_parquet(file: Path, offset: int) -> Iterator[tuple[dict[str, Any] | st
                     row += rows
                     continue
                 for batch in table.iter_batches(batch_size=1024, row_groups=[group]):
-                    for fields in batch.to_pylist():
+                    for fields in _rows(batch):
                         row += 1
                         if row > offset:
                             yield fields, row, row
     except (pyarrow.ArrowInvalid, OSError) as error:
         if row + 1 > offset:
             yield f"no parquet from here on: {error}", row + 1, row + 1
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """Of a batch of parquet: its strings are not looked at before they are read."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            yield f"byte {error.start} of a string (0x{error.object[error.start]:02x}) is not UTF-8"
+            return
+        for i in range(batch.num_rows):
+            yield from _rows(batch.slice(i, 1))

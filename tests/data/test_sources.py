@@ -117,6 +117,19 @@ def test_parquet(tmp_path):
         list(Documents(tmp_path / "broken.parquet"))
 
 
+def test_a_string_of_parquet_that_is_not_utf_8(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    stored = pyarrow.array([b"good", b"a\xff", b"last"], pyarrow.binary()).buffers()
+    strings = pyarrow.Array.from_buffers(pyarrow.string(), 3, stored)
+    parquet.write_table(pyarrow.table({"text": strings}), tmp_path / "p.parquet")
+    with pytest.raises(BadRecord, match=r"p\.parquet:2: byte 1 of a string \(0xff\) is not UTF-8; mend it"):
+        list(Documents(tmp_path))
+    with pytest.warns(UserWarning, match=r"p\.parquet:2: byte 1"):
+        assert texts(Documents(tmp_path, bad="skip")) == ["good", "last"]
+
+
 def test_parquet_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "p.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
@@ -133,6 +146,10 @@ BAD = {
     "no utf-8": (b'{"text": "\xff"}\n', r"f\.jsonl:2: byte 10 of the record \(0xff\) is not UTF-8"),
     "enormous": (b'{"text": "' + b"x" * 5000 + b'"}\n', r"f\.jsonl:2: 5013 bytes, more than longest=1000"),
     "nested": (b"[" * 900 + b"\n", r"f\.jsonl:2: no JSON"),
+    "half a character": (
+        b'{"text": "a", "b": ["\\uD83d"]}\n',
+        r"f\.jsonl:2: it holds a lone surrogate '\\ud83d', which no",
+    ),
 }
 
 
