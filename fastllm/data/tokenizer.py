@@ -227,9 +227,10 @@ class Tokenizer:
         return known
 
     def _find_bytes(self, id: int) -> bytes:
-        if id in self._added:
+        if id in self._added and self._mode != "byte_fallback":
             return self._added[id].encode()
-        token = self.backend.id_to_token(id) or ""  # a hole in the vocabulary
+        # an added token too has "▁" for its spaces, also those that a normalizer put there; "": a hole in the vocabulary
+        token = self.backend.id_to_token(id) or ""
         if self._mode == "byte_level":
             alphabet = byte_of_char()
             return bytes(alphabet[c] for c in token) if alphabet.keys() >= set(token) else token.encode()

@@ -8,7 +8,7 @@ import pytest
 from _assets import asset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 from fastllm.data.tokenizer import PRE_TOKENIZERS, Tokenizer
@@ -289,6 +289,16 @@ KINDS = {
     "unigram": Tokenizer(UNIGRAM, {"unk": 0}),
     "wordpiece": Tokenizer(PIECE, {"unk": 0}),
 }
+
+
+def test_added_tokens_keep_the_space_that_a_normalizer_gave_them():
+    backend = Backend.from_str(SPM.backend.to_str())
+    backend.add_tokens([AddedToken("wort"), AddedToken("▁<M>", normalized=False, special=True)])
+    tokenizer = Tokenizer(backend, {})
+    for text in ("the wort her", "wort", "the▁<M>her"):
+        ids = tokenizer.encode(text, add_special_tokens=False, parse_special=True)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == backend.decode(ids, skip_special_tokens=False)
+    assert tokenizer.decode(tokenizer.encode("the wort her")) == "the wort her"
 
 
 @pytest.mark.parametrize(
