@@ -28,6 +28,7 @@ from tokenizers import Tokenizer as Backend
 
 from ..files import Replacing
 from . import HasMetadata
+from .literal import literal_model
 from .pieces import LONG, pieces
 from .prefix import Unprefixed, unprefixed
 from .stream import StreamDecoder
@@ -119,6 +120,7 @@ class Tokenizer:
         ends |= {self._check_id(id, "eos") for id in eos_ids}
         self.eos_ids = frozenset(ends | ({self.eos_id} if self.eos_id is not None else set()))
         self._mode, self._strip, self._joined = _decoder_mode(backend)
+        self._literal_model = literal_model(backend, self.special_ids)
         self._bytes: dict[int, bytes] = {}
         self._lock = threading.Lock()  # `encode_special_tokens` is a setting of the backend, not an argument
         self._process = os.getpid()
@@ -140,11 +142,11 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` for many texts, in parallel."""
         texts = list(texts) if not isinstance(texts, str) else texts
-        with self._set_for(texts, parse_special):
+        with self._set_for(texts, parse_special) as backend:
             if add_special_tokens:
-                return [one.ids for one in self.backend.encode_batch_fast(texts)]
-            short = iter(self._plain([text for text in texts if len(text) <= LONG]))
-            return [self._plain_long(text) if len(text) > LONG else next(short) for text in texts]
+                return [one.ids for one in backend.encode_batch_fast(texts)]
+            short = iter(_plain(backend, [text for text in texts if len(text) <= LONG]))
+            return [_plain_long(backend, text) if len(text) > LONG else next(short) for text in texts]
 
     def encode_after(self, before: Sequence[int], text: str, parse_special: bool = False) -> list[int]:
         """The token ids of `text` where it goes on behind the tokens `before`, which stay as they are.
@@ -156,8 +158,8 @@ class Tokenizer:
         rule = self._unprefixed
         if rule is None or not before or before[-1] in rule.again:
             return self.encode(text, add_special_tokens=False, parse_special=parse_special)
-        with self._set_for([text], parse_special):
-            found = self.backend.encode(text, add_special_tokens=False)
+        with self._set_for([text], parse_special) as backend:
+            found = backend.encode(text, add_special_tokens=False)
             added = (at for at, id in enumerate(found.ids) if id in rule.added)
             first = next(added, None)  # from there on, the space is as it should be
             if first is None:
@@ -166,9 +168,9 @@ class Tokenizer:
             return rule.backend.encode(text[:begin], add_special_tokens=False).ids + found.ids[first:]
 
     @contextmanager
-    def _set_for(self, texts: Iterable[str], parse_special: bool) -> Iterator[None]:
-        """While this thread has the backend. RuntimeError: another had it when the process was forked. TypeError, ValueError: no
-        text."""
+    def _set_for(self, texts: Iterable[str], parse_special: bool) -> Iterator[Backend]:
+        """What encodes, while this thread has it. RuntimeError: another had it when the process was forked. TypeError,
+        ValueError: no text."""
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str) or text is texts:
                 raise TypeError(f"encode takes a str, encode_batch a list of str; got {type(text).__name__}")
@@ -180,23 +182,28 @@ class Tokenizer:
             self._process = os.getpid()
         try:
             with self._lock:
-                self.backend.encode_special_tokens = not parse_special
-                yield
+                backend = self.backend if parse_special else self._literal
+                backend.encode_special_tokens = not parse_special
+                yield backend
         except (UnicodeEncodeError, TypeError):
             bad = next(c for text in texts for c in text if "\ud800" <= c <= "\udfff")
             raise ValueError(f"the text holds a lone surrogate {bad!r}, which no encoding has; remove it") from None
 
     @cached_property
+    def _literal(self) -> Backend:
+        """What encodes text in which special tokens are text."""
+        if self._literal_model is None:
+            return self.backend
+        made = Backend.from_str(self.backend.to_str())
+        made.model = self._literal_model
+        return made
+
+    @cached_property
     def _unprefixed(self) -> Unprefixed | None:
-        return unprefixed(self.backend, self.unk_id)
-
-    def _plain(self, texts: list[str]) -> list[list[int]]:
-        """Without special tokens around them."""
-        return [one.ids for one in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def _plain_long(self, text: str) -> list[int]:
-        parts = pieces(text, lambda part: self._plain([part])[0])
-        return [token for part in parts for token in self._plain([part])[0]]
+        rule = unprefixed(self.backend, self.unk_id)
+        if rule is not None and self._literal_model is not None:
+            rule.backend.model = self._literal_model
+        return rule
 
     @property
     def add_bos(self) -> bool:
@@ -413,6 +420,16 @@ class Tokenizer:
         config["eos_token_ids"] = sorted(self.eos_ids)
         files.write("tokenizer.json", self.backend.to_str(pretty=True))
         files.write("tokenizer_config.json", json.dumps(config, indent=2))
+
+
+def _plain(backend: Backend, texts: list[str]) -> list[list[int]]:
+    """Without special tokens around them."""
+    return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _plain_long(backend: Backend, text: str) -> list[int]:
+    parts = pieces(text, lambda part: _plain(backend, [part])[0])
+    return [token for part in parts for token in _plain(backend, [part])[0]]
 
 
 def _surround(backend: Backend, first: int | None, last: int | None) -> None:

@@ -301,6 +301,18 @@ def test_added_tokens_keep_the_space_that_a_normalizer_gave_them():
     assert tokenizer.decode(tokenizer.encode("the wort her")) == "the wort her"
 
 
+def test_a_special_token_that_is_a_piece_of_unigram_is_text_where_it_is_not_parsed():
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -3.0), *((c, -4.0) for c in "</s>a"), ("▁a", -1.0)]
+    backend = Backend(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.add_tokens([AddedToken("</s>", special=True, normalized=False), AddedToken("word")])
+    tokenizer = Tokenizer(backend, {"eos": 1, "unk": 0})
+    assert tokenizer.encode("a</s>word", parse_special=True)[1] == 1
+    whole = tokenizer.encode("a</s>word")
+    assert 1 not in whole and tokenizer.decode(whole, skip_special_tokens=False) == "a</s>word"
+    assert [*tokenizer.encode("a"), *tokenizer.encode_after([8], "</s>word")] == whole
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
