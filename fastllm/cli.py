@@ -444,6 +444,9 @@ def _peak(options: Any) -> float:
 
 def main() -> None:
     """A user's error is one line on stderr: status 2 for what was asked (ValueError), 1 for what the machine lacks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this, as services are started
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:

@@ -87,6 +87,16 @@ def test_traceback_on_request(monkeypatch):
         cli.main()
 
 
+def test_streams_that_are_closed(monkeypatch):
+    """As by `<&- >&- 2>&-`: Python has None in their place."""
+    monkeypatch.setattr(sys, "argv", ["fastllm", "generate"])
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2  # the prompt is empty
+
+
 @pytest.fixture
 def recorded(monkeypatch):
     """A run that measures nothing: its arguments, and a result to change."""
