@@ -252,7 +252,8 @@ def examples_of(document: Document, index: int, encode: Callable[[Document, int]
     try:
         return [example for example in encode(document, index) if len(example)]
     except ValueError as error:
-        raise ValueError(f"{document.place}: {error}") from error
+        place = f"{document.place}: "
+        raise ValueError(place + str(error).removeprefix(place)) from error
 
 
 @dataclass(frozen=True, eq=False)

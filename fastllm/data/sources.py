@@ -65,6 +65,20 @@ class BadRecord(ValueError):
     """A record that cannot be read, named by file and number."""
 
 
+class Skipped:
+    """Records that are left out: counted, and the first of them told."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def say(self, place: str, what: str) -> None:
+        """One more."""
+        self.count += 1
+        if self.count <= _WARNINGS:
+            more = "; further ones are only counted" if self.count == _WARNINGS else ""
+            warnings.warn(f"{place}: {what}; skipped{more}", stacklevel=7)
+
+
 def _draw(*key: Any) -> int:
     """64 bits that depend on the key alone."""
     return int.from_bytes(hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest(), "big")
@@ -138,13 +152,18 @@ class Documents:
         self.text, self.unit, self.bad, self.longest, self.apply = text, unit, bad, longest, apply
         self.split, self.fractions, self.epochs, self.part = split, dict(fractions), epochs, part
         self.shuffle, self.seed = shuffle, seed
-        self.skipped = 0  # bad records since this object was made
+        self._skipped = Skipped()
         names = [(file.name, file.stat().st_size) for file in self.files]
         chosen = split and [split, list(fractions.items())]
         self._identity = hashlib.blake2b(
             json.dumps([names, text, unit, longest, chosen, shuffle, epochs, seed, part]).encode(), digest_size=8
         ).hexdigest()
         self._go_to(_beginning(0), 0)
+
+    @property
+    def skipped(self) -> int:
+        """Bad records since this object was made."""
+        return self._skipped.count
 
     def __iter__(self) -> "Documents":
         return self
@@ -250,10 +269,7 @@ class Documents:
     def _skip(self, file: Path, number: int, what: str) -> None:
         if self.bad == "raise":
             raise BadRecord(f"{file}:{number}: {what}; mend it, or give bad='skip'")
-        self.skipped += 1
-        if self.skipped <= _WARNINGS:
-            more = "; further ones are only counted" if self.skipped == _WARNINGS else ""
-            warnings.warn(f"{file}:{number}: {what}; skipped{more}", stacklevel=6)
+        self._skipped.say(f"{file}:{number}", what)
 
 
 def _beginning(epoch: int) -> dict[str, int]:

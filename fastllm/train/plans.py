@@ -12,7 +12,7 @@ from ..data.chat import ChatTemplate
 from ..data.corrupt import Words, encode_masked, encode_spans, sentinel_ids
 from ..data.lint import Finding, check_labels, check_splits, check_tokenizer, lint
 from ..data.pairs import Pair, PairBatches, collate_pairs, encode_pair
-from ..data.sources import Document
+from ..data.sources import Document, Skipped
 from ..data.tokenizer import Tokenizer
 from ..decode.beam import BeamParams
 from ..decode.text2text import Text2Text
@@ -52,9 +52,27 @@ def plan_of(
         plan = _seq2seq(options, model, tokenizer, text)
     else:
         raise TypeError(f"{type(model).__name__} is not a Decoder, an Encoder or a Seq2Seq")
-    if len(tokenizer) <= vocab:
-        return plan
-    return dataclasses.replace(plan, encode=_within(vocab, tokenizer, plan.encode))
+    made = plan.encode if len(tokenizer) <= vocab else _within(vocab, tokenizer, plan.encode)
+    return dataclasses.replace(plan, encode=_refusing(options.bad, made))
+
+
+def _refusing(bad: str, encode: Callable[[Document, int], list[Any]]) -> Callable[..., list[Any]]:
+    """The same; a record that it cannot encode is left out with a warning, or the ValueError says that it may be."""
+    skipped, places = Skipped(), set[str]()  # a record is read more than once
+
+    def checked(document: Document, index: int) -> list[Any]:
+        try:
+            return encode(document, index)
+        except ValueError as error:
+            what = str(error).removeprefix(f"{document.place}: ")
+            if bad == "raise":
+                raise ValueError(f"{what}; or give bad=skip to leave such records out") from error
+            if document.place not in places:
+                places.add(document.place)
+                skipped.say(document.place, what)
+            return []
+
+    return checked
 
 
 def _within(vocab: int, tokenizer: Tokenizer, encode: Callable[[Document, int], list[Any]]) -> Callable[..., list[Any]]:

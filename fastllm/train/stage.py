@@ -72,7 +72,7 @@ class StageOptions(LoopOptions):
         mix_temperature: Of several sources; 1 draws them by their sizes, a large one all alike.
         text: The field that holds the text of a record.
         unit: What of a text file is a document; file, paragraph or line.
-        bad: What to do with a record that cannot be read; raise or skip.
+        bad: What to do with a record that cannot be read or trained on; raise or skip.
         lint: What to do with what the linter finds; warn, refuse or off.
         samples: How many openings of held-out documents the model continues at each validation.
         sample_tokens: Tokens of a sample; 0 for none.
@@ -231,6 +231,8 @@ class HeldOut:
             made = examples_of(document, index, plan.encode)
             examples += made
             count += sum(map(len, made))
+            if not made:
+                continue
             sizes.append(plan.size(document.fields))
             if len(self.openings) < options.samples and (opening := plan.opening(document.fields)):
                 self.openings.append(opening)  # an empty text, or a talk that the assistant opens, has none

@@ -1,6 +1,7 @@
 """Fine-tuning as a user runs it: records, templates, and what is saved."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -115,8 +116,33 @@ def test_a_record_that_cannot_be_encoded_is_named(run, tmp_path, lint, which):
     bad.write_text(good.read_text() + json.dumps({"prompt": "", "completion": "2."}) + "\n")
     files = {"data": str(good), "validation": str(good)} | {which: str(bad)}
     given = {k: v for k, v in SIZES.items() if k != "vocab_size"} | QUICK | files | {"test": 0, "lint": lint}
-    with pytest.raises(ValueError, match=r"bad\.jsonl:2: the prompt is empty"):
+    with pytest.raises(
+        ValueError, match=r"bad\.jsonl:2: the prompt is empty.*; or give bad=skip to leave such records out"
+    ):
         sft(SftOptions(model=str(run[0] / "model"), out=str(tmp_path / "run"), **given))
+
+
+def test_a_run_goes_on_past_a_record_that_cannot_be_encoded(run, tmp_path):
+    """Which it meets late: editing the file would lose its place there."""
+    record, data = {"prompt": "1?", "completion": "2."}, tmp_path / "a.jsonl"
+    odd = [record | {"completion": None}, {"text": 5}, record | {"prompt": ""}]
+    data.write_text("".join(json.dumps(r) + "\n" for r in [*[record] * 520, *odd, *[record] * 9]))
+    given = {k: v for k, v in SIZES.items() if k != "vocab_size"} | QUICK | {"test": 0, "lint": "off", "steps": 20}
+    given |= {"model": str(run[0] / "model"), "data": str(data), "out": str(tmp_path / "run"), "shuffle": 0}
+    given |= {"validation": str(tmp_path / "held.jsonl"), "eval_every": 0, "sample_tokens": 0, "log_every": 0}
+    (tmp_path / "held.jsonl").write_text('{"text": 5}\n{"text": "one and two"}\n')
+    with pytest.raises(ValueError, match=r"held\.jsonl:1: a record of text \(int\)"):
+        sft(SftOptions(**given))
+    (tmp_path / "held.jsonl").write_text('{"text": "one and two"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:521: a record of prompt \(str\), completion \(NoneType\)"):
+        sft(SftOptions(**given))
+    (tmp_path / "held.jsonl").write_text('{"text": 5}\n{"text": "one and two"}\n')
+    with pytest.warns(UserWarning, match=r"a\.jsonl:521: .*; skipped") as said:
+        report = sft(SftOptions(bad="skip", **given), resume=True)
+    assert report.steps == 20 and "bits_per_byte" in report.validation
+    assert {re.search(r"\w+\.jsonl:\d+", str(w.message))[0] for w in said if "skipped" in str(w.message)} == {
+        "held.jsonl:1", "a.jsonl:521", "a.jsonl:522", "a.jsonl:523"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("lint", ["off", "warn"])
