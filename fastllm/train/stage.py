@@ -116,6 +116,7 @@ class StageOptions(LoopOptions):
         }.items():
             require(name, getattr(self, name), getattr(self, name) >= least, f"{least} or more")
         require("max_length", self.max_length, self.max_length <= self.tokens, f"at most tokens={self.tokens}")
+        require("seed", self.seed, 0 <= self.seed < 1 << 63, "0 to 2^63 - 1")
         require("data", self.data, bool(self.data), "files, folders or globs")
         require("out", self.out, bool(self.out), "a folder")
         for name in ("validation", "test"):

@@ -206,6 +206,8 @@ def test_resume_takes_the_options_of_the_run(run):
         (["--preset", "huge"], "preset is 'huge'; allowed: "),
         (["--arch", "tree"], "arch is 'tree'; allowed: decoder, encoder, seq2seq"),
         (["--lint", "maybe"], "lint is 'maybe'; allowed: warn, refuse, off"),
+        (["--seed", "-1"], "seed is -1; allowed: 0 to 2"),
+        (["--seed", str(1 << 63)], "seed is 9223372036854775808; allowed: 0 to 2"),
     ],
 )
 def test_wrong_options(arguments, said):
