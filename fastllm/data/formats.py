@@ -97,6 +97,11 @@ def _format(file: Path) -> str | None:
     return {"ndjson": "jsonl", "md": "txt"}.get(kind, kind)
 
 
+def has_fields(file: Path) -> bool:
+    """Whether a file's records name their fields; those of text and XML have the names that we give."""
+    return _format(file) in ("jsonl", "parquet")
+
+
 def _chunks(
     stream: IO[bytes], offset: int, number: int, unit: str, longest: int
 ) -> Iterator[tuple[bytes | str, int, int]]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .formats import UNITS, find_files, read_records
+from .formats import UNITS, find_files, has_fields, read_records
 
 FRACTIONS = {"train": 0.98, "validation": 0.01, "test": 0.01}
 _OTHERS = ("messages", "prompt", "source")  # what a record of another form has, which parquet gives a text of null
@@ -253,6 +253,8 @@ class Documents:
             return self._skip(file, number, record)
         if self.text != "text" and self.text in record:
             record = {"text": record[self.text]} | {k: v for k, v in record.items() if k not in ("text", self.text)}
+        elif self.text != "text" and has_fields(file) and "text" in record and not record.keys() & set(_OTHERS):
+            return self._skip(file, number, f"no field {self.text!r}; the record has {_names(record)}")
         if record.get("text", "") is None and all(record.get(name) is None for name in _OTHERS):
             return self._skip(file, number, f"{self.text!r} is null")
         document = Document(record, str(file), number)

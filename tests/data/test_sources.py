@@ -216,6 +216,25 @@ def test_a_text_that_is_null(tmp_path, kind, field):
         assert [d.fields["text"] for d in skipping] == ["good", None, "last"] and skipping.skipped == 1
 
 
+def test_a_text_under_another_name(tmp_path):
+    """What is named is read, and no other field in its place; a text file has no names."""
+    rows = [
+        {"body": "good"},
+        {"text": "a title", "body": "too"},
+        {"text": "a title"},
+        {"prompt": "a", "completion": "b"},
+    ]
+    write_jsonl(tmp_path / "f.jsonl", rows)
+    (tmp_path / "f.txt").write_text("a file")
+    with pytest.raises(
+        BadRecord, match=r"f\.jsonl:3: no field 'body'; the record has 'text'; mend it, or give bad='skip'"
+    ):
+        list(Documents(tmp_path, text="body"))
+    with pytest.warns(UserWarning, match=r"f\.jsonl:3"):
+        found = [d.fields.get("text") for d in Documents(tmp_path, text="body", bad="skip")]
+    assert found == ["good", "too", None, "a file"]
+
+
 def test_many_bad_lines_are_counted(tmp_path):
     (tmp_path / "f.jsonl").write_bytes(b"?\n" * 100 + GOOD)
     documents = Documents(tmp_path, bad="skip")
