@@ -19,6 +19,7 @@ import torch
 from . import hub
 from .data.bound import Bound
 from .data.chat import NO_TEMPLATE, ChatTemplate
+from .data.literal import Talk
 from .data.tokenizer import Tokenizer
 from .decode.embed import read_encoder
 from .decode.engine import Engine
@@ -258,11 +259,13 @@ class LLM:
         return self.stream(ids, params) if stream else self.generate(ids, params)[0]
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the rendered template, ready for the answer. ValueError where the model has no template."""
+        """Token ids of the rendered template, ready for the answer; special tokens that stand in a message stay text, unless it
+        is the assistant's. ValueError where the model has no template."""
         self._check_decoder()
         if isinstance(self._template, ValueError):
             raise self._template
-        return self.tokenizer.encode(self._template.render(messages), add_special_tokens=False, parse_special=True)
+        talk = Talk(self.tokenizer, messages)
+        return talk.encode(self._template.render(talk.messages))
 
     def request(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
         """A checked request that `run` fills."""

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..ops import LossSpec
 from .chat import ChatTemplate
+from .literal import Talk
 from .packed import Packed
 from .sources import Document, Documents, Mixture, permutation
 from .tokenizer import Tokenizer
@@ -108,9 +109,12 @@ def encode_messages(
 
     A turn is what the template writes beyond the prompt for it, so the model reads what it will read when asked: the prompt of
     `render(messages before, add_generation_prompt=True)`. The tokens are those of the whole talk; but where one of them would
-    span a border of a turn, what stands on either side is cut there. Where no token of a last turn ends it, eos is put
+    span a border of a turn, what stands on either side is cut there. Special tokens within a message that is not the assistant's
+    are text, as in `LLM.chat`. Where no token of a last turn ends it, eos is put
     behind. ValueError: no turn to train; a template that writes earlier turns in another way once others follow.
     """
+    talk = Talk(tokenizer, messages)
+    messages = talk.messages
     whole = template.render(messages, add_generation_prompt=False)
     spans = []
     for n, message in enumerate(messages):
@@ -130,7 +134,7 @@ def encode_messages(
     trained: list[bool] = []
     texts = [whole[a:b] for a, b in itertools.pairwise(edges)]  # in turn: what is read, what is said
     for n, text in enumerate(texts):
-        part = tokenizer.encode_after(ids, text, parse_special=True)
+        part = talk.encode(text, ids)
         said = n % 2 == 1
         last = max((i for i, id in enumerate(part) if id in tokenizer.eos_ids), default=None) if said else None
         if said and last is None and n == len(texts) - 1:

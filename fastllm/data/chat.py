@@ -1,8 +1,8 @@
 """Messages to a prompt: the chat templates of the Hub (Jinja), rendered in a sandbox.
 
     template = ChatTemplate.from_gguf(file)
-    prompt = template.render([{"role": "user", "content": "What is gravity?"}])
-    ids = tokenizer.encode(prompt, add_special_tokens=False, parse_special=True)
+    talk = Talk(tokenizer, [{"role": "user", "content": "What is gravity?"}])
+    ids = talk.encode(template.render(talk.messages))
 
 A template comes with a model file, so it is code of strangers: it runs in Jinja's immutable sandbox and sees nothing
 but plain JSON values. Needs jinja2 >= 3.1.6 (earlier ones have known ways out of the sandbox).
@@ -56,8 +56,8 @@ class ChatTemplate:
         """The prompt for `messages`, a non-empty list of {"role": str, "content": str}.
 
         content may be a list of parts ({"type": "text", "text": ...}), or absent beside "tool_calls". tools: JSON
-        schemas. variables: what else this template reads, such as enable_thinking. Encode the result with
-        add_special_tokens=False and parse_special=True.
+        schemas. variables: what else this template reads, such as enable_thinking. A `Talk` encodes the result, so that
+        special tokens that a user typed stay text.
 
         TypeError / ValueError: messages of another form, or refused by the template, in its own words.
         """

@@ -15,6 +15,7 @@ Longer than 500 lines, by a few: training, reading and writing share what is kno
 import json
 import operator
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -204,6 +205,12 @@ class Tokenizer:
         if rule is not None and self._literal_model is not None:
             rule.backend.model = self._literal_model
         return rule
+
+    @cached_property
+    def special_text(self) -> re.Pattern[str] | None:
+        """Finds special tokens in a text; None where there are none."""
+        spelled = sorted((self._added[id] for id in self.special_ids), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, spelled))) if spelled else None
 
     @property
     def add_bos(self) -> bool:
