@@ -66,9 +66,17 @@ class Folder:
                 with safe_open(str(file), framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118, it is no mapping
                         part = opened.get_slice(name)
+                        self._check_once(name, file)
                         self.where[name] = (file, part.get_dtype(), tuple(part.get_shape()))
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} cannot be read: {error}{lengths(file)}; fetch it again") from error
+
+    def _check_once(self, name: str, file: Path) -> None:
+        if name in self.where:
+            raise ValueError(
+                f"{self.path}: tensor {name!r} is in {self.where[name][0].name} and in {file.name}; remove the one that is not "
+                "of this model"
+            )
 
     def _files(self) -> list[Path]:
         index, whole = self.path / "model.safetensors.index.json", self.path / "model.safetensors"

@@ -477,3 +477,10 @@ def test_types_that_are_dequantised_by_the_table_of_gguf():
         kind = gguf.GGMLQuantizationType[name]
         rows = np.zeros((2, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
         assert gguf.quants.dequantize(rows, kind).shape == (2, gguf.GGML_QUANT_SIZES[kind][0])
+
+
+def test_a_tensor_that_two_files_hold_is_named(tmp_path):
+    _llama.build(**_llama.CONFIGS["grouped"]).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "one.safetensors")
+    save_file({"model.norm.weight": torch.ones(64)}, tmp_path / "two.safetensors")
+    refused(tmp_path, "tensor 'model.norm.weight' is in one.safetensors and in two.safetensors; remove the one")
