@@ -59,11 +59,9 @@ struct PlanHandle {
   }
   int replay(int threads, int64_t times, int64_t* nanoseconds = nullptr) const {
     if (plan_recording(plan.get())) throw std::runtime_error("the plan still records; end the recording before a replay");
-    int status;
-    {
-      py::gil_scoped_release release;
-      status = plan_replay(plan.get(), threads, times, nanoseconds);
-    }
+    PyThreadState* state = PyEval_SaveThread();
+    const int status = plan_replay(plan.get(), threads, times, nanoseconds);
+    PyEval_RestoreThread(state);    // ends a daemon's thread as Python ends: not within gil_scoped_release, whose destructor is noexcept
     if (status < 0) throw std::bad_alloc();
     return status;
   }

@@ -44,16 +44,21 @@ def test_a_stream_that_is_dropped_gives_back_its_pages(llm):
 
 
 SUSPENDED = """
-import sys
+import sys, threading, time
 from fastllm import LLM, SamplingParams
-llm, params = LLM(sys.argv[1]), SamplingParams(max_new_tokens=500, ignore_eos=True)
+llm, params = LLM(sys.argv[1]), SamplingParams(max_new_tokens=900, ignore_eos=True)
 one, other = llm.stream("on the", params), llm.stream("in the", params)
 next(one), next(other)
+many = llm.run(llm.request("on the", SamplingParams(max_new_tokens=900, ignore_eos=True, n=200)))
+threading.Thread(target=lambda: [*many], daemon=True).start()
+while not all(s.tokens for s in llm.engine.scheduler.running) or len(llm.engine.scheduler.running) < 16:
+    time.sleep(0.01)
 print("here")
 """
 
 
-def test_a_process_that_ends_with_suspended_streams(path):
+def test_a_process_that_ends_with_suspended_streams_and_a_daemon(path):
+    """Python ends a daemon's thread as it comes back from a step."""
     run = subprocess.run([sys.executable, "-c", SUSPENDED, path], capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout, run.stderr) == (0, "here\n", "")
 
