@@ -69,7 +69,7 @@ class Conversation:
             return kept, self.llm.chat_ids(kept)
 
         whole = without(0)
-        if len(whole[1]) <= room:
+        if len(whole[1]) <= room or not pairs:
             return whole
         # a last question may leave less room for its answer
         return without(bisect_left(range(pairs), True, 1, key=lambda count: len(without(count)[1]) <= room))

@@ -97,6 +97,18 @@ def test_a_question_too_long_changes_nothing(llm):
     assert talk.messages == before
 
 
+@pytest.mark.parametrize("system", [None, "s"])
+def test_a_first_question_is_asked_however_long(llm, system):
+    """It may leave less room than max_new_tokens; one that does not fit is refused."""
+    talk = Conversation(llm, replace(GREEDY, max_new_tokens=100), system)
+    question = {"role": "user", "content": "x" * 120}
+    expected = llm.chat([*talk.messages, question], talk.params)
+    assert "".join(talk.ask(question["content"])) == expected.text and len(expected.token_ids) < 100
+    talk.reset()
+    with pytest.raises(ValueError, match="the context holds 200"):
+        talk.ask("x" * 300)
+
+
 def test_an_answer_that_is_left_keeps_what_was_said(llm):
     talk = Conversation(llm, GREEDY)
     pieces = talk.ask("hello")
