@@ -401,16 +401,29 @@ def check(condition: bool, message: Callable[[], str], error: type[Exception] = 
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = tuple(DTYPES)) -> None:
-    if tensor.dtype not in allowed:
+    if getattr(tensor, "dtype", None) not in allowed:
+        _check_tensor(op, name, tensor)
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(
             f"{op}: {name} is {str(tensor.dtype).removeprefix('torch.')}, allowed: {names}; convert it with .to(dtype)"
         )
 
 
+def _check_tensor(op: str, name: str, value: Any) -> None:
+    """Of an array the dtype alone would be told, which may be an allowed one."""
+    check(
+        isinstance(value, Tensor),
+        lambda: (
+            f"{op}: {name} is a {type(value).__name__}, and must be a torch.Tensor; make it one with torch.as_tensor"
+        ),
+        TypeError,
+    )
+
+
 def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Same dtype and device."""
-    if tensor.dtype != other.dtype:
+    if getattr(tensor, "dtype", None) != other.dtype:
+        _check_tensor(op, name, tensor)
         raise TypeError(f"{op}: {name} is {tensor.dtype}, {other_name} is {other.dtype}; they must agree")
     if tensor.device != other.device:
         raise ValueError(

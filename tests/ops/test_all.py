@@ -219,6 +219,14 @@ def test_a_number_that_changes_from_call_to_call_is_compiled(function):
         assert torch.equal(compiled(number, x), function(number, x))
 
 
+@pytest.mark.parametrize("given", [torch.randn(3, 4).numpy(), [[1.0]], None])
+def test_errors_of_what_is_no_tensor(given):
+    x, name = torch.randn(3, 4), type(given).__name__
+    for call in (lambda: ops.softmax(given), lambda: ops.linear(x, given), lambda: ops.cross_entropy(x, given)):
+        with pytest.raises(TypeError, match=f"(x|weight|target) is a {name}, and must be a torch.Tensor"):
+            call()
+
+
 TENSORS = [
     pytest.param(suite, name, id=f"{op} {name}")
     for op, suite in _oracle.suites().items()
