@@ -371,6 +371,8 @@ def evaluate(
         check_file(json_path)
     if shots and not pool:
         raise ValueError(f"--shots {shots}: give the file that the examples come from, with --pool")
+    if pool and not shots and task == "classify":
+        raise ValueError(f"--pool {pool} without --shots: say how many examples to draw from it")
     records = Documents(data, split=split, text=text, unit=unit)
     options = tasks.Options(
         limit=limit, window=window, stride=stride, shots=shots, seed=seed, max_new_tokens=max_new_tokens, chat=chat,

@@ -19,6 +19,14 @@ from .perplexity import perplexity, pseudo_perplexity
 from .records import Record, Watch, check_fields, check_text, documents, in_groups
 
 TASKS = ("perplexity", "choice", "classify", "generate")
+READ_BY = {  # the tasks that have an option, of those that not all have
+    "window": TASKS[:1],
+    "stride": TASKS[:1],
+    "chat": TASKS[1:],
+    "max_new_tokens": TASKS[3:],
+    "stop": TASKS[3:],
+    "beams": TASKS[3:],
+}
 PROMPT = "{text}\nWhich is it: {options}?\nAnswer:"
 
 
@@ -105,6 +113,11 @@ def run(
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; allowed: {', '.join(TASKS)}")
     options = Options() if options is None else options
+    unset = Options()
+    for name, has in READ_BY.items():
+        value = getattr(options, name)
+        if task not in has and value != getattr(unset, name) and value != []:
+            raise ValueError(f"{name}={value!r}; the task {task!r} has none: leave it out, or give {' or '.join(has)}")
     if isinstance(llm, Text2Text):
         if task != "generate":
             raise ValueError(f"task is {task!r}; an encoder-decoder has 'generate' alone")
@@ -137,6 +150,8 @@ Found = tuple[dict[str, Any], list[dict[str, Any]], int]
 
 def _perplexity(llm: LLM, given: Iterable[Document], options: Options, watch: Watch | None) -> Found:
     if llm.encoder:
+        if options.stride is not None:
+            raise ValueError(f"stride={options.stride}; an encoder's windows stand side by side: leave it out")
         what, score = "pseudo_perplexity", pseudo_perplexity(llm.model, llm.tokenizer, given, window=options.window)
         figures = {what: score.perplexity}
     else:
@@ -198,6 +213,7 @@ def labelled(llm: LLM, records: Sequence[Document], options: Options) -> list[Do
 
 
 def _generate(llm: LLM | Text2Text, given: Iterable[Document], options: Options, watch: Watch | None) -> Found:
+    text.require()
     records = list(given)
     names = next((form for form in FORMS if form[0] in records[0].fields), FORMS[-1])
     for document in records:

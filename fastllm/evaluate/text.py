@@ -50,6 +50,27 @@ def exact_match(found: Sequence[str], wanted: Sequence[str], normalise: bool = F
     return accuracy([form(text) for text in found], [form(text) for text in wanted])
 
 
+def require() -> None:
+    """ImportError where the libraries of BLEU and ROUGE are missing: to be asked before texts are generated."""
+    _bleu_class(), _rouge_class()
+
+
+def _bleu_class() -> Any:
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError as error:
+        raise ImportError('BLEU needs sacrebleu; pip install "fastllm[eval]"') from error
+    return BLEU
+
+
+def _rouge_class() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError('ROUGE needs rouge-score; pip install "fastllm[eval]"') from error
+    return RougeScorer
+
+
 def _plain(text: str) -> str:
     bare = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
@@ -62,12 +83,8 @@ def bleu(found: Sequence[str], wanted: Sequence[str | Sequence[str]]) -> tuple[f
     most = max(map(len, each))
     if not min(map(len, each)):
         raise ValueError("bleu: a text has no reference; give one or more each")
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError as error:
-        raise ImportError('BLEU needs sacrebleu; pip install "fastllm[eval]"') from error
+    metric = _bleu_class()()
     columns = [[texts[i] if i < len(texts) else None for texts in each] for i in range(most)]  # sacrebleu's order
-    metric = BLEU()
     return metric.corpus_score(list(found), columns).score, str(metric.get_signature())
 
 
@@ -75,12 +92,8 @@ def rouge(found: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
     """{"rouge1", "rouge2", "rougeL"}: the mean over the texts of the F1 of words, pairs of words, and the longest common
     subsequence, 0 to 1; words are cut as rouge-score does, lower case, without stemming."""
     _check("rouge", found, wanted)
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise ImportError('ROUGE needs rouge-score; pip install "fastllm[eval]"') from error
     kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(kinds)
+    scorer = _rouge_class()(kinds)
     each = [scorer.score(target, prediction) for prediction, target in zip(found, wanted, strict=True)]
     return {kind: sum(one[kind].fmeasure for one in each) / len(each) for kind in kinds}
 

@@ -1,6 +1,7 @@
 """fastllm eval: every task, its figures, its file, and every way to fail."""
 
 import json
+import sys
 
 import _tiny
 import pytest
@@ -157,6 +158,8 @@ def test_an_encoder(evaluate, tmp_path):
     assert status == 0 and "pseudo_perplexity" in out and "bits_per_byte" not in out
     wanted = pseudo_perplexity(model, tokenizer, TEXTS[:4])
     assert found["figures"]["nats"] == wanted.nats
+    status, _, err, _ = evaluate(records, "--task", "perplexity", "--stride", 3, model=tmp_path / "encoder")
+    assert status == 2 and "stride=3; an encoder's windows" in err
     status, _, err, _ = evaluate(QUESTIONS, "--task", "choice", model=tmp_path / "encoder")
     assert status == 2 and "is an encoder, which predicts no next token" in err
 
@@ -213,6 +216,36 @@ def test_options_that_nothing_would_read(llm, task, records, who, name, value, s
         ValueError, match=rf"^{shown}; {who} has none: leave it out, or give the task 'classify' records"
     ):
         tasks.run(llm, task, records, tasks.Options(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("task", "records", "name", "value"),
+    [
+        ("choice", QUESTIONS, "window", 5),
+        ("generate", PAIRS, "stride", 5),
+        ("perplexity", TEXTS, "chat", True),
+        ("classify", LABELLED, "stop", ["x"]),
+        ("choice", QUESTIONS, "max_new_tokens", 3),
+        ("perplexity", TEXTS, "beams", 2),
+    ],
+)
+def test_options_of_other_tasks(llm, task, records, name, value):
+    with pytest.raises(ValueError, match=rf"^{name}=.*; the task '{task}' has none: leave it out, or give "):
+        tasks.run(llm, task, records, tasks.Options(**{name: value}))
+
+
+def test_a_pool_without_shots(evaluate, tmp_path):
+    write_jsonl(tmp_path / "pool.jsonl", LABELLED)
+    status, out, err, _ = evaluate(LABELLED, "--task", "classify", "--pool", tmp_path / "pool.jsonl")
+    assert status == 2 and "pool.jsonl without --shots" in err and not out
+
+
+@pytest.mark.parametrize("module", ["sacrebleu.metrics", "rouge_score.rouge_scorer"])
+def test_what_measures_texts_is_asked_for_before_they_are_generated(llm, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(tasks, "_completions", None)
+    with pytest.raises(ImportError, match=r'pip install "fastllm\[eval\]"'):
+        tasks.run(llm, "generate", PAIRS)
 
 
 def test_shots_of_a_choice(evaluate, tmp_path):
