@@ -4,6 +4,7 @@ fastllm info | bench | pull | generate | chat | eval | pretrain | sft
 """
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -449,6 +450,8 @@ def main() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started this, as services are started
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding shows what it can
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:

@@ -32,7 +32,6 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
 
 def print_text(llm: "LLM", request: "RequestOutput") -> None:
     """Streams the completions to stdout; where there are several, each under a line with its number."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding shows what it can
     begun = 0
     for piece in llm.run(request):
         if request.params.n > 1 and begun < len(request.outputs):
@@ -102,7 +101,6 @@ def answer(path: Path, source: str, params: "BeamParams", quantize: str | None) 
 
 def print_answers(found: Mapping[str, Any]) -> None:
     """The texts that `answer` gave; where there are several, each under a line with its number."""
-    sys.stdout.reconfigure(errors="replace")
     texts = [one["text"] for one in found.get("outputs", (found,))]
     for number, text in enumerate(texts, 1):
         if len(texts) > 1:

@@ -13,7 +13,6 @@ Ctrl-D leaves. A line that ends with a backslash goes on in the next one. Ctrl-C
 
 def chat(talk: Conversation, read: Callable[[str], str] = input) -> None:
     """Runs a conversation on the terminal until its input ends. read(prompt) gives a line, or raises EOFError."""
-    sys.stdout.reconfigure(errors="replace")
     shown = sys.stdin.isatty()
     if shown:
         import_line_editing()

@@ -1,5 +1,6 @@
 """The command line: what it prints, how it fails."""
 
+import io
 import json
 import re
 import subprocess
@@ -95,6 +96,16 @@ def test_streams_that_are_closed(monkeypatch):
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 2  # the prompt is empty
+
+
+def test_a_terminal_that_has_no_such_signs(monkeypatch, recorded):
+    """The table was lost: ×torch is no ASCII."""
+    sink = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(sink, encoding="ascii", write_through=True))
+    monkeypatch.setattr(sys, "argv", ["fastllm", "bench"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert not left.value.code and b"?torch" in sink.getvalue()
 
 
 @pytest.fixture
