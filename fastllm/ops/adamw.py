@@ -51,7 +51,7 @@ class AdamWSpec:
             check(0 <= value < 1, lambda n=name, v=value: f"AdamWSpec: {n} is {v}; it must be in [0, 1)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdamWState:
     """What the optimizer keeps of one parameter: the moments m and v, and the fp32 weights beside a 16-bit one."""
 

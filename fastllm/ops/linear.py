@@ -45,7 +45,7 @@ PANELS, ROWS, ROWS_ACROSS, PANELS_ACROSS, OUTER = 0, 1, 2, 3, 12
 WHOLE, SWIGLU, GATE_UP = 0, 1, 2  # GATE_UP: the panels alternate as for swiglu, but y is [gate, up]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Panels:
     """A weight [N, K] in panels of 16 output columns, float32: what a decoding CPU reads.
 

@@ -35,7 +35,7 @@ GROUPS = (32, 64, 128)
 CUDA_ROWS = 8  # of a product in CUDA C++
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QWeight:
     """A quantised weight [N, K] in panels of 16 rows; the layout is the kernels' own (csrc/cpu/quant_linear.cpp).
 

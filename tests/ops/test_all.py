@@ -227,6 +227,14 @@ def test_errors_of_what_is_no_tensor(given):
             call()
 
 
+def test_records_of_tensors_can_be_compared():
+    """Each is equal to itself alone: their tensors have no one answer."""
+    weight = torch.randn(16, 32)
+    for make in (ops.Panels.pack, lambda w: ops.QWeight.quantize(w, 8), ops.AdamWState.new):
+        one, other = make(weight), make(weight)
+        assert one == one and one != other and one in [other, one] and len({one, other}) == 2
+
+
 TENSORS = [
     pytest.param(suite, name, id=f"{op} {name}")
     for op, suite in _oracle.suites().items()
