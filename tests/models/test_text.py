@@ -157,6 +157,7 @@ def test_a_folder_whose_tokenizer_has_more(tmp_path):
     assert VOCAB + 1 in llm.tokenizer.eos_ids and len(llm.tokenizer) == VOCAB + 2
     assert llm.generate("the hen", params)[0].token_ids == wanted
     with pytest.raises(ValueError, match=f"the model has no row for '{IMAGE}', leave it out"):
-        llm.chat([{"role": "user", "content": IMAGE}])
+        llm.chat([{"role": "assistant", "content": IMAGE}])
+    assert llm.chat([{"role": "user", "content": IMAGE}], params).token_ids  # typed by a user it is text
     drawn = llm.generate("the hen", SamplingParams(max_new_tokens=200, temperature=100.0, seed=1))[0].token_ids
     assert max(drawn) < VOCAB
