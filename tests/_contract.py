@@ -122,7 +122,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     wide = x.float()
-    mean = chained_sum(lambda acc, v: acc + v, wide) / float(x.shape[-1])
+    about = chained_sum(lambda acc, v: acc + v, wide) / float(x.shape[-1])
+    mean = about + chained_sum(lambda acc, v: acc + v, wide - about[..., None]) / float(x.shape[-1])
     centred = wide - mean[..., None]
     h = centred * _rstd(sum_of_squares(centred), x.shape[-1], eps)[..., None]
     return (h * weight.float() if bias is None else fma(h, weight.float(), bias.float())).to(x.dtype)

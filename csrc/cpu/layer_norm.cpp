@@ -1,6 +1,7 @@
 // layer_norm: s = x + residual; y = (s - mean) * rstd * weight + bias with rstd = 1/sqrt(mean((s - mean)^2) + eps).
-// Two passes over a row that lies in the first cache by then: no cancellation, whatever the mean. fp32 within, one rounding to
-// the output's dtype; s is rounded to that dtype before it is normalised.
+// Two more passes over a row that lies in the first cache by then: no cancellation, whatever the mean, which is rounded once:
+// what the sum lost is what the differences from it add up to. fp32 within, one rounding to the output's dtype; s is rounded to
+// that dtype before it is normalised.
 #include "norm.h"
 
 namespace fastllm {
@@ -10,7 +11,10 @@ struct Moments {
   float mean, rstd;
 };
 template <class T> FL_INLINE Moments moments(const T* x, int64_t n, double eps, const T* next) {
-  const float mean = sum_columns(n, [&](vf acc, int64_t i, auto m) { return acc + load(x + i, m); }) / float(n);
+  const float about = sum_columns(n, [&](vf acc, int64_t i, auto m) { return acc + load(x + i, m); }) / float(n);
+  const float mean = about + sum_columns(n, [&](vf acc, int64_t i, auto m) {
+    return acc + select(m, load(x + i, m) - set1(about), set1(0));
+  }) / float(n);
   const float squares = sum_columns(n, [&](vf acc, int64_t i, auto m) {
     prefetch(next + i);
     const vf d = select(m, load(x + i, m) - set1(mean), set1(0));

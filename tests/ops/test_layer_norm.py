@@ -65,6 +65,12 @@ def test_constant_nan_and_infinite_rows_stay_in_their_row():
     assert torch.equal(y[0], bias) and y[1:4].isnan().all() and y[4].isfinite().all()
 
 
+@pytest.mark.parametrize("cols", [3, 100, 1023, 4096])
+def test_a_constant_row_gives_the_bias(cols):
+    x, bias = torch.randn(20, 1).mul(50).expand(20, cols), torch.randn(cols)
+    assert torch.equal(ops.layer_norm(x, torch.randn(cols), bias), bias.expand(20, cols))
+
+
 def test_a_large_mean_costs_no_accuracy():
     noise = torch.randn(2, 4096).round(decimals=2)
     x = 4096.0 + (noise * 1024).round() / 1024  # the addition is exact
