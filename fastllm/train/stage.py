@@ -107,13 +107,8 @@ class StageOptions(LoopOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in {
-            "tokens": 2,
-            "max_length": 2,
-            "validation_tokens": 1,
-            "samples": 0,
-            "sample_tokens": 0,
-        }.items():
+        leasts = {"tokens": 2, "max_length": 2, "validation_tokens": 1, "samples": 0, "sample_tokens": 0}
+        for name, least in leasts.items():
             require(name, getattr(self, name), getattr(self, name) >= least, f"{least} or more")
         require("max_length", self.max_length, self.max_length <= self.tokens, f"at most tokens={self.tokens}")
         require("seed", self.seed, 0 <= self.seed < 1 << 63, "0 to 2^63 - 1")
@@ -380,14 +375,20 @@ class _Validation:
         found = self.held.figures(model, self.plan)
         prompts = self.options.prompts or self.held.openings
         if self.writes and self.plan.write is not None and self.options.sample_tokens and prompts:
-            try:
-                texts = self.plan.write(model, prompts)
-            except ValueError as error:  # of a template, say: samples are looked at, and no run ends for their sake
-                texts = [f"(no sample: {error})"] * len(prompts)
+            texts = self._written(model, prompts)
             with (Path(self.options.out) / SAMPLES).open("a", encoding="utf-8") as file:
                 file.write(f"== held out {found['loss']:.4f} nats a prediction\n")
                 file.writelines(f"{_shown(p)} | {text}\n" for p, text in zip(prompts, texts, strict=True))
         return found
+
+    def _written(self, model: nn.Module, prompts: list[Any]) -> list[str]:
+        """Samples are looked at, and no run ends for their sake; nor does one that cannot be made cost the others."""
+        try:
+            return self.plan.write(model, prompts)
+        except ValueError as error:  # of a template, say
+            if len(prompts) == 1:
+                return [f"(no sample: {error})"]
+            return [text for prompt in prompts for text in self._written(model, [prompt])]
 
 
 # ------------------------------------------------------------------------------------------------------- before it begins

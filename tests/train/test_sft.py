@@ -92,6 +92,18 @@ def test_samples_that_cannot_be_made(run, tmp_path, monkeypatch):
     assert "3? | (no sample: the chat template refused" in (tmp_path / "run" / stage.SAMPLES).read_text()
 
 
+def test_a_sample_that_cannot_be_made_costs_no_other(run, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text((json.dumps({"prompt": "3?", "completion": "4."}) + "\n") * 20)
+    given = {k: v for k, v in SIZES.items() if k != "vocab_size"} | QUICK | {"validation": str(data), "test": 0}
+    given |= {"model": str(run[0] / "model"), "data": str(data), "steps": 1}
+    samples = []
+    for name, prompts in (("good", ["3?", "5?"]), ("odd", ["3?", "", "5?"])):
+        sft(SftOptions(out=str(tmp_path / name), prompts=prompts, **given))
+        samples.append((tmp_path / name / stage.SAMPLES).read_text().splitlines()[1:])
+    assert samples[1] == [samples[0][0], " | (no sample: the prompt is empty; give at least one token)", samples[0][1]]
+
+
 def test_transformers_ends_where_the_tokenizer_does(run, tmp_path):
     """Also of a model that says so in config.json alone."""
     transformers = pytest.importorskip("transformers")
