@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -111,14 +111,17 @@ class Report:
     checkpoint: Path
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 def fit(
-    model: nn.Module,
+    model: Model,
     batches: Source,
-    loss: Callable[[nn.Module, Any], Tensor],
+    loss: Callable[[Model, Any], Tensor],
     out: str | os.PathLike,
     options: LoopOptions,
     *,
-    validate: Callable[[nn.Module], float | Mapping[str, float]] | None = None,
+    validate: Callable[[Model], float | Mapping[str, float]] | None = None,
     resume: bool = False,
     watch: Iterable[Callable[[Mapping[str, Any]], None]] = (),
     figures: Callable[[], Mapping[str, float]] | None = None,

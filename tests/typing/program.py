@@ -28,6 +28,8 @@ from fastllm.llm import Completion, RequestOutput
 from fastllm.models.decoder import Decoder
 from fastllm.models.encoder import Encoder
 from fastllm.models.seq2seq import Seq2Seq
+from fastllm.train.loop import LoopOptions, Report, fit
+from fastllm.train.objective import next_token_loss
 
 
 def generation() -> None:
@@ -179,3 +181,8 @@ def training(x: Tensor, w: Tensor, target: Tensor) -> None:
     assert_type(ops.token_logprobs(x, w, target), tuple[Tensor, Tensor])
     assert_type(ops.grad_norm([x, w]), Tensor)
     ops.adamw(w, w, ops.AdamWState.new(w), 1, ops.AdamWSpec(lr=1e-4), grad_scale=ops.grad_norm(w))
+
+
+def a_loop(model: Decoder, other: Encoder, batches: Batches) -> None:
+    assert_type(fit(model, batches, next_token_loss, "run", LoopOptions(steps=2)), Report)
+    fit(other, batches, next_token_loss, "run", LoopOptions(steps=2))  # type: ignore[arg-type]
