@@ -162,8 +162,12 @@ def rope_table(
     """
     if dim < 2 or dim % 2:
         raise ValueError(f"rope_table: dim is {dim}; it must be even and positive")
-    if max_position < 1 or theta <= 0:
-        raise ValueError(f"rope_table: max_position is {max_position}, theta {theta}; both must be positive")
+    if max_position < 1 or not 0 < theta < math.inf:
+        raise ValueError(f"rope_table: max_position is {max_position}, theta {theta}; both must be positive and finite")
     w, attention = frequencies(max_position, dim, theta, scaling)
+    if not (w.isfinite().all() and math.isfinite(attention)):
+        raise ValueError(
+            f"rope_table: theta {theta} and {scaling} give angles or a factor that are not finite; mend them"
+        )
     angle = torch.arange(max_position, dtype=torch.float64, device="cpu")[:, None] * w
     return (torch.cat((angle.cos(), angle.sin()), 1) * attention).float().to(device or "cpu")

@@ -94,10 +94,24 @@ def test_scaling_errors(arguments, message):
         ops.RopeScaling(*arguments)
 
 
-@pytest.mark.parametrize("arguments", [(4, 3), (4, 0), (0, 8), (4, 8, -1.0)])
+@pytest.mark.parametrize("arguments", [(4, 3), (4, 0), (0, 8), (4, 8, -1.0), (4, 8, math.nan), (4, 8, math.inf)])
 def test_table_errors(arguments):
     with pytest.raises(ValueError, match="rope_table"):
         ops.rope_table(*arguments)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        ops.RopeScaling("longrope", 4.0, 4, short_factor=(0.0, 1.0), long_factor=(0.0, 1.0)),
+        ops.RopeScaling("longrope", 4.0, 4, short_factor=(1.0, 1.0), long_factor=(1.0, math.nan)),
+        ops.RopeScaling("yarn", 4.0, 4, attention_factor=math.nan),
+    ],
+)
+def test_a_scaling_of_no_number(scaling):
+    """A table of NaN makes a model of NaN."""
+    with pytest.raises(ValueError, match=r"rope_table: theta 10000.0 and RopeScaling\(.* not finite; mend them"):
+        ops.rope_table(8, 4, scaling=scaling)
 
 
 def test_longrope_needs_a_divisor_for_each_pair():
