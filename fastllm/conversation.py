@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 
-from .files import Replacing
+from .files import write_file
 from .llm import LLM
 from .sampling_params import SamplingParams
 
@@ -76,9 +76,7 @@ class Conversation:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the messages as JSON; the file appears whole or not at all."""
-        path = Path(path)
-        with Replacing(path.parent) as files:
-            files.write(path.name, json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n")
+        write_file(path, json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n")
 
     def load(self, path: str | os.PathLike) -> None:
         """Takes up messages that `save` wrote. ValueError for a file that holds none."""

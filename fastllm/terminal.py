@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Callable
 
@@ -76,7 +77,7 @@ def command(talk: Conversation, line: str) -> bool:
     elif name in ("save", "load"):
         if not rest:
             raise ValueError(f"/{name} needs the name of a file, as in /{name} talk.json")
-        getattr(talk, name)(rest)
+        getattr(talk, name)(os.path.expanduser(rest))  # there is no shell that would
         print(f"({len(talk.messages)} messages {'saved to' if name == 'save' else 'from'} {rest})", file=sys.stderr)
     else:
         raise ValueError(f"there is no command /{name}; allowed: /reset, /save FILE, /load FILE, /help, /quit")

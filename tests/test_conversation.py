@@ -182,6 +182,15 @@ def test_messages_and_commands(llm, tmp_path, capsys):
     assert "never" not in str(talk.messages)
 
 
+def test_names_of_files(llm, tmp_path, monkeypatch, capsys):
+    """~ is the home folder, as in a shell; a folder is no file."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    _, err = run(Conversation(llm, GREEDY), ["hello", "/save ~/t.json", "/load ~/t.json", "/save .", "/quit"], capsys)
+    assert (tmp_path / "home/t.json").exists() and not (tmp_path / "~").exists()
+    assert "2 messages from" in err and "Is a directory" in err
+
+
 def test_what_was_dropped_is_said(llm, capsys):
     _, err = run(Conversation(llm, GREEDY), ["a question of some length"] * 8, capsys)
     assert re.search(r"\(\d+ earliest messages dropped: the context holds 200 tokens\)", err)
