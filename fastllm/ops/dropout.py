@@ -88,9 +88,11 @@ forward = Op(
 def dropout(x: Tensor, spec: Dropout) -> Tensor:
     """x [..., N] with elements dropped as `spec` says: [..., N].
 
-    Raises TypeError for the dtype, ValueError for a tensor without dimensions. See the head of this file.
+    Raises TypeError for the dtype or what is no spec, ValueError for a tensor without dimensions. See the head of this file.
     """
     check_dtype("dropout", "x", x)
+    if not isinstance(spec, Dropout):
+        raise TypeError(f"dropout: spec is {spec!r}; it must be a Dropout(p, seed, call), which says what is drawn")
     if not x.dim():
         raise ValueError("dropout: x is a scalar; it must be [..., N]")
     return forward(x, *spec.arguments()) if spec.p else x.clone(memory_format=torch.contiguous_format)

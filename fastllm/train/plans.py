@@ -53,24 +53,31 @@ def plan_of(
     else:
         raise TypeError(f"{type(model).__name__} is not a Decoder, an Encoder or a Seq2Seq")
     made = plan.encode if len(tokenizer) <= vocab else _within(vocab, tokenizer, plan.encode)
-    return dataclasses.replace(plan, encode=_refusing(options.bad, made))
+    return dataclasses.replace(plan, encode=_refusing(options, made))
 
 
-def _refusing(bad: str, encode: Callable[[Document, int], list[Any]]) -> Callable[..., list[Any]]:
-    """The same; a record that it cannot encode is left out with a warning, or the ValueError says that it may be."""
+def _refusing(options: StageOptions, encode: Callable[[Document, int], list[Any]]) -> Callable[..., list[Any]]:
+    """The same; a record that it cannot encode is left out with a warning, or the ValueError says that it may be. One whose
+    answer is cut away as a whole is left out with a warning in any case."""
     skipped, places = Skipped(), set[str]()  # a record is read more than once
+
+    def leave_out(document: Document, what: str) -> list[Any]:
+        if document.place not in places:
+            places.add(document.place)
+            skipped.say(document.place, what)
+        return []
 
     def checked(document: Document, index: int) -> list[Any]:
         try:
-            return encode(document, index)
+            made = encode(document, index)
         except ValueError as error:
             what = str(error).removeprefix(f"{document.place}: ")
-            if bad == "raise":
+            if options.bad == "raise":
                 raise ValueError(f"{what}; or give bad=skip to leave such records out") from error
-            if document.place not in places:
-                places.add(document.place)
-                skipped.say(document.place, what)
-            return []
+            return leave_out(document, what)
+        if not made and document.fields.keys() & {"prompt", "messages"}:
+            return leave_out(document, f"max_length={options.max_length} tokens leave no room for an answer")
+        return made
 
     return checked
 

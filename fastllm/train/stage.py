@@ -111,6 +111,8 @@ class StageOptions(LoopOptions):
         for name, least in leasts.items():
             require(name, getattr(self, name), getattr(self, name) >= least, f"{least} or more")
         require("max_length", self.max_length, self.max_length <= self.tokens, f"at most tokens={self.tokens}")
+        mixes = isinstance(self.data, dict) or self.mix_temperature == 1
+        require("mix_temperature", self.mix_temperature, mixes, "1 where data is not several sources by name")
         require("seed", self.seed, 0 <= self.seed < 1 << 63, "0 to 2^63 - 1")
         require("data", self.data, bool(self.data), "files, folders or globs")
         require("out", self.out, bool(self.out), "a folder")

@@ -85,6 +85,7 @@ def test_what_is_dropped_is_zero_and_p_zero_is_a_copy():
         (lambda: Dropout(0.1, 0, -1), ValueError, "call is -1, allowed: 0 to 4294967295"),
         (lambda: ops.dropout(torch.ones(3).double(), Dropout(0.1, 0)), TypeError, "x is float64, allowed: float32"),
         (lambda: ops.dropout(torch.tensor(1.0), Dropout(0.1, 0)), ValueError, "x is a scalar"),
+        (lambda: ops.dropout(torch.ones(3), 0.1), TypeError, r"spec is 0.1; it must be a Dropout\(p, seed, call\)"),
     ],
 )
 def test_errors(make, error, message):

@@ -137,7 +137,7 @@ def test_a_record_that_cannot_be_encoded_is_named(run, tmp_path, lint, which):
 def test_a_run_goes_on_past_a_record_that_cannot_be_encoded(run, tmp_path):
     """Which it meets late: editing the file would lose its place there."""
     record, data = {"prompt": "1?", "completion": "2."}, tmp_path / "a.jsonl"
-    odd = [record | {"completion": None}, {"text": 5}, record | {"prompt": ""}]
+    odd = [record | {"completion": None}, {"text": 5}, record | {"prompt": ""}, record | {"prompt": "1 " * 500}]
     data.write_text("".join(json.dumps(r) + "\n" for r in [*[record] * 520, *odd, *[record] * 9]))
     given = {k: v for k, v in SIZES.items() if k != "vocab_size"} | QUICK | {"test": 0, "lint": "off", "steps": 20}
     given |= {"model": str(run[0] / "model"), "data": str(data), "out": str(tmp_path / "run"), "shuffle": 0}
@@ -153,8 +153,9 @@ def test_a_run_goes_on_past_a_record_that_cannot_be_encoded(run, tmp_path):
         report = sft(SftOptions(bad="skip", **given), resume=True)
     assert report.steps == 20 and "bits_per_byte" in report.validation
     assert {re.search(r"\w+\.jsonl:\d+", str(w.message))[0] for w in said if "skipped" in str(w.message)} == {
-        "held.jsonl:1", "a.jsonl:521", "a.jsonl:522", "a.jsonl:523"
+        "held.jsonl:1", "a.jsonl:521", "a.jsonl:522", "a.jsonl:523", "a.jsonl:524"
     }  # fmt: skip
+    assert re.search(r"a\.jsonl:524: max_length=\d+ tokens leave no room for an answer; skipped", str([*map(str, said)]))
 
 
 @pytest.mark.parametrize("lint", ["off", "warn"])

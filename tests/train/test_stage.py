@@ -206,6 +206,7 @@ def test_resume_takes_the_options_of_the_run(run):
         (["--preset", "huge"], "preset is 'huge'; allowed: "),
         (["--arch", "tree"], "arch is 'tree'; allowed: decoder, encoder, seq2seq"),
         (["--lint", "maybe"], "lint is 'maybe'; allowed: warn, refuse, off"),
+        (["--mix-temperature", "0.5"], "mix_temperature is 0.5; allowed: 1 where data is not several sources by name"),
         (["--seed", "-1"], "seed is -1; allowed: 0 to 2"),
         (["--seed", str(1 << 63)], "seed is 9223372036854775808; allowed: 0 to 2"),
     ],
