@@ -37,6 +37,13 @@ def test_text_says_how_to_lower_the_isa(monkeypatch):
     assert "kernels run on one thread" in info.text(found)
 
 
+def test_a_tier_that_was_asked_for_is_not_called_the_best(monkeypatch):
+    monkeypatch.setenv("FASTLLM_ISA", _C.isa())
+    assert OPS["rms_norm"]._choose("cpu").reason.startswith(f"FASTLLM_ISA={_C.isa()}, ")
+    monkeypatch.delenv("FASTLLM_ISA")
+    assert OPS["rms_norm"]._choose("cpu").reason.startswith("best tier of this processor, ")
+
+
 def test_cache_sizes():
     l2, l3 = info.cache_sizes()
     assert 1 << 17 <= l2 <= l3

@@ -180,7 +180,9 @@ class Op:
             return self._reference(device, "FASTLLM_BACKEND=reference")
         if device == "cpu":
             if self.cpu:
-                return Kernel(self.cpu, f"C++ ({_C.isa()})", f"best tier of this processor, {_C.max_threads()} threads")
+                wish = os.environ.get("FASTLLM_ISA")
+                why = f"FASTLLM_ISA={wish}" if wish else "best tier of this processor"
+                return Kernel(self.cpu, f"C++ ({_C.isa()})", f"{why}, {_C.max_threads()} threads")
             return self._reference(device, "no CPU kernel")
         if device == "cuda":
             return self._choose_gpu()
