@@ -155,7 +155,9 @@ def test_a_run_goes_on_past_a_record_that_cannot_be_encoded(run, tmp_path):
     assert {re.search(r"\w+\.jsonl:\d+", str(w.message))[0] for w in said if "skipped" in str(w.message)} == {
         "held.jsonl:1", "a.jsonl:521", "a.jsonl:522", "a.jsonl:523", "a.jsonl:524"
     }  # fmt: skip
-    assert re.search(r"a\.jsonl:524: max_length=\d+ tokens leave no room for an answer; skipped", str([*map(str, said)]))
+    assert re.search(
+        r"a\.jsonl:524: max_length=\d+ tokens leave no room for an answer; skipped", str([*map(str, said)])
+    )
 
 
 @pytest.mark.parametrize("lint", ["off", "warn"])
