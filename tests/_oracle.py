@@ -263,15 +263,21 @@ def check_compile(suite: Suite, case: Case, dtype: torch.dtype = torch.float32, 
 LOWER_TIERS = [tier for tier in ("avx2", "generic") if tier in _C.isas() and tier != _C.isa()]
 
 
-ONE_OP = os.environ.get("FASTLLM_TEST_OP")  # of which the table is, where a lower tier is tested
+SOME_OPS = os.environ.get("FASTLLM_TEST_OPS")  # "rope,swiglu": of which the table is, where a lower tier is tested
 
 
-def check_lower_tier(op: str, files: list[Path], tier: str) -> None:
-    """Runs an op's table and test files again under FASTLLM_ISA=tier, but for what does not depend on it."""
-    command = [sys.executable, "-m", "pytest", *map(str, files), "-x", "-p", "no:cacheprovider"]
+def in_table(suite: Suite) -> bool:
+    return SOME_OPS is None or suite.op in SOME_OPS.split(",")
+
+
+def check_lower_tier(files: list[Path], table: Path, tier: str) -> None:
+    """Runs test files and the table of the ops that they are of again under FASTLLM_ISA=tier, but for what does not depend on
+    it. Several in a process: one takes 5 seconds to begin."""
+    ops = {file.stem.removeprefix("test_") for file in files} & suites().keys()
+    command = [sys.executable, "-m", "pytest", str(table), *map(str, files), "-x", "-p", "no:cacheprovider"]
     apart = ("lower_tiers", "compile", "opcheck", "errors", "fork", "functorch", "export")
     apart += ("defaults", "autocast", "tangents", "second_derivative", "batch_of_gradients")
     command += ["-k", " and ".join(f"not {name}" for name in apart)]
-    environment = {**os.environ, "FASTLLM_ISA": tier, "FASTLLM_TEST_OP": op}
+    environment = {**os.environ, "FASTLLM_ISA": tier, "FASTLLM_TEST_OPS": ",".join(sorted(ops))}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

@@ -13,10 +13,10 @@ from fastllm import SamplingParams, ops
 from fastllm.ops._op import OPS
 
 HERE = Path(__file__)
-ALL = pytest.mark.parametrize(("suite", "case", "dtype"), _oracle.table(lambda s, c, d: _oracle.ONE_OP in (None, s.op)))
+ALL = pytest.mark.parametrize(("suite", "case", "dtype"), _oracle.table(lambda s, c, d: _oracle.in_table(s)))
 ROWS = pytest.mark.parametrize(
     ("suite", "case", "dtype"),
-    _oracle.table(lambda s, c, d: s.rows and c.apart and _oracle.ONE_OP in (None, s.op)),
+    _oracle.table(lambda s, c, d: s.rows and c.apart and _oracle.in_table(s)),
 )
 
 
@@ -35,12 +35,13 @@ def test_contract(suite, case, dtype):
     _oracle.check_contract(suite, case, dtype)
 
 
+OTHERS, PARTS = sorted(p for p in HERE.parent.glob("test_*.py") if p != HERE), 4
+
+
 @pytest.mark.parametrize("tier", _oracle.LOWER_TIERS)
-@pytest.mark.parametrize("file", sorted(p for p in HERE.parent.glob("test_*.py") if p != HERE), ids=lambda p: p.stem)
-def test_lower_tiers(file, tier):
-    """The op's table with its first file; the others bring tests alone."""
-    op = file.stem.removeprefix("test_")
-    _oracle.check_lower_tier(op, [HERE, file] if op in _oracle.suites() else [file], tier)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_lower_tiers(part, tier):
+    _oracle.check_lower_tier(OTHERS[part::PARTS], HERE, tier)
 
 
 def small(suite) -> dict:
@@ -68,7 +69,7 @@ DEFAULTS = {
 @pytest.mark.parametrize("default", DEFAULTS)
 @pytest.mark.parametrize(
     ("suite", "case", "dtype"),
-    _oracle.table(lambda s, c, d: _oracle.ONE_OP in (None, s.op) and d == s.dtypes[0] and c.bytes(4) < 2**13),
+    _oracle.table(lambda s, c, d: _oracle.in_table(s) and d == s.dtypes[0] and c.bytes(4) < 2**13),
 )
 def test_torch_s_defaults_change_nothing(suite, case, dtype, default):
     """A kernel writes where its launcher pointed it: the dtype and the device of that are the inputs', never torch's."""

@@ -162,20 +162,21 @@ def test_a_run_goes_on_past_a_record_that_cannot_be_encoded(run, tmp_path):
 
 @pytest.mark.parametrize("lint", ["off", "warn"])
 def test_a_special_token_that_the_model_has_no_row_for(run, tmp_path, lint):
-    """Read out of a talk, as its template is; in a text it is text."""
+    """Read out of what an assistant said; in a text, and in what a user typed, it is text."""
     path, talk = tmp_path / "model", [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2."}]
     models.save(models.load(run[0] / "model"), path)
     Tokenizer.from_folder(path).extended(["<image>"]).save(path)
     (tmp_path / "template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    records = [{"messages": talk}] * 30 + [{"text": "an <image> in a text"}] * 30
+    typed = [talk[0] | {"content": "<image>?"}, talk[1]]
+    records = [{"messages": talk}] * 30 + [{"text": "an <image> in a text"}, {"messages": typed}] * 15
     given = {k: v for k, v in SIZES.items() if k != "vocab_size"} | QUICK | {"test": 0, "lint": lint}
     given |= {"model": str(path), "data": str(tmp_path / "a.jsonl"), "template": str(tmp_path / "template.jinja")}
     given["validation"] = given["data"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert sft(SftOptions(out=str(tmp_path / "run"), **given)).steps == 6
-    talk[0]["content"] = "<image>?"
+    talk[1]["content"] = "<image>."
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     with pytest.raises(ValueError, match=r"a\.jsonl:\d+: token id \d+ at place .* the model has no row for '<image>'"):
         sft(SftOptions(out=str(tmp_path / "again"), **given))
