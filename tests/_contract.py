@@ -109,23 +109,24 @@ def sum_of_squares(x: Tensor) -> Tensor:
     return chained_sum(lambda acc, v: fma(v, v, acc), x)
 
 
-def _rstd(squares: Tensor, count: int, eps: float) -> Tensor:
-    variance = squares / float(count) + torch.tensor(eps, dtype=torch.float32)
+def _rstd(variance: Tensor, eps: float) -> Tensor:
+    variance = variance + torch.tensor(eps, dtype=torch.float32)
     return torch.ones_like(variance) / variance.double().sqrt().float()  # fp64 between does not change an fp32 root
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     wide = x.float()
-    rstd = _rstd(sum_of_squares(wide), x.shape[-1], eps)
+    rstd = _rstd(sum_of_squares(wide) / float(x.shape[-1]), eps)
     return (wide * rstd[..., None] * weight.float()).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    wide = x.float()
-    about = chained_sum(lambda acc, v: acc + v, wide) / float(x.shape[-1])
-    mean = about + chained_sum(lambda acc, v: acc + v, wide - about[..., None]) / float(x.shape[-1])
-    centred = wide - mean[..., None]
-    h = centred * _rstd(sum_of_squares(centred), x.shape[-1], eps)[..., None]
+    wide, n = x.float(), float(x.shape[-1])
+    about = chained_sum(lambda acc, v: acc + v, wide) / n
+    d = wide - about[..., None]
+    lost = chained_sum(lambda acc, v: acc + v, d) / n
+    variance = sum_of_squares(d) / n - lost * lost
+    h = (wide - (about + lost)[..., None]) * _rstd(torch.where(variance < 0, 0, variance), eps)[..., None]
     return (h * weight.float() if bias is None else fma(h, weight.float(), bias.float())).to(x.dtype)
 
 

@@ -23,9 +23,9 @@ template <class F> FL_INLINE void each(int64_t n, F body) {
 
 // acc = add(acc, i, mask) over n columns, in one fixed order whatever surrounds the row: four accumulators hide the latency of
 // an addition, and are left to the caller's reduction in pairs.
-template <class F, class G> FL_INLINE vf chains(int64_t n, vf start, F add, G join) {
+template <class V, class F, class G> FL_INLINE V chains(int64_t n, V start, F add, G join) {
   constexpr int64_t kChains = 4;
-  vf acc[kChains] = {start, start, start, start};
+  V acc[kChains] = {start, start, start, start};
   int64_t i = 0;
   for (; i + kChains * kLanes <= n; i += kChains * kLanes)
     for (int64_t c = 0; c < kChains; ++c) acc[c] = add(acc[c], i + c * kLanes, All());

@@ -1,7 +1,7 @@
 // layer_norm: s = x + residual; y = (s - mean) * rstd * weight + bias with rstd = 1/sqrt(mean((s - mean)^2) + eps).
-// Two more passes over a row that lies in the first cache by then: no cancellation, whatever the mean, which is rounded once:
-// what the sum lost is what the differences from it add up to. fp32 within, one rounding to the output's dtype; s is rounded to
-// that dtype before it is normalised.
+// A second pass, over a row that lies in the first cache by then, takes the differences from the mean of the first: no
+// cancellation, whatever the mean, and what they add up to is what rounding took from it. fp32 within, one rounding to the
+// output's dtype; s is rounded to that dtype before it is normalised.
 #include "norm.h"
 
 namespace fastllm {
@@ -12,15 +12,18 @@ struct Moments {
 };
 template <class T> FL_INLINE Moments moments(const T* x, int64_t n, double eps, const T* next) {
   const float about = sum_columns(n, [&](vf acc, int64_t i, auto m) { return acc + load(x + i, m); }) / float(n);
-  const float mean = about + sum_columns(n, [&](vf acc, int64_t i, auto m) {
-    return acc + select(m, load(x + i, m) - set1(about), set1(0));
-  }) / float(n);
-  const float squares = sum_columns(n, [&](vf acc, int64_t i, auto m) {
+  struct Sums {
+    vf differences, squares;
+  };
+  const auto add = [&](Sums acc, int64_t i, auto m) {
     prefetch(next + i);
-    const vf d = select(m, load(x + i, m) - set1(mean), set1(0));
-    return fma(d, d, acc);
-  });
-  return {mean, 1.0f / sqrtf(squares / float(n) + float(eps))};
+    const vf d = select(m, load(x + i, m) - set1(about), set1(0));
+    return Sums{acc.differences + d, fma(d, d, acc.squares)};
+  };
+  const auto join = [](Sums a, Sums b) { return Sums{a.differences + b.differences, a.squares + b.squares}; };
+  const Sums sums = chains(n, Sums{set1(0), set1(0)}, add, join);
+  const float lost = sum(sums.differences) / float(n), variance = sum(sums.squares) / float(n) - lost * lost;
+  return {about + lost, 1.0f / sqrtf((variance < 0 ? 0 : variance) + float(eps))};    // of a constant row it may round below
 }
 
 template <class T, bool past_cache> void forward(const LayerNormArgs& a, Team& team) {

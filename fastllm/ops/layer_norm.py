@@ -4,9 +4,9 @@
 With a residual, s = x + residual is normalised instead and returned beside y, as in rms_norm.
 
 Shapes: x, residual, y, s [..., N]; weight, bias [N]. Dtypes: float32, bfloat16, float16, one for all.
-Rounding: s is rounded to the dtype before it is normalised; sums and products are fp32; what the mean's sum lost is added
-from the differences of s from it, the variance is the mean square of s - mean (no cancellation, whatever the mean); y is
-rounded once, at the end.
+Rounding: s is rounded to the dtype before it is normalised; sums and products are fp32. Mean and variance are of the
+differences from a first mean (no cancellation, whatever it is), of which the mean says what rounding took from the first; y
+is rounded once, at the end.
 Backward, with h = (s - mean) * rstd and g = dy * weight: dx = rstd * (g - mean(g) - h * mean(g * h)) + ds,
 dweight = sum(dy * h), dbias = sum(dy), both in fp32, dresidual = dx. On the CPU no result depends on the number of
 threads, and a row's forward on any device depends on no other row. A constant row gives the bias; a NaN stays in its row.
@@ -70,13 +70,15 @@ def forward_kernel(
         v = (v.to(tl.float32) + r.to(tl.float32)).to(x.dtype.element_ty)
         tl.store(s + row * cols + col, v, mask=inside)
     v = v.to(tl.float32)
-    centre = tl.sum(v, 0) / cols
-    centre += tl.sum(tl.where(inside, v - centre, 0.0), 0) / cols
-    d = tl.where(inside, v - centre, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(d * d, 0) / cols + eps)
+    about = tl.sum(v, 0) / cols
+    d = tl.where(inside, v - about, 0.0)
+    lost = tl.sum(d, 0) / cols
+    variance = tl.sum(d * d, 0) / cols - lost * lost
+    variance = tl.where(variance < 0, 0.0, variance)  # of a constant row it may round below
+    centre, scale = about + lost, 1.0 / tl.sqrt(variance + eps)
     tl.store(mean + row, centre)
     tl.store(rstd + row, scale)
-    out = d * scale * tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
+    out = (v - centre) * scale * tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         out += tl.load(bias + col, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row * cols + col, out.to(y.dtype.element_ty), mask=inside)
