@@ -25,6 +25,7 @@ char* scratch(int64_t bytes) {
   if (int64_t(arena.size()) < bytes + 64) arena.resize(size_t(bytes + 64));
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(arena.data()) + 63) / 64 * 64);
 }
+void check_scratch(int64_t, const char*) {}    // no kernel that runs here has any
 void parallel(int threads, char* buffer, int32_t* status, void (*body)(void*, Team&), void* context) {
   Barrier barrier{0, 0};
   std::vector<std::thread> others;
