@@ -36,6 +36,8 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
 _is_traced_by_dynamo = torch.compiler.is_dynamo_compiling
+# asked once: Dynamo of torch 2.6 cannot trace the question
+_autocast_devices = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Kernel:
 
 def without_autocast(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """The function, its products by torch in the dtypes that it names: under autocast they would be in autocast's."""
-    if not torch.amp.is_autocast_available(device):
+    if device not in _autocast_devices:
         return function
 
     @functools.wraps(function)
