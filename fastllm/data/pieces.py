@@ -7,6 +7,8 @@ with what stands around each cut; where it is not so, the text stays whole.
 
 from collections.abc import Callable, Iterator
 
+from tokenizers import Tokenizer as Backend
+
 LONG = 1 << 20  # characters of a piece at most
 AROUND = 64  # characters on both sides that a cut is tried with
 TRIES = 16
@@ -22,6 +24,17 @@ def pieces(text: str, encode: Callable[[str], list[int]]) -> list[str]:
         made.append(text[begin:cut])
         begin = cut
     return [*made, text[begin:]]
+
+
+def encode_short(backend: Backend, texts: list[str]) -> list[list[int]]:
+    """Without special tokens around them."""
+    return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def encode_long(backend: Backend, text: str) -> list[int]:
+    """Without special tokens around it, piece by piece."""
+    parts = pieces(text, lambda part: encode_short(backend, [part])[0])
+    return [token for part in parts for token in encode_short(backend, [part])[0]]
 
 
 def _candidates(text: str, begin: int) -> Iterator[int]:

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer as Backend
 from ..files import Replacing
 from . import HasMetadata
 from .literal import literal_model
-from .pieces import LONG, pieces
+from .pieces import LONG, encode_long, encode_short
 from .prefix import Unprefixed, unprefixed
 from .stream import StreamDecoder
 
@@ -121,7 +121,6 @@ class Tokenizer:
         ends |= {self._check_id(id, "eos") for id in eos_ids}
         self.eos_ids = frozenset(ends | ({self.eos_id} if self.eos_id is not None else set()))
         self._mode, self._strip, self._joined = _decoder_mode(backend)
-        self._literal_model = literal_model(backend, self.special_ids)
         self._bytes: dict[int, bytes] = {}
         self._lock = threading.Lock()  # `encode_special_tokens` is a setting of the backend, not an argument
         self._process = os.getpid()
@@ -146,8 +145,8 @@ class Tokenizer:
         with self._set_for(texts, parse_special) as backend:
             if add_special_tokens:
                 return [one.ids for one in backend.encode_batch_fast(texts)]
-            short = iter(_plain(backend, [text for text in texts if len(text) <= LONG]))
-            return [_plain_long(backend, text) if len(text) > LONG else next(short) for text in texts]
+            short = iter(encode_short(backend, [text for text in texts if len(text) <= LONG]))
+            return [encode_long(backend, text) if len(text) > LONG else next(short) for text in texts]
 
     def encode_after(self, before: Sequence[int], text: str, parse_special: bool = False) -> list[int]:
         """The token ids of `text` where it goes on behind the tokens `before`, which stay as they are.
@@ -189,6 +188,10 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError):
             bad = next(c for text in texts for c in text if "\ud800" <= c <= "\udfff")
             raise ValueError(f"the text holds a lone surrogate {bad!r}, which no encoding has; remove it") from None
+
+    @cached_property
+    def _literal_model(self) -> models.Unigram | None:
+        return literal_model(self.backend, self.special_ids)
 
     @cached_property
     def _literal(self) -> Backend:
@@ -427,16 +430,6 @@ class Tokenizer:
         config["eos_token_ids"] = sorted(self.eos_ids)
         files.write("tokenizer.json", self.backend.to_str(pretty=True))
         files.write("tokenizer_config.json", json.dumps(config, indent=2))
-
-
-def _plain(backend: Backend, texts: list[str]) -> list[list[int]]:
-    """Without special tokens around them."""
-    return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _plain_long(backend: Backend, text: str) -> list[int]:
-    parts = pieces(text, lambda part: _plain(backend, [part])[0])
-    return [token for part in parts for token in _plain(backend, [part])[0]]
 
 
 def _surround(backend: Backend, first: int | None, last: int | None) -> None:

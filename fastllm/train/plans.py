@@ -53,10 +53,10 @@ def plan_of(
     else:
         raise TypeError(f"{type(model).__name__} is not a Decoder, an Encoder or a Seq2Seq")
     made = plan.encode if len(tokenizer) <= vocab else _within(vocab, tokenizer, plan.encode)
-    return dataclasses.replace(plan, encode=_refusing(options, made))
+    return dataclasses.replace(plan, encode=_leaving_out(options, made))
 
 
-def _refusing(options: StageOptions, encode: Callable[[Document, int], list[Any]]) -> Callable[..., list[Any]]:
+def _leaving_out(options: StageOptions, encode: Callable[[Document, int], list[Any]]) -> Callable[..., list[Any]]:
     """The same; a record that it cannot encode is left out with a warning, or the ValueError says that it may be. One whose
     answer is cut away as a whole is left out with a warning in any case."""
     skipped, places = Skipped(), set[str]()  # a record is read more than once

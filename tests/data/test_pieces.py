@@ -57,6 +57,8 @@ def test_one_enormous_line(monkeypatch):
     backend = tokenizer.backend
 
     class Watched:
+        model = backend.model
+
         def __setattr__(self, name, value):
             setattr(backend, name, value)
 
