@@ -42,33 +42,33 @@ template <bool kHalf, int kTiles, bool kNorm> __global__ void __launch_bounds__(
   // Of gate over up a block has eight rows each, one in each half of the matrix unit's sixteen.
   const bool halves = a.halves == kSwiglu;
   const int64_t first = int64_t(blockIdx.x) * (halves ? kTile : kColumns), second = halves ? a.cols + first : first + kTile;
-  const bool has_first = first + g < a.cols, has_second = halves ? has_first : second + g < a.cols;
   const auto* weight = static_cast<const uint16_t*>(a.weight);
-  const uint16_t *w0 = weight + (first + g) * a.weight_stride, *w1 = weight + (second + g) * a.weight_stride;
-  const auto *rows = static_cast<const uint16_t*>(a.x), *x = rows + g * a.x_stride;
+  const auto *rows = static_cast<const uint16_t*>(a.x);
   const int depth = int(a.depth), steps = (depth + kStep - 1) / kStep, share = (steps + kWarps - 1) / kWarps;
-  const int from = warp * share, to = from + share < steps ? from + share : steps;
+  const int from = warp * share, begin = from * kStep + t * 8;
+  const int end = (from + share) * kStep < depth ? (from + share) * kStep : depth;
+  // Rows beyond the last are that one again: nobody reads their sums.
+  auto place = [&](int64_t row, int64_t count) { return row < count ? row : count - 1; };
+  const uint16_t* lower_row = weight + place(first + g, a.cols) * a.weight_stride + begin;
+  const uint16_t* upper_row = weight + (halves ? a.cols + place(first + g, a.cols) : place(second + g, a.cols)) * a.weight_stride + begin;
 
   const uint4 none = {0, 0, 0, 0};
   uint4 lower_rows[kAhead], upper_rows[kAhead];
-  auto load = [&](int step) {
-#pragma unroll
-    for (int n = 0; n < kAhead; ++n) {
-      const int k = (step + n) * kStep + t * 8;
-      const bool there = step + n < to && k < depth;
-      lower_rows[n] = there && has_first ? __ldcs(reinterpret_cast<const uint4*>(w0 + k)) : none;
-      upper_rows[n] = there && has_second ? __ldcs(reinterpret_cast<const uint4*>(w1 + k)) : none;
-    }
+  int k = begin;    // of the lane's next step
+  auto load = [&](int n, int step) {
+    lower_rows[n] = k + step * kStep < end ? __ldcs(reinterpret_cast<const uint4*>(lower_row + step * kStep)) : none;
+    upper_rows[n] = k + step * kStep < end ? __ldcs(reinterpret_cast<const uint4*>(upper_row + step * kStep)) : none;
   };
-  load(from);
+#pragma unroll
+  for (int n = 0; n < kAhead; ++n) load(n, n);
   wait_for_previous();    // what comes before may still be making x
   next_may_begin();
   float scale[kTiles];
   if constexpr (kNorm) {
     for (int row = warp; row < a.rows; row += kWarps) {
       float squares = 0;
-      for (int k = int(threadIdx.x % 32) * 8; k < depth; k += 256) {
-        const uint4 v = *reinterpret_cast<const uint4*>(rows + row * a.x_stride + k);
+      for (int at = int(threadIdx.x % 32) * 8; at < depth; at += 256) {
+        const uint4 v = *reinterpret_cast<const uint4*>(rows + row * a.x_stride + at);
         const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -81,23 +81,23 @@ template <bool kHalf, int kTiles, bool kNorm> __global__ void __launch_bounds__(
     }
     __syncthreads();
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) scale[tile] = tile * kTile + g < a.rows ? s.scale[tile * kTile + g] : 0;
+    for (int tile = 0; tile < kTiles; ++tile) scale[tile] = s.scale[place(tile * kTile + g, a.rows)];
   }
 
+  const uint16_t* x[kTiles];
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) x[tile] = rows + place(tile * kTile + g, a.rows) * a.x_stride + begin;
   float acc[kTiles][4] = {};    // of columns g, g + 8 and rows 2t, 2t + 1
 #pragma unroll 1
-  for (int step = from; step < to; step += kAhead) {
-    if (step > from) load(step);
+  for (; k - t * 8 < end; k += kAhead * kStep) {
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
-      const int k = (step + n) * kStep + t * 8;
-      const bool there = step + n < to && k < depth;
+      const bool there = k + n * kStep < end;
       const uint4 &w = lower_rows[n], &u = upper_rows[n];
-      const uint4 gain = kNorm && there ? *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(a.norm) + k) : none;
+      const uint4 gain = kNorm && there ? *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(a.norm) + k + n * kStep) : none;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const bool row = tile * kTile + g < a.rows;
-        uint4 v = there && row ? *reinterpret_cast<const uint4*>(x + tile * kTile * a.x_stride + k) : none;
+        uint4 v = there ? *reinterpret_cast<const uint4*>(x[tile] + n * kStep) : none;
         if constexpr (kNorm) {
           v.x = normed<kHalf>(v.x, gain.x, scale[tile]), v.y = normed<kHalf>(v.y, gain.y, scale[tile]);
           v.z = normed<kHalf>(v.z, gain.z, scale[tile]), v.w = normed<kHalf>(v.w, gain.w, scale[tile]);
@@ -105,7 +105,11 @@ template <bool kHalf, int kTiles, bool kNorm> __global__ void __launch_bounds__(
         mma<kHalf>(acc[tile], {w.x, u.x, w.y, u.y}, {v.x, v.y});
         mma<kHalf>(acc[tile], {w.z, u.z, w.w, u.w}, {v.z, v.w});
       }
+      load(n, kAhead + n);    // at once, so that as many are always on their way
     }
+    lower_row += kAhead * kStep, upper_row += kAhead * kStep;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) x[tile] += kAhead * kStep;
   }
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile)
@@ -113,18 +117,18 @@ template <bool kHalf, int kTiles, bool kNorm> __global__ void __launch_bounds__(
     for (int i = 0; i < 4; ++i) s.of[warp][tile * kTile + 2 * t + i % 2][g + i / 2 * kTile] = acc[tile][i];
   __syncthreads();
 
-  const int row = int(threadIdx.x / kColumns), at = int(threadIdx.x % kColumns);
-  const int64_t n = first + at;
-  if (row >= a.rows || n >= a.cols || (halves && at >= kTile)) return;
-  auto sum = [&](int column) {
+  const int row = int(threadIdx.x / kColumns), column = int(threadIdx.x % kColumns);
+  const int64_t n = first + column;
+  if (row >= a.rows || n >= a.cols || (halves && column >= kTile)) return;
+  auto sum = [&](int of) {
     float v = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) v += s.of[w][row][column];
+    for (int w = 0; w < kWarps; ++w) v += s.of[w][row][of];
     return v;
   };
-  float v = sum(at);
+  float v = sum(column);
   if (a.bias) v += element<kHalf>(a.bias, n);
-  if (halves) v = v / (1.0f + expf(-v)) * sum(at + kTile);
+  if (halves) v = v / (1.0f + expf(-v)) * sum(column + kTile);
   if (a.residual) v += element<kHalf>(a.residual, row * a.residual_stride + n);
   if (a.y_dtype == kFloat32)
     static_cast<float*>(a.y)[row * a.y_stride + n] = v;
