@@ -1,7 +1,7 @@
 """The CUDA C++ kernels: whether their library can be used, which ops are to run them, and how one is called.
 
-Where an op has both, FASTLLM_CUDA_KERNELS names the ops that run in CUDA C++; where it is not set, those of CHOSEN, which
-`fastllm bench OP --device cuda` found faster. This is the one place where that is decided.
+Where an op has both, FASTLLM_CUDA_KERNELS names the ops that run in CUDA C++; where it is not set, all do: `fastllm bench OP
+--device cuda` found each of them faster, but for calls that its launcher leaves to Triton, cuBLAS or cuDNN.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ from ._op import pointer
 
 VARIABLE = "FASTLLM_CUDA_KERNELS"
 OPS = tuple(_C.cuda_kernels())
-CHOSEN = frozenset({"attention", "attention_backward", "sample", "quant_linear"})  # but for what a launcher leaves
 
 
 def asked() -> bool:
@@ -30,7 +29,7 @@ def asked() -> bool:
 def wanted() -> frozenset[str]:
     """The ops that are to run in CUDA C++. FASTLLM_CUDA_KERNELS: names with commas between, "all", or nothing for none."""
     if not asked():
-        return CHOSEN
+        return frozenset(OPS)
     names = frozenset(name.strip() for name in os.environ[VARIABLE].split(",") if name.strip())
     if names == {"all"}:
         return frozenset(OPS)

@@ -15,7 +15,7 @@ On a GPU cuBLAS multiplies, by the algorithm that it likes best for a number of 
 swiglu: quick, and a row may differ in its last bits from the same row in another batch. exact=True holds the contract
 there (`_linear_exact.py`): one order of K for any number of rows, fp32 until the one rounding at the end, but for gate and
 up, which are rounded before swiglu as training keeps them.
-Up to 16 rows of 16 bits have a kernel in CUDA C++, which rounds once too (not measured on a GPU yet: `cuda` below).
+Up to 16 rows of 16 bits have a kernel in CUDA C++, which rounds once too (`cuda` below).
 
 On a CPU the weights are read in panels of 16 output columns, [N/16, K, 16]: `Panels.pack(weight)` once, or row-major
 weights are packed on every call, 2-12 % of it at 500 rows, most of it at one row.
@@ -264,7 +264,7 @@ def cuda_refusal(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | 
 
 
 def cuda(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
-    """Few rows in CUDA C++: one pass over the weight, and all around it on its way. FASTLLM_CUDA_KERNELS=linear runs it."""
+    """Few rows in CUDA C++: one pass over the weight, and all around it on its way."""
     rows, norm = as_rows(x), None if norm is None else norm.contiguous()
     if not weight.shape[0] or cuda_refusal(rows, weight, bias, norm, swiglu) is not None:
         return gpu(x, weight, bias, norm, eps, residual, swiglu, wide)

