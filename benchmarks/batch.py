@@ -52,7 +52,7 @@ def begun(engine, batch: int, depth: int, count: int, adapters: int = 0) -> tupl
     engine.submit(sequences)
     while not all(len(s.tokens) > 2 for s in sequences):
         engine.step()
-    return sequences, engine._adapted_plans if adapters else engine._plans
+    return sequences, engine.steps.adapted_plans if adapters else engine.steps.plans
 
 
 def size_for(engine, batch: int) -> int:
@@ -64,21 +64,21 @@ def steps(engine, batch: int, depth: int, count: int, adapters: int = 0) -> tupl
     """Seconds of a decode step of `batch` sequences, `depth` tokens deep: by the wall, and of the plan alone."""
     sequences, plans = begun(engine, batch, depth, count, adapters)
     size = size_for(engine, batch)
-    plan, replay, inside = plans[size], engine._replay, []
+    plan, replay, inside = plans[size], engine.steps.replay, []
 
-    def timed(plan):
+    def timed(plan, threads):
         began = time.perf_counter()
-        outputs = replay(plan)
+        replay(plan, threads)
         inside.append(time.perf_counter() - began)
-        return outputs
+        return plan
 
-    engine._replay = timed
+    engine.steps.replay = timed
     wall = []
     for _ in range(count):
         began = time.perf_counter()
         engine.step()
         wall.append(time.perf_counter() - began)
-    del engine._replay
+    del engine.steps.replay
     engine.cancel(sequences)
     assert plans[size] is plan
     return statistics.median(wall), statistics.median(inside)

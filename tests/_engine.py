@@ -152,5 +152,5 @@ class Forced(Speculator):
 
 
 def forced(e: Engine, **fields) -> Engine:
-    e.speculator = Forced(e, **fields)
+    e.steps.speculator = Forced(e, **fields)
     return e

@@ -13,6 +13,9 @@ in the midst of who holds what, that too is made anew (`_mend`): a thread may di
 
 A step in which any row has an adapter is another plan, of the same sizes; the plans of steps without one know nothing of
 adapters. A row without one has the same bits in both.
+
+On a GPU a step is launched ahead, before the tokens of the one before are fetched, where nobody comes, leaves or looks at
+logits: what the next one needs lies in tensors. A sequence that has ended with those draws a token that nobody sees.
 """
 
 import sys
@@ -34,12 +37,12 @@ from ..sampling_params import SamplingParams
 from .adapters import Adapter, AdapterTable
 from .cache import KVCache, pages_for
 from .forks import Home
-from .graph import Captured, CapturedGraph, capture
 from .reader import LEAST, Piece, Reader
 from .rows import Rows
 from .scheduler import Scheduler, Sequence, own
-from .score import Scores
+from .score import Mean, Scores
 from .speculate import Speculator
+from .steps import Flight, Steps
 
 LOST_S = 0.5  # after which one who waits looks for himself, should the thread that was to wake him have died
 
@@ -61,10 +64,6 @@ class Engine:
     prefix_cache: bool = True
     kv_dtype: torch.dtype = torch.float32
     speculate: int = 0
-    _plans: dict[int, Captured | CapturedGraph] = field(default_factory=dict, init=False)  # by number of rows
-    _adapted_plans: dict[int, Captured | CapturedGraph] = field(
-        default_factory=dict, init=False
-    )  # where any row has an adapter
     _unsure: bool = field(default=False, init=False)  # rows may be a token ahead of the sequences
     _busy: bool = field(default=False, init=False)  # a thread runs a step, or changes adapters
     _wanted: int = field(default=0, init=False)  # threads that are to change adapters before the next step
@@ -82,14 +81,16 @@ class Engine:
         self.scheduler = Scheduler(self.cache, self.max_num_seqs)
         self.reader = Reader(self.model, self.cache, self.max_num_seqs, self.capacity)
         self.adapters = AdapterTable(self.model)
-        self._planned = self.adapters.pools
         self._live: dict[Sequence, None] = {}  # that have not ended, as they came
         # The lock itself is what is held, not the condition: an interrupt cannot come between its release and Python's own code.
         self._lock, self._home = threading.RLock(), Home()
         self._turn = threading.Condition(self._lock)
         self._cancelled: deque[Sequence] = deque()
+        self.goes_ahead = self.device.type == "cuda"
+        self._ahead: Flight | None = None
+        self._landed = self._resumed = 0.0  # when the last step's tokens came; since when somebody waits
         self.sizes = (*(1 << i for i in range((rows - 1).bit_length())), rows)
-        self.speculator = Speculator(self.speculate, self.sizes)
+        self.steps = Steps(self.model, self.rows, self.adapters, Speculator(self.speculate, self.sizes))
 
     def _settle(self) -> None:
         """RuntimeError in a process that was forked while others used the engine."""
@@ -133,7 +134,7 @@ class Engine:
     def wait(self, ready: Callable[[], bool]) -> None:
         """Returns when ready(). Until then it runs steps, or lets another thread's steps pass."""
         self._settle()
-        drives = False
+        drives, self._resumed = False, time.perf_counter()
         while not ready():
             try:
                 with self._lock:
@@ -177,7 +178,7 @@ class Engine:
             except (MemoryError, RuntimeError) as error:
                 raise lack_of_memory(error, f"adapter {name!r}", "unload one that is not needed") or error from None
             finally:
-                self._drop_plans()
+                self.steps.drop_plans()
             with self._lock:
                 if old:
                     self._retire(old)
@@ -194,13 +195,7 @@ class Engine:
         if not adapter.users:
             self.cache.forget(adapter.root)
             self.adapters.free(adapter)
-            self._drop_plans()
-
-    def _drop_plans(self) -> None:
-        """Those whose pools have gone."""
-        if self._planned is not self.adapters.pools:
-            self._adapted_plans.clear()
-            self._planned = self.adapters.pools
+            self.steps.drop_plans()
 
     @contextmanager
     def _between_steps(self) -> Iterator[None]:
@@ -217,6 +212,7 @@ class Engine:
                 finally:
                     self._wanted -= 1
             with torch.inference_mode():
+                self._drop_ahead()
                 self._sweep()
             with self.scheduler.changing():
                 yield
@@ -237,6 +233,8 @@ class Engine:
                 self._busy = False
 
     def _sweep(self) -> None:
+        if self._ahead and self._cancelled:
+            self._drop_ahead()
         if self.scheduler.torn:
             self._mend()
         while self._cancelled:
@@ -264,18 +262,32 @@ class Engine:
         finally:
             _C.set_thread_limit(previous)
 
+    def _may_go_ahead(self, flight: Flight) -> bool:
+        """Whether the step after it is known already: the same rows, which need nothing of Python."""
+        changes = self.speculate or flight.captures or self._wanted or self._cancelled
+        if not self.goes_ahead or changes or flight.running != self.scheduler.running:
+            return False
+        return all(
+            s.room - len(s.tokens) > 1 and s.params.logprobs is None and not (s.done or s.error) for s in flight.running
+        )
+
+    def _drop_ahead(self) -> None:
+        """Waits for a step that was launched ahead; all rows are to be made anew."""
+        if self._ahead:
+            flight, self._ahead, self._unsure = self._ahead, None, True
+            flight.numbers()
+
     def _decode(self) -> None:
-        running, began = list(self.scheduler.running), time.perf_counter()
-        adapted = bool(self.adapters.pools) and any(s.adapter for s in running)
-        plans = self._adapted_plans if adapted else self._plans
-        size, drafts = self.speculator.choose(running, plans)
-        captures = size not in plans
-        for draft in drafts:
-            self.rows.draft(running[draft.row], draft.first, draft.tokens)
+        flight, self._ahead = self._ahead, None
+        running = flight.running if flight else list(self.scheduler.running)
+        began = max(self._landed, self._resumed) if flight else time.perf_counter()
         try:
-            token, logprob, logits = self._capture(size, plans) if captures else self._replay(plans[size])
+            flight = flight or self.steps.launch(running, self.threads)
+            if self._may_go_ahead(flight):
+                self._ahead = self.steps.launch(running, self.threads)
+            tokens, logprobs = flight.numbers()
         except Exception as error:  # none has moved on
-            lack = self._lack_of_memory(error, f"a step of {size} rows")
+            lack = self._lack_of_memory(error, f"a step of {self.steps.speculator.size(len(running))} rows")
             if lack:  # with one sequence less it is another step: the one that has least to lose
                 failed = [min(running, key=lambda s: len(s.tokens))]
             else:
@@ -284,18 +296,21 @@ class Engine:
                 s.error = lack or own(error)
             self._end_done()
             return self._seat_all()  # the rows may be a token ahead
-        tokens, logprobs = token.tolist(), logprob.tolist()
-        seconds = time.perf_counter() - began
-        self._clock(running, seconds, captures)
+        self._landed = time.perf_counter()
+        drafts, captures = flight.drafts, flight.captures
+        seconds = self._landed - began
+        self._clock([s for s in running if not (s.done or s.error)], seconds, captures)
         drawn = [[row] for row in range(len(running))]  # the rows that drew each one's next tokens
         for draft in drafts:
             drawn[draft.row] = draft.right(tokens)
             running[draft.row].timing.drafted += len(draft.tokens)
         for s, rows in zip(running, drawn, strict=True):
+            if s.done or s.error:
+                continue
             begun, s.timing.accepted = len(s.tokens), s.timing.accepted + len(rows) - 1
             try:
                 for row in rows:
-                    s.take(tokens[row], logprobs[row], _top(logits, row, s.params.logprobs))
+                    s.take(tokens[row], logprobs[row], _top(flight.plan.outputs[2], row, s.params.logprobs))
                     if s.done:
                         break
                 else:
@@ -304,28 +319,16 @@ class Engine:
             except Exception as error:
                 s.error = error
             s.timing.decoded += len(s.tokens) - begun if begun and not captures else 0
-        self.speculator.saw(running, [len(rows) for rows in drawn], drafts, seconds, captures)
+        self.steps.speculator.saw(running, [len(rows) for rows in drawn], drafts, seconds, captures)
         if drafts:
-            self.rows.clear(len(running), size)
+            self.rows.clear(len(running), len(flight.plan.outputs[0]))
+        if self._ahead and any(s.done or s.error for s in running):  # it lands before any row moves
+            return self._decode()
         self._end_done()
 
     def _lack_of_memory(self, error: Exception, what: str) -> MemoryError | None:
         step = f"others go on; run fewer at once than max_num_seqs={self.max_num_seqs}, with less kv_bytes, or int8"
         return lack_of_memory(error, what, step)
-
-    def _forward(self, size: int, adapted: bool) -> tuple[Tensor, Tensor, Tensor]:
-        rows = slice(0, size)
-        batch = self.rows.batch(rows, self.adapters.pools if adapted else None)
-        return self.rows.draw(self.model.logits(self.model.step(self.rows.ids[rows], batch)), rows)
-
-    def _capture(self, size: int, plans: dict[int, Captured | CapturedGraph]) -> tuple[Tensor, Tensor, Tensor]:
-        plans[size] = capture(lambda: self._forward(size, plans is self._adapted_plans), self.device)
-        return plans[size].outputs
-
-    def _replay(self, plan: Captured | CapturedGraph) -> tuple[Tensor, Tensor, Tensor]:
-        if plan.replay(self.threads) and not plan.outputs[1].isnan().any():
-            raise IndexError("a decode step found a row, a page or a position out of range")
-        return plan.outputs
 
     def _clock(self, running: list[Sequence], seconds: float, captures: bool) -> None:
         for s in running:
@@ -401,6 +404,7 @@ class Engine:
 
     def _seat_all(self) -> None:
         """All rows anew from their sequences. One whose token was being taken when that was interrupted has failed."""
+        self._ahead = None
         for s in list(self._live):
             if s.taking and not s.error:
                 s.error = RuntimeError("the thread that served this was interrupted as it took a token; ask again")
@@ -421,7 +425,7 @@ class Engine:
                     s.adapter.users.discard(s)
             self.scheduler.mend(self._live)
             self.adapters.mend(self._live)
-            self._drop_plans()
+            self.steps.drop_plans()
         self._unsure, self.scheduler.torn = True, False
 
     def _end(self, s: Sequence) -> None:
@@ -471,24 +475,10 @@ class Engine:
 
     def embed(self, texts: Iterable[list[int]], adapter: str | None = None) -> Tensor:
         """Mean over the tokens of the normed final hidden states, of length 1: float32 [number of texts, dim]."""
-        means = [_Mean(self.model, ids) for ids in texts]
+        means = [Mean(self.model, ids) for ids in texts]
         params = SamplingParams(adapter=adapter)
         self.run([Sequence(m.ids, params=params, hidden=m.add) for m in means])
         return torch.stack([m.found for m in means])
-
-
-class _Mean:
-    """Takes hidden states of a text as they come, and keeps their mean."""
-
-    def __init__(self, model: Decoder, ids: list[int]):
-        self.model, self.ids, self.found = model, ids, None
-        self._pieces: list[Tensor] = []
-
-    def add(self, hidden: Tensor) -> None:
-        self._pieces.append(hidden)
-        if sum(map(len, self._pieces)) == len(self.ids):  # at once: a sum of sums would depend on the pieces
-            mean = self.model.norm(torch.cat(self._pieces)).float().mean(0)
-            self.found, self._pieces = torch.nn.functional.normalize(mean, dim=0), []
 
 
 def _top(logits: Tensor, row: int, count: int | None) -> list[tuple[int, float]] | None:

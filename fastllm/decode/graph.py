@@ -69,6 +69,11 @@ class Captured:
         """Runs the step again with what its inputs hold now. Returns a kernel status (0: fine); threads 0: all."""
         return self._plan.replay(threads)
 
+    def fetch(self, count: int) -> Callable[[], list[list[Any]]]:
+        """What gives the first `count` outputs in Python, also when the step has been replayed again."""
+        numbers = [output.tolist() for output in self.outputs[:count]]
+        return lambda: numbers
+
     def __len__(self) -> int:
         """How many kernels the step runs."""
         return len(self._plan)
@@ -82,10 +87,28 @@ class CapturedGraph:
 
     def __init__(self, graph: "torch.cuda.CUDAGraph", outputs: Any):
         self._graph, self.outputs = graph, outputs
+        self._on_host: tuple[list[Tensor], list[Tensor]] = [], []  # pinned; taken in turns
 
     def replay(self, threads: int = 0) -> int:
         self._graph.replay()
         return 0
+
+    def fetch(self, count: int) -> Callable[[], list[list[Any]]]:
+        """Copies are launched behind the replay, and what is returned waits for them. Two replays may be under way."""
+        self._on_host = self._on_host[::-1]
+        hosts, outputs = self._on_host[0], self.outputs[:count]
+        if not hosts:
+            hosts += [torch.empty(output.shape, dtype=output.dtype, pin_memory=True) for output in outputs]
+        for host, output in zip(hosts, outputs, strict=True):
+            host.copy_(output, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(outputs[0].device))
+
+        def numbers() -> list[list[Any]]:
+            copied.synchronize()
+            return [host.tolist() for host in hosts]
+
+        return numbers
 
 
 def capture(

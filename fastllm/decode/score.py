@@ -1,4 +1,5 @@
-"""Log-probabilities of given tokens, out of hidden states: what texts are scored with, by the engine and by a bare model."""
+"""Log-probabilities of given tokens, out of hidden states: what texts are scored with, by the engine and by a bare
+model; and their mean."""
 
 from collections.abc import Callable, Sequence
 
@@ -46,3 +47,17 @@ class Scores:
         """Of the text that ends with this token: float32 [its tokens from start on]."""
         place = self.lasts[last]
         return torch.cat([*self._found, self._ends[place : place + 1]]).cpu()
+
+
+class Mean:
+    """Takes the hidden states of a text as they come, and keeps their mean, normed: float32 [dim] of length 1."""
+
+    def __init__(self, model: Decoder, ids: Sequence[int]):
+        self.model, self.ids, self.found = model, ids, torch.empty(0)
+        self._pieces: list[Tensor] = []
+
+    def add(self, hidden: Tensor) -> None:
+        self._pieces.append(hidden)
+        if sum(map(len, self._pieces)) == len(self.ids):  # at once: a sum of sums would depend on the pieces
+            mean = self.model.norm(torch.cat(self._pieces)).float().mean(0)
+            self.found, self._pieces = torch.nn.functional.normalize(mean, dim=0), []

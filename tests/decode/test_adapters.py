@@ -182,19 +182,19 @@ def test_those_who_join_late_and_those_who_leave():
 def test_who_has_none_pays_nothing():
     """The plan without adapters is the one that there was, and its bits are those beside adapters."""
     e = engine(prefix_cache=False)
-    before, kernels = steps(e, PROMPT[:40], SAMPLED), e._plans[1].kernels()
+    before, kernels = steps(e, PROMPT[:40], SAMPLED), e.steps.plans[1].kernels()
     assert not any("lora" in kernel for kernel in kernels)
-    plan = e._plans[1]
+    plan = e.steps.plans[1]
     for name, given_ in adapters().items():
         e.load_adapter(name, given_)
-    assert steps(e, PROMPT[:40], SAMPLED) == before and e._plans[1] is plan and not e._adapted_plans
+    assert steps(e, PROMPT[:40], SAMPLED) == before and e.steps.plans[1] is plan and not e.steps.adapted_plans
     beside, none = Made(PROMPT[:40], wants("all", PENALISED)), Made(PROMPT[:40], SAMPLED)
     e.run([beside, none])
     assert none.made == before and beside.made == alone(beside)
-    assert "multi_lora" in e._adapted_plans[2].kernels()
+    assert "multi_lora" in e.steps.adapted_plans[2].kernels()
     for name in adapters():
         e.unload_adapter(name)
-    assert not e.adapters.pools and not e._adapted_plans and steps(e, PROMPT[:40], SAMPLED) == before
+    assert not e.adapters.pools and not e.steps.adapted_plans and steps(e, PROMPT[:40], SAMPLED) == before
 
 
 def test_completions_of_one_prompt_share_it_with_their_adapter_alone():
@@ -270,7 +270,7 @@ def test_unloading_waits_for_those_who_run():
     e.wait(lambda: runs.ended)
     assert runs.made == alone(runs) and len(e.adapters._held) == 1
     e.unload_adapter("some")
-    assert not e.adapters._held and not e.adapters.pools and not e._adapted_plans
+    assert not e.adapters._held and not e.adapters.pools and not e.steps.adapted_plans
 
 
 def test_pools_grow_while_one_runs():

@@ -142,7 +142,7 @@ def test_every_number_of_rows():
     for s in sequences:
         e.wait(lambda s=s: s.ended)
         assert s.made == alone(s)
-    assert sorted(e._plans) == [1, 2, 4, 6] and engine(max_num_seqs=1).sizes == (1,)
+    assert sorted(e.steps.plans) == [1, 2, 4, 6] and engine(max_num_seqs=1).sizes == (1,)
 
 
 def test_padding_touches_nothing():

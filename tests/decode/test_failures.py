@@ -20,6 +20,7 @@ from fastllm import ops
 from fastllm.decode import engine as engine_module
 from fastllm.decode.engine import Engine
 from fastllm.decode.reader import Reader
+from fastllm.decode.steps import Steps
 
 DECODE = str(Path(engine_module.__file__).parent)
 
@@ -78,7 +79,7 @@ def test_each_has_an_error_of_its_own(monkeypatch, error):
     """Callers in several threads write to theirs, and read nothing of the others' rows."""
     e, sequences = engine(), [Made([*PROMPT[i : i + 2], PROMPT[3]]) for i in range(3)]
     if error:
-        monkeypatch.setattr(e, "_capture", lambda *_: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(e.steps, "capture", lambda *_: (_ for _ in ()).throw(error))
     else:
         poisoned(e, PROMPT[3])
     e.submit(sequences)
@@ -122,19 +123,19 @@ def test_memory_that_runs_out_while_prompts_are_read(monkeypatch):
 @pytest.mark.parametrize("where", ["capture", "replay"])
 def test_memory_that_suffices_for_fewer_rows(monkeypatch, where):
     """Those that do not fit fail one by one, newest first; the others go on in smaller steps."""
-    e, forward, replay = engine(max_num_seqs=8), Engine._forward, Engine._replay
+    e, forward, replay = engine(max_num_seqs=8), Steps.forward, Steps.replay
     sequences, late = [Made(PROMPT[i : i + 20], SAMPLED, 30) for i in range(3)], [Made(PROMPT[i:50]) for i in range(3)]
 
     def refuse(size):
         if size > 4:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096000 bytes.")
 
-    name, call = ("_forward", forward) if where == "capture" else ("_replay", replay)
+    name, call = ("forward", forward) if where == "capture" else ("replay", replay)
     e.submit(sequences)
     while not all(s.tokens for s in sequences):
         e.step()
     sizes = lambda what: what if where == "capture" else len(what.outputs[0])  # noqa: E731
-    monkeypatch.setattr(Engine, name, lambda self, what, *rest: (refuse(sizes(what)), call(self, what, *rest))[1])
+    monkeypatch.setattr(Steps, name, lambda self, what, *rest: (refuse(sizes(what)), call(self, what, *rest))[1])
     with pytest.raises(
         MemoryError, match="a step of 8 rows: 4.10 MB are asked for .*; others go on; .* max_num_seqs=8"
     ):
@@ -162,7 +163,7 @@ def test_an_interrupt_loses_nothing(monkeypatch, times):
 
         return run
 
-    monkeypatch.setattr(Engine, "_replay", interrupted(Engine._replay, 0))
+    monkeypatch.setattr(Steps, "replay", interrupted(Steps.replay, 0))
     monkeypatch.setattr(e.model, "step", interrupted(lambda self, *a, step=e.model.step: step(*a), 1).__get__(e.model))
     e.submit(sequences)
     seen = 0
@@ -297,7 +298,7 @@ def test_a_thread_that_dies_as_adapters_change(call, stride):
         e.run([again])
         e.unload_adapter("name")
         alike.append((first.made, again.made))
-        assert not e.adapters._held and not e.adapters.pools and not e._adapted_plans
+        assert not e.adapters._held and not e.adapters.pools and not e.steps.adapted_plans
         check(e.cache)
     assert len(set(map(str, alike))) == 1 and alike[0][0] != alike[0][1] and len(alike) > 9
 

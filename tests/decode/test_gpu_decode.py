@@ -57,6 +57,26 @@ def test_replay_is_the_step(path):
     assert [s.made for s in sequences[0]] == [s.made for s in sequences[1]]
 
 
+def test_steps_that_are_launched_ahead(path):
+    """Rows that come, leave early and are penalised: what a step at a time gives them."""
+    made = []
+    for ahead in (True, False):
+        e = engine(path)
+        assert e.goes_ahead
+        e.goes_ahead = ahead
+        kinds = [KINDS[kind] for kind in KINDS]
+        sequences = [
+            Made(PROMPT[i : i + 9 * i + 1], kinds[i % len(kinds)], 40, seed=i, stop=7 + 5 * i if i % 2 else None)
+            for i in range(9)
+        ]
+        e.run(sequences)
+        assert [len(s.made) for s in sequences] == [s.stop or 40 for s in sequences]
+        made.append([s.made for s in sequences])
+    for ours, theirs in zip(*made, strict=True):
+        assert ours[0][1] == pytest.approx(theirs[0][1], abs=1e-3)
+        close(ours, theirs, 1e-3)
+
+
 def test_prompts_are_read_in_captured_forwards(path):
     e, plain = engine(path), engine(path)
     plain.reader.captures = False

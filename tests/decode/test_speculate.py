@@ -14,6 +14,7 @@ from test_failures import poisoned
 from fastllm import LLM, SamplingParams, ops
 from fastllm.decode.engine import Engine
 from fastllm.decode.speculate import LONGEST, SHARE, SHORTEST, Lookup, Speculator
+from fastllm.decode.steps import Steps
 
 
 def speculating(**fields) -> Engine:
@@ -170,7 +171,7 @@ def test_a_wrong_guess_that_has_no_distribution():
     used = {*s.prompt, *(t for t, _ in alone(s))}
     bad = next(t for t in range(3, len(_tiny.TOKENS)) if t not in used)
     poisoned(e, bad)
-    choose = e.speculator.choose
+    choose = e.steps.speculator.choose
 
     def poison(running, plans):
         size, drafts = choose(running, plans)
@@ -178,7 +179,7 @@ def test_a_wrong_guess_that_has_no_distribution():
             draft.tokens[-1] = bad
         return size, drafts
 
-    e.speculator.choose = poison
+    e.steps.speculator.choose = poison
     e.run([s])
     assert s.made == alone(s) and s.timing.accepted
     check(e.cache)
@@ -205,16 +206,16 @@ def test_one_that_fails_touches_no_other():
 
 def test_an_interrupt_loses_nothing(monkeypatch):
     e, sequences = speculating(chunk=64), [Made(PROMPT[i : i + 150], PENALISED, 30) for i in range(3)]
-    replay, left = Engine._replay, [3]
+    replay, left = Steps.replay, [3]
 
-    def interrupted(self, plan):
-        outputs = replay(self, plan)
+    def interrupted(self, *arguments):
+        plan = replay(self, *arguments)
         if len(sequences[1].made) > 5 and left[0]:
             left[0] -= 1
             raise KeyboardInterrupt
-        return outputs
+        return plan
 
-    monkeypatch.setattr(Engine, "_replay", interrupted)
+    monkeypatch.setattr(Steps, "replay", interrupted)
     e.submit(sequences)
     for s in sequences:
         while not s.ended:
@@ -229,12 +230,12 @@ def test_an_interrupt_loses_nothing(monkeypatch):
 
 def timeless(e: Engine) -> Engine:
     """What it decides does not depend on how fast this machine is."""
-    e.speculator.saw = lambda running, counts, drafts, seconds, captures: Speculator.saw(
-        e.speculator,
+    e.steps.speculator.saw = lambda running, counts, drafts, seconds, captures: Speculator.saw(
+        e.steps.speculator,
         running,
         counts,
         drafts,
-        e.speculator._times_of(len(running), len(running) + _rows(drafts))[0],
+        e.steps.speculator._times_of(len(running), len(running) + _rows(drafts))[0],
         False,
     )
     return e
@@ -256,8 +257,8 @@ def circling(**fields) -> Engine:
 def test_text_that_repeats_is_drafted(params):
     e, plain, replays = timeless(circling(speculate=7, max_num_seqs=1)), circling(max_num_seqs=1), []
     s, expected = Made(PROMPT[:20], params, 400), Made(PROMPT[:20], params, 400)
-    replay = e._replay
-    e._replay = lambda plan: (replays.append(plan), replay(plan))[1]
+    replay = e.steps.replay
+    e.steps.replay = lambda *arguments: (replays.append(arguments), replay(*arguments))[1]
     e.run([s])
     plain.run([expected])
     assert s.made == expected.made
