@@ -91,6 +91,14 @@ def test_a_long_text_of_one_block():
     check(Cache([33 * 8 * PAGE - 3], 2, 2, 64, torch.bfloat16), multiprocessors=1)
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_windows_that_begin_late(multiprocessors):
+    """Pages before them belong to nobody, and turns are counted from the first one."""
+    for window in (3, 40, 700):
+        cache = Cache([900, 1300, 20], 3, 1, 128, torch.float16)
+        check(cache, AttentionSpec(window=window), multiprocessors=multiprocessors)
+
+
 def test_lengths_that_end_anywhere():
     for first in range(1, 34, 5):
         check(Cache([*range(first, first + 5), 129 + first], 2, 1, 64, torch.float16, seed=first))

@@ -1,11 +1,12 @@
 // paged_attention on a GPU for rows that see long texts: one new token a sequence, or a few. A pass over keys and values, each
 // element multiplied by all query heads of its KV head; so what counts is to have many loads on their way.
 //
-// A cluster of blocks has one row and one KV head, its blocks a part of the keys each, a warp of a block every eighth page of
-// those. Keys and values go from memory to the registers of the lanes that multiply them, 16 bytes a load: a lane's eight
-// elements are no eight that lie beside each other in the matrix unit's order, but any order of k will do, and of d the
-// order of the sums is put right when they are written. Scores are keys x heads, so that a group of eight heads wastes
-// nothing. Warps are put together in shared memory, blocks in that of their cluster; one launch, no memory beside.
+// A cluster of blocks has one row and one KV head, and all its warps take turns at the pages, whichever of these there are: so
+// their numbers are read beside the length, not after it. Keys and values go from memory to the registers of the lanes that
+// multiply them, 16 bytes a load: a lane's eight elements are no eight that lie beside each other in the matrix unit's order,
+// but any order of k will do, and of d the order of the sums is put right when they are written. Scores are keys x heads, so
+// that a group of eight heads wastes nothing. Warps are put together in shared memory, blocks in that of their cluster; one
+// launch, no memory beside.
 #include "../records/attention.h"
 #include "mma.cuh"
 
@@ -176,27 +177,30 @@ template <int kDim, bool kHalf, int kTiles>
 __global__ void __launch_bounds__(kWarps * 32, at_once(kDim, kTiles)) decode_kernel(const PagedAttentionArgs a, int splits) {
   next_may_begin();
   auto& s = shared_memory<Parts<kDim, kTiles>>();
-  const int group = int(a.heads / a.kv_heads), warp = int(threadIdx.x / 32);
+  const int group = int(a.heads / a.kv_heads), warp = int(threadIdx.x / 32), lane = int(threadIdx.x % 32);
   const int split = int(blockIdx.x) % splits, kv_head = int(blockIdx.x) / splits % int(a.kv_heads);
   const int row = int(blockIdx.x) / splits / int(a.kv_heads);
-  const Row sees = row_of(a, row);
 
-  Warp<kDim, kHalf, kTiles> mine;
-  mine.begin(a, row, kv_head, group);
+  // The warp's pages are `own` and every `turn`-th one behind it. `entries`: of 32 of them, from `known_from` on, one a lane.
+  const int turn = splits * kWarps, own = warp * splits + split;
+  const int32_t* table = a.block_table + row * a.table_row;
+  int entries = row < a.batch && own + lane * turn < a.max_pages ? table[own + lane * turn] : 0, known_from = 0;
+  const Row sees = row_of(a, row);
+  if (sees.sequence != row) table = a.block_table + sees.sequence * a.table_row, known_from = -32;
   const int first = sees.begin / kPage, last = (sees.end + kPage - 1) / kPage;
-  const int each = (last - first + splits - 1) / splits;
-  const int from = first + split * each, to = from + each < last ? from + each : last;
-  const int32_t* table = a.block_table + sees.sequence * a.table_row;
   const auto *k_pages = static_cast<const uint16_t*>(a.k_pages) + int64_t(kv_head) * kPage * kDim;
   const auto *v_pages = static_cast<const uint16_t*>(a.v_pages) + int64_t(kv_head) * kPage * kDim;
   const float scale = float(a.scale) * kLog2e;
-  int entries = 0;    // of the warp's next 32 pages, one a lane
-  for (int n = 0, page = from + warp; page < to; page += kWarps, ++n) {
-    if (n % 32 == 0) {
-      const int at = page + int(threadIdx.x % 32) * kWarps;
-      entries = at < to ? __ldg(table + at) : 0;
+
+  wait_for_previous();    // q, and the last keys and values, may still be on their way; lengths and page numbers are not
+  Warp<kDim, kHalf, kTiles> mine;
+  mine.begin(a, row, kv_head, group);
+  for (int n = first > own ? (first - own + turn - 1) / turn : 0, page; (page = own + n * turn) < last; ++n) {
+    if (n >= known_from + 32) {
+      known_from = n;
+      entries = page + lane * turn < last ? table[page + lane * turn] : 0;
     }
-    const int64_t entry = __shfl_sync(kWhole, entries, n % 32);
+    const int64_t entry = __shfl_sync(kWhole, entries, n - known_from);
     const bool known = entry >= 0 && entry < a.pages;
     mine.add(k_pages + entry * a.k_page, v_pages + entry * a.v_page, sees.begin - page * kPage, sees.end - page * kPage, known, scale);
   }
@@ -204,7 +208,7 @@ __global__ void __launch_bounds__(kWarps * 32, at_once(kDim, kTiles)) decode_ker
   __syncthreads();
 
   // The block's warps as one, in the place of the first.
-  constexpr int kHeads = kTiles * kTileHeads, kPairs = kHeads * kDim / 2 / (kWarps * 32);
+  constexpr int kPairs = kTiles * kTileHeads * kDim / 2 / (kWarps * 32);
   float2 both[kPairs];
   float top[kPairs], sum[kPairs];
 #pragma unroll
@@ -269,7 +273,7 @@ template <int kDim, bool kHalf, int kTiles> int launch_decode(const PagedAttenti
   const auto kernel = decode_kernel<kDim, kHalf, kTiles>;
   int splits = splits_of(a, at_once(kDim, kTiles));
   if (splits > 8 && !has_place(kernel, kWarps * 32, shared, splits)) splits = 8;
-  return launch(kernel, a.rows * a.kv_heads * splits, kWarps * 32, shared, splits, stream, a, splits);
+  return launch_with(weights_rest(), kernel, a.rows * a.kv_heads * splits, kWarps * 32, shared, splits, stream, a, splits);
 }
 
 template <int kDim, bool kHalf> int of_heads(const PagedAttentionArgs& a, void* stream) {
