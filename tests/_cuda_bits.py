@@ -11,11 +11,14 @@ from _sample_rows import FIELDS, HARD_PENALTIES, hard_rows, penalised
 
 from fastllm import _C
 from fastllm.bench.case import Make
+from fastllm.bench.cases.kv_append import SUITE as APPEND
 from fastllm.bench.cases.quant_linear import FORMATS, GROUPED, random_weight
 from fastllm.bench.cases.quant_linear import SUITE as QUANT
 from fastllm.bench.cases.sample import PENALTIES, SUITE, USUAL
 from fastllm.ops import SampleState, _triton
 from fastllm.ops._op import OPS
+from fastllm.ops.kv_append import cuda_refusal
+from fastllm.ops.kv_cache import PAGE, KVPages
 from fastllm.ops.quant_linear import CUDA_ROWS
 
 pytestmark = pytest.mark.skipif(_C.isa() == "generic", reason="the generic tier rounds an fma twice")
@@ -162,3 +165,57 @@ def test_quant_linear_of_odd_numbers(form):
     x = make.normal(6, 96)
     x[0], x[1, :32], x[2, 5], x[3, 40], x[4] = 0, 1e-36, float("inf"), float("nan"), x[4] * 1e30
     check_quant(x, random_weight(make, 20, 96, form))
+
+
+# ----------------------------------------------------------------------------------------------------------- kv_append
+
+
+def appended(run, device, k, v, slot, position, table, q, pages):
+    """q as it is turned, and the pages; on a GPU keys are rows."""
+    (_, heads, dim), dtype = k.shape, k.dtype
+    keys, values = (torch.zeros(pages, heads, PAGE, dim, dtype=dtype, device=device) for _ in range(2))
+    cache = KVPages(keys.mT, values) if run == OPS["kv_append"].cuda else KVPages.empty(pages, heads, dim, dtype)
+    out = run(k, v, *cache, slot, position, table, q)
+    return [t.cpu() for t in (out, cache.k, cache.v)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", APPEND.correct, ids=lambda case: case.label)
+def test_kv_append(case, dtype, device):
+    drawn = _oracle.draw(APPEND, case, dtype)
+    given = [drawn.get(name) for name in ("k", "v", "slot", "position", "table", "q", "pages")]
+    wanted = appended(OPS["kv_append"].cpu, "cpu", *given)
+    for seed in SEEDS:
+        order(seed)
+        found = appended(OPS["kv_append"].cuda, DEVICE, *map(on_device, given))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
+def test_kv_append_of_what_is_not_there(device):
+    """A position outside the table is NaN, a slot outside the pages is not written; the others are as ever."""
+    drawn = _oracle.draw(APPEND, next(c for c in APPEND.correct if c.label.startswith("37 tokens")), torch.bfloat16)
+    k, v, slot, position, table, q, pages = (drawn[n] for n in ("k", "v", "slot", "position", "table", "q", "pages"))
+    good = appended(OPS["kv_append"].cpu, "cpu", k, v, slot, position, table, q, pages)
+    slot, position = slot.clone(), position.int()
+    slot[5], position[3], position[20] = pages * PAGE, -1, len(table)
+    out, keys, values = appended(
+        OPS["kv_append"].cuda, DEVICE, *map(on_device, (k, v, slot, position, table, q)), pages
+    )
+    lost = torch.zeros(37, dtype=torch.bool).index_fill(0, torch.tensor([3, 20]), True)
+    assert out[lost].isnan().all() and torch.equal(out[~lost], good[0][~lost])
+    rows = keys.mT.transpose(1, 2).flatten(0, 1), good[1].mT.transpose(1, 2).flatten(0, 1)
+    assert rows[0][[3, 20]].isnan().all() and not rows[0][5].any() and not values[0, :, 5].any()
+    rest = [n for n in range(37) if n not in (3, 5, 20)]
+    assert torch.equal(rows[0][rest], rows[1][rest])
+
+
+def test_what_kv_append_leaves_to_triton():
+    k, rows = torch.zeros(4, 2, 8, dtype=torch.bfloat16), torch.zeros(3, 2, PAGE, 8, dtype=torch.bfloat16)
+    assert cuda_refusal(k, rows.mT, rows, None) is None
+    for arguments, why in (
+        ((k, rows.mT, rows, torch.zeros(1)), "quantised pages"),
+        ((k.float(), rows.mT, rows, None), "float32"),
+        ((k.expand(65, -1, -1, -1)[:, 0], rows.mT, rows, None), "65 tokens: up to 64"),
+        ((k, rows.mT.contiguous(), rows, None), r"pages that are not [heads, 16, dim]"),
+    ):
+        assert cuda_refusal(*arguments) == why

@@ -136,8 +136,8 @@ def test_names_of_the_switch(monkeypatch):
     monkeypatch.setenv(_cuda.VARIABLE, "sample,softmax")
     with pytest.raises(
         ValueError,
-        match=r"FASTLLM_CUDA_KERNELS names softmax; allowed: attention, attention_backward, linear, paged_attention, "
-        "quant_linear, sample, or all alone",
+        match=r"FASTLLM_CUDA_KERNELS names softmax; allowed: attention, attention_backward, kv_append, linear, "
+        "paged_attention, quant_linear, sample, or all alone",
     ):
         _cuda.wanted.__wrapped__()
 

@@ -6,7 +6,7 @@
 
 namespace fastllm {
 
-constexpr int kCudaAbi = 8;
+constexpr int kCudaAbi = 9;
 
 enum CudaKernel : int {
 #define CUDA_KERNEL(name, Args) kCuda_##name,
@@ -22,7 +22,8 @@ struct CudaTable {
   int (*device_count)();            // negative: minus a cudaError_t (no driver, driver too old)
   int (*capability)(int device);    // 90 of 9.0; negative: minus a cudaError_t
   const char* (*error_string)(int code);
-  // Of the kernels that this thread launches from here on: those before them write no weight, so that reading one may begin early.
+  // Of the kernels that this thread launches from here on: those before them write no weight, and not where tokens stand, so that
+  // reading these may begin early.
   void (*weights_rest)(int yes);
   int (*copy)(void* to, const void* from, int64_t bytes, void* stream);    // 16-byte aligned; the bandwidth ceiling
   int (*run[kCudaKernelCount])(const void* record, char* scratch, void* stream);

@@ -5,8 +5,9 @@ replay walks the list in one parallel region without entering Python. A capture 
 that the step does, so any compute op that is not ours is refused, also inside our launchers (a hidden copy would not be
 replayed).
 
-On a GPU it is a CUDA graph, of every kernel whoever wrote it; none may write a weight that another one reads. The step runs
-once before, which compiles and loads its kernels, and then is recorded without running.
+On a GPU it is a CUDA graph, of every kernel whoever wrote it; none may write a weight that another one reads, and where tokens
+stand is written at its end alone. The step runs once before, which compiles and loads its kernels, and then is recorded without
+running.
 """
 
 from collections.abc import Callable

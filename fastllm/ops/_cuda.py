@@ -87,8 +87,8 @@ def driver(path: str = "/proc/driver/nvidia/version") -> str | None:
 
 @contextlib.contextmanager
 def weights_rest() -> Iterator[None]:
-    """What this thread launches within writes no weight that it reads, as in a step of decoding: a kernel may begin with its
-    weights while the one before is still at work."""
+    """What this thread launches within writes no weight that it reads, and where tokens stand (positions, slots, lengths, page
+    numbers) at its end alone, as in a step of decoding: a kernel may begin with these while the one before is still at work."""
     _C.cuda_weights_rest(True)
     try:
         yield

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from . import _cuda
 from ._e4m3 import encode
 from ._op import DTYPES, Op, check, check_dtype, check_like, pointer
 from ._triton import tl, triton
@@ -159,34 +160,70 @@ def _output(k: Tensor, q: Tensor | None) -> Tensor:
     return torch.empty(0 if q is None else q.shape, dtype=k.dtype, device=k.device)
 
 
+def _fields(
+    q_out: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, scales: Tensor | None,
+    slot: Tensor, position: Tensor, table: Tensor, q: Tensor | None,
+) -> tuple:  # fmt: skip
+    """csrc/records/kv_append.h. The caller keeps the tensors."""
+    tokens, kv_heads, dim = k.shape
+    return (
+        q_out.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), pointer(q), k.data_ptr(), v.data_ptr(),
+        slot.data_ptr(), position.data_ptr(), table.data_ptr(), pointer(scales),
+        tokens, 0 if q is None else q.shape[1], kv_heads, dim, table.shape[1], table.shape[0], k_pages.shape[0],
+        *((0, 0) if q is None else q.stride()[:2]), *k.stride()[:2], *v.stride()[:2], position.dtype == torch.int64,
+        k_pages.stride(0), v_pages.stride(0), 0 if scales is None else scales.stride(0),
+        DTYPES[k.dtype], PAGE_DTYPES[k_pages.dtype],
+    )  # fmt: skip
+
+
 def cpu(
     k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, scales: Tensor | None,
     slot: Tensor, position: Tensor, table: Tensor, q: Tensor | None,
 ) -> Tensor:  # fmt: skip
     q_out = _output(k, q)
     if slot.numel():
-        k, v, table, slot, position = (
-            unit_stride(k),
-            unit_stride(v),
-            table.contiguous(),
-            slot.contiguous(),
-            position.contiguous(),
-        )
-        q = None if q is None else unit_stride(q)
-        tokens, kv_heads, dim = k.shape
-        status = _C.kv_append(
-            q_out.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), pointer(q), k.data_ptr(), v.data_ptr(),
-            slot.data_ptr(), position.data_ptr(), table.data_ptr(), pointer(scales),
-            tokens, 0 if q is None else q.shape[1], kv_heads, dim, table.shape[1], table.shape[0], k_pages.shape[0],
-            *((0, 0) if q is None else q.stride()[:2]), *k.stride()[:2], *v.stride()[:2], position.dtype == torch.int64,
-            k_pages.stride(0), v_pages.stride(0), 0 if scales is None else scales.stride(0),
-            DTYPES[k.dtype], PAGE_DTYPES[k_pages.dtype],
-        )  # fmt: skip
-        if status:
+        k, v, q = unit_stride(k), unit_stride(v), None if q is None else unit_stride(q)
+        table, slot, position = table.contiguous(), slot.contiguous(), position.contiguous()
+        if _C.kv_append(*_fields(q_out, k, v, k_pages, v_pages, scales, slot, position, table, q)):
             raise IndexError(
                 f"kv_append: slots up to {slot.max()} in {k_pages.shape[0]} pages of {PAGE} tokens, positions from "
                 f"{position.min()} to {position.max()} in a table of {table.shape[0]}; one is out of range"
             )
+    return q_out
+
+
+CUDA_TOKENS = 64  # a thread has two elements: of many tokens Triton's wider loads are the faster ones
+
+
+def cuda_refusal(k: Tensor, k_pages: Tensor, v_pages: Tensor, scales: Tensor | None) -> str | None:
+    """Why csrc/cuda/kv_append.cu does not take the call; None when it does."""
+    if scales is not None:
+        return "quantised pages"
+    if k.dtype == torch.float32:
+        return "float32"
+    if k.shape[0] > CUDA_TOKENS:
+        return f"{k.shape[0]} tokens: up to {CUDA_TOKENS}"
+    if k_pages.stride()[1:] != (PAGE * k.shape[2], 1, k.shape[2]) or v_pages.stride()[1:] != (
+        PAGE * k.shape[2],
+        k.shape[2],
+        1,
+    ):
+        return "pages that are not [heads, 16, dim]"
+    return None
+
+
+def cuda(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, scales: Tensor | None,
+    slot: Tensor, position: Tensor, table: Tensor, q: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """A few tokens in CUDA C++; in a captured step, on its way before the projection is done."""
+    if not slot.numel() or cuda_refusal(k, k_pages, v_pages, scales) is not None:
+        return gpu(k, v, k_pages, v_pages, scales, slot, position, table, q)
+    q_out = _output(k, q)
+    k, v, q = unit_stride(k), unit_stride(v), None if q is None else unit_stride(q)
+    table, slot, position = table.contiguous(), slot.contiguous(), position.contiguous()
+    fields = _fields(q_out, k, v, k_pages, v_pages, scales, slot, position, table, q)
+    _cuda.launch("kv_append", fields, None, k.device)
     return q_out
 
 
@@ -224,6 +261,8 @@ forward = Op(
     fake=lambda k, v, k_pages, v_pages, scales, slot, position, table, q: _output(k, q),
     cpu=cpu,
     triton=gpu,
+    cuda=cuda,
+    cuda_name=f"CUDA C++ (16 bits, up to {CUDA_TOKENS} tokens; else Triton)",
 )
 
 
