@@ -380,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     a.token[row] = out.token, a.kept[row] = out.kept;
     a.truncated_logprob[row] = greedy ? 0 : log_probability(out.value, most, out.sum, r.temperature);
   } else if (threadIdx.x == 32) {
-    a.logprob[row] = log_probability(from[out.token], raw_most, s.mass);
+    a.logprob[row] = log_probability(changed ? from[out.token] : out.value, raw_most, s.mass);
   } else if (threadIdx.x == 64 && a.entropy) {
     a.entropy[row] = entropy(s.mass, s.spread);
   }
