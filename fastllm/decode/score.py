@@ -17,7 +17,7 @@ def target_logprobs(logits: Callable[[Tensor], Tensor], hidden: Tensor, targets:
     is; never more than a few rows of logits are in memory."""
     rows = zip(hidden.split(ROWS), targets.split(ROWS), strict=True)
     found = [ops.target_logprobs(logits(part).float(), target) for part, target in rows if len(target)]
-    return torch.cat(found) if found else torch.empty(0)
+    return torch.cat(found) if found else torch.empty(0, device=hidden.device)
 
 
 class Scores:

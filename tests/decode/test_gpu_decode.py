@@ -70,7 +70,7 @@ def test_steps_that_are_launched_ahead(path):
             for i in range(9)
         ]
         e.run(sequences)
-        assert [len(s.made) for s in sequences] == [s.stop or 40 for s in sequences]
+        assert [len(s.made) for s in sequences] == [min(s.stop or 40, 40) for s in sequences]
         made.append([s.made for s in sequences])
     for ours, theirs in zip(*made, strict=True):
         assert ours[0][1] == pytest.approx(theirs[0][1], abs=1e-3)
@@ -140,7 +140,7 @@ def test_llm(path, kv_dtype):
     assert all(len(o.token_ids) == 12 for o in out)
     scored = llm.logprobs([[5, 6, 7, *out[1].token_ids]], starts=3)[0]
     assert scored == pytest.approx(out[1].logprobs, abs=0.15)
-    assert llm.perplexity([[5, 6, 7]])[0] > 1
+    assert min(llm.perplexity([[5, 6, 7], [5, 6]])) > 1  # of the second, nothing lies between its beginning and its end
     cpu = LLM(path, device="cpu", max_model_len=256)
     assert cpu.logprobs([[5, 6, 7, 8]])[0] == pytest.approx(llm.logprobs([[5, 6, 7, 8]])[0], abs=0.15)
 
