@@ -144,9 +144,8 @@ class Rows:
         )
 
     def draw(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """(token, logprob, logits) of the rows; each token is put where the next step reads it."""
+        """(token, logprob, logits) of the rows, logits float32; each token is put where the next step reads it."""
         state = self.state.with_rows(self.who[rows])
-        logits = logits.float()
         token, logprob, *_ = ops.sample(logits, state, entropy=False)
         ops.advance(
             token, state, self.position[rows], self.context_len[rows], self.block_table[rows], self.slot[rows],

@@ -60,7 +60,7 @@ class Steps:
         """(token, logprob, logits) of so many rows."""
         rows = slice(0, size)
         batch = self.rows.batch(rows, self.adapters.pools if adapted else None)
-        return self.rows.draw(self.model.logits(self.model.step(self.rows.ids[rows], batch)), rows)
+        return self.rows.draw(self.model.step_logits(self.model.step(self.rows.ids[rows], batch)), rows)
 
     def drop_plans(self) -> None:
         """Those whose pools have gone."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..data.packed import Packed
 from ..ops import AttentionSpec, RopeScaling
-from ..ops.linear import exact_logits
+from ..ops.linear import exact_logits, few_logits
 from .blocks import (
     ACTIVATIONS,
     GATED,
@@ -408,6 +408,13 @@ class Decoder(nn.Module):
         if self.exact and isinstance(self.head.weight, Tensor):
             return exact_logits(self.norm(hidden), self.head.weight)
         return self.head(hidden, norm=self.norm)
+
+    def step_logits(self, hidden: Tensor) -> Tensor:
+        """The same of a decode step, float32: what its tokens are drawn from. Of up to 16 rows on a GPU they are not rounded to
+        the model's dtype before."""
+        if isinstance(self.norm, RMSNorm) and self.head.adds(hidden):
+            return few_logits(hidden, self.head.weight, self.norm.gain, self.norm.eps)
+        return self.logits(hidden).float()
 
     def forward(self, ids: Tensor, adapters: Adapters | None = None) -> Tensor:
         return self.logits(self.hidden(ids, adapters))

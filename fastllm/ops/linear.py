@@ -36,7 +36,7 @@ from .. import _C
 from . import _cuda
 from ._fused_linear import check_fusion, check_plain, check_rows_at, compose, must_compose
 from ._linear_exact import exact_product
-from ._op import DTYPES, Op, as_rows, check_dtype, check_like, pointer
+from ._op import DTYPES, Op, as_rows, check_dtype, check_like, is_plain, pointer
 from .rms_norm import rms_norm
 from .swiglu import swiglu as swiglu_op
 
@@ -274,10 +274,10 @@ def cuda(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
     return y
 
 
-def one_kernel(x: Tensor, weight: Tensor) -> bool:
+def one_kernel(x: Tensor, weight: Tensor, bias: Tensor | None = None, swiglu: bool = False) -> bool:
     """Whether linear(x, weight), without a gradient, is one kernel on this GPU that takes a norm and a residual along."""
     few = x.is_cuda and x.shape[:-1].numel() <= CUDA_ROWS and forward.kernel("cuda").name == forward.cuda_name
-    return few and cuda_refusal(as_rows(x), weight, None, None, False) is None
+    return few and cuda_refusal(as_rows(x), weight, bias, None, swiglu) is None
 
 
 def gpu_exact(x, weight, bias, norm, eps, residual, swiglu, wide) -> Tensor:
@@ -383,9 +383,11 @@ backward_panels = Op(
 )
 
 
-def rounds(x: Tensor, exact: bool, swiglu: bool) -> bool:
-    """Whether the kernel of x's device rounds a product before what comes behind it."""
-    return x.is_cuda and (swiglu or not exact)
+def rounds(x: Tensor, weight: Tensor, bias: Tensor | None, exact: bool, swiglu: bool) -> bool:
+    """Whether the kernel that runs without a gradient rounds the product of x and weight before what comes behind it."""
+    if exact or not x.is_cuda:
+        return x.is_cuda and swiglu
+    return not (is_plain(x) and is_plain(weight) and one_kernel(x, weight, bias, swiglu))
 
 
 def linear(
@@ -423,12 +425,18 @@ def linear(
     if must_compose(x, weight, bias, norm, residual, swiglu):
 
         def product_of(v, wide):
-            rounded = rounds(x, exact, swiglu)  # then what comes behind need not keep it in float32
+            rounded = rounds(x, weight, bias, exact, swiglu)  # then what comes behind need not keep it in float32
             y = op(v, weight, bias, None, 0.0, None, False, wide and not rounded)
             return y.float() if rounded and swiglu and residual is not None else y
 
         return compose(product_of, x, norm, eps, residual, swiglu)
     return op(x, weight, bias, norm, eps, residual, swiglu, False)
+
+
+def few_logits(x: Tensor, weight: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """linear(x, weight, norm=norm, eps=eps) of few rows on a GPU, without a gradient, where that is `one_kernel`: in float32, as
+    its sums are, not rounded to x's dtype."""
+    return forward(x, weight, None, norm, eps, None, False, True)
 
 
 def exact_logits(x: Tensor, weight: Tensor) -> Tensor:
