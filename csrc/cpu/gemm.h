@@ -236,8 +236,13 @@ void block_of_group(const LinearArgs& a, const Hooks& hooks, const float* x, int
   }
 }
 
-// One panel of a weight in any form but kPanels. With swiglu, gate and up rows are taken in turn.
-template <class Hooks> void pack(const LinearArgs& a, const Hooks& hooks, float* to, int64_t p) {
+// One panel of a weight in any form but kPanels, or `count` of them, one behind the other. With swiglu, gate and up rows are taken
+// in turn.
+template <class Hooks> void pack(const LinearArgs& a, const Hooks& hooks, float* to, int64_t p, int64_t count = 1) {
+  if (count > 1 && a.form != kRowsAcross && a.form != kOuter) {
+    for (int64_t i = 0; i < count; ++i) pack(a, hooks, to + i * a.depth * kLanes, p + i);
+    return;
+  }
   const bool alternate = a.halves != kWhole;
   const int64_t n = p * kLanes;
   const auto* bytes = static_cast<const uint8_t*>(a.weight);
@@ -252,7 +257,8 @@ template <class Hooks> void pack(const LinearArgs& a, const Hooks& hooks, float*
     case kRowsAcross: case kOuter:
       return with_dtype(a.dtype, [&](auto type) {
         const auto* weight = static_cast<const decltype(type)*>(a.weight);
-        pack_columns(to, weight, a.weight_stride, a.cols, a.depth, n, [&](vf v, int64_t row) { return hooks.pack(v, row, n); });
+        pack_columns(to, a.depth * kLanes, count, weight, a.weight_stride, a.cols, a.depth, n,
+                     [&](vf v, int64_t row, int64_t column) { return hooks.pack(v, row, column); });
       });
     case kPanelsAcross: return pack_panel_columns(to, panels, a.cols, a.depth, alternate, n);
     case kInt4Across: return pack_quant_columns<4, false>(to, bytes, a.cols, a.depth, alternate, n, a.group);
@@ -283,8 +289,9 @@ template <class T> void prepare_row(float* to, const T* x, const T* norm, double
   }
 }
 
-// Rows r..r+15 of x^T, x [depth, rows], each `depth` long and widened.
-template <class T> void transpose_rows(float* to, const T* x, int64_t stride, int64_t rows, int64_t depth, int64_t r) {
+// Rows r..r+15 of x^T, x [depth, rows], each `depth` long and widened, `apart` floats apart.
+template <class T>
+void transpose_rows(float* to, int64_t apart, const T* x, int64_t stride, int64_t rows, int64_t depth, int64_t r) {
   const int64_t count = rows - r < kLanes ? rows - r : kLanes;
   const vm inside = first(count);
   alignas(64) float block[kLanes * kLanes];
@@ -292,7 +299,7 @@ template <class T> void transpose_rows(float* to, const T* x, int64_t stride, in
     vf in[16];
     for (int i = 0; i < 16; ++i) in[i] = k + i < depth ? load(x + (k + i) * stride + r, inside) : set1(0);
     transpose(block, in, count);
-    for (int64_t i = 0; i < count; ++i) store(to + (r + i) * depth + k, load(block + i * kLanes), first(depth - k));
+    for (int64_t i = 0; i < count; ++i) store(to + (r + i) * apart + k, load(block + i * kLanes), first(depth - k));
   }
 }
 
@@ -302,7 +309,8 @@ template <class Hooks> void product(const LinearArgs& a, const Hooks& hooks, Tea
   int64_t x_stride = a.x_stride;
   const bool few = a.rows <= kFewRows;
   if (makes_rows(a)) {
-    float* rows = scratch + (few ? team.rank * a.rows * a.depth : 0);
+    const int64_t apart = row_floats(a.depth);
+    float* rows = scratch + (few ? team.rank * a.rows * apart : 0);
     with_dtype(a.x_dtype, [&](auto type) {
       using T = decltype(type);
       const auto* source = static_cast<const T*>(a.x);
@@ -310,12 +318,12 @@ template <class Hooks> void product(const LinearArgs& a, const Hooks& hooks, Tea
       const Range mine = few ? Range{0, steps} : share(team, steps);
       for (int64_t r = mine.begin * step; r < mine.end * step; r += step)
         if (a.form == kOuter)
-          transpose_rows(rows, source, a.x_stride, a.rows, a.depth, r);
+          transpose_rows(rows, apart, source, a.x_stride, a.rows, a.depth, r);
         else
-          prepare_row(rows + r * a.depth, source + r * a.x_stride, static_cast<const T*>(a.norm), a.eps, a.depth);
+          prepare_row(rows + r * apart, source + r * a.x_stride, static_cast<const T*>(a.norm), a.eps, a.depth);
     });
     if (!few) sync(team);
-    x = rows, x_stride = a.depth;
+    x = rows, x_stride = apart;
     scratch += linear_x_floats(a, team.size);
   }
   const int64_t panels = panels_of(a);
@@ -342,8 +350,7 @@ template <class Hooks> void product(const LinearArgs& a, const Hooks& hooks, Tea
     const int64_t chunk = item / (most * blocks), at = item % (most * blocks), begin = own.begin + chunk * most;
     const int64_t together = own.end - begin < most ? own.end - begin : most, group = begin + at % together;
     const int64_t left = panels - group * P, row = at / together * kRowBlock;
-    if (packs && at == 0)
-      for (int64_t p = begin * P; p < (begin + together) * P && p < panels; ++p) pack(a, hooks, packed + (p - begin * P) * stride, p);
+    if (packs && at == 0) pack(a, hooks, packed, begin * P, together * P < panels - begin * P ? together * P : panels - begin * P);
     const float* source = packs ? packed + (group - begin) * P * stride : static_cast<const float*>(a.weight) + group * P * stride;
     block_of_group(a, hooks, x + row * x_stride, x_stride, source, row, a.rows - row < kRowBlock ? a.rows - row : kRowBlock, group,
                    left < P ? left : P, rest);

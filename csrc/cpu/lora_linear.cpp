@@ -67,14 +67,14 @@ template <class F> void narrow_product(const Narrow& n, Team& team, float* scrat
   const LinearArgs& a = n.a;
   float* rest = scratch + team.rank * narrow_floats(a.depth);
   float* own = rest + kRowBlock * 2 * kLanes;
-  const int64_t width = up_to_16(a.depth), fair = (a.rows + team.size - 1) / team.size;
+  const int64_t width = narrow_width(a.depth), fair = (a.rows + team.size - 1) / team.size;
   const int64_t height = fair < kNarrowRows ? fair : kNarrowRows, blocks = a.rows ? (a.rows + height - 1) / height : 0;
   const Range mine = share(team, blocks);
   for (int64_t b = mine.begin; b < mine.end; ++b) {
     const int64_t row = b * height, rows = a.rows - row < height ? a.rows - row : height;
     const auto* x = static_cast<const float*>(a.x) + row * a.x_stride;
     int64_t stride = a.x_stride;
-    if (a.x_dtype != kFloat32 || n.dropout.threshold) {
+    if (a.x_dtype != kFloat32 || n.dropout.threshold || stride % 1024 == 0) {
       with_dtype(a.x_dtype, [&](auto type) {
         const auto* from = static_cast<const decltype(type)*>(a.x);
         for (int64_t r = row; r < row + rows; ++r)
@@ -91,10 +91,10 @@ template <class F> void narrow_product(const Narrow& n, Team& team, float* scrat
   }
 }
 
-// to[j, i] = from[i, j] for rows [row, row + rows) of from [all, width].
+// to[j, i] = from[i, j] for rows [row, row + rows) of from [all, width]; rows of `to` are row_floats(all) apart.
 void transpose_rows(float* to, const float* from, int64_t all, int64_t width, int64_t row, int64_t rows) {
   for (int64_t j = 0; j < width; ++j)
-    for (int64_t i = row; i < row + rows; ++i) to[j * all + i] = from[i * width + j];
+    for (int64_t i = row; i < row + rows; ++i) to[j * row_floats(all) + i] = from[i * width + j];
 }
 
 }  // namespace
@@ -127,8 +127,8 @@ void lora_linear_backward(const LoraLinearBackwardArgs& a, Team& team) noexcept 
   float* b_panels = a_panels + up_to_16(base.cols) * a.rank;
   float* ds = b_panels + up_to_16(a.rank) * base.depth;
   float* ds_t = ds + up_to_16(rows * a.rank);
-  float* s_t = ds_t + up_to_16(rows * a.rank);
-  float* db_t = s_t + up_to_16(rows * a.rank);
+  float* s_t = ds_t + up_to_16(row_floats(rows) * a.rank);
+  float* db_t = s_t + up_to_16(row_floats(rows) * a.rank);
   auto* mask = reinterpret_cast<uint64_t*>(db_t + up_to_16(base.depth * a.rank));
   float* scratch = reinterpret_cast<float*>(mask) + up_to_16(rows * words * 2);
   const uint64_t* keep = a.threshold ? mask : nullptr;
@@ -151,9 +151,9 @@ void lora_linear_backward(const LoraLinearBackwardArgs& a, Team& team) noexcept 
     sync(team);    // the next products share the scratch in another way
   }
   LinearArgs da = matrix(a.x, kRowsAcross, base.cols, rows, a.x_stride, base.x_dtype);
-  da.y = a.da, da.y_stride = base.cols, da.x = ds_t, da.x_stride = rows, da.rows = a.rank;
+  da.y = a.da, da.y_stride = base.cols, da.x = ds_t, da.x_stride = row_floats(rows), da.rows = a.rank;
   LinearArgs db = matrix(base.x, kRowsAcross, base.depth, rows, base.x_stride, base.x_dtype);
-  db.y = db_t, db.y_stride = base.depth, db.x = s_t, db.x_stride = rows, db.rows = a.rank;
+  db.y = db_t, db.y_stride = base.depth, db.x = s_t, db.x_stride = row_floats(rows), db.rows = a.rank;
   product(da, Backward(nullptr, nullptr, keep, a.rank, words, dropout.scale), team, scratch);
   product(db, Backward(nullptr, nullptr, nullptr, a.rank, words, dropout.scale), team, scratch);
   sync(team);

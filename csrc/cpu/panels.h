@@ -50,14 +50,19 @@ template <class T> void pack_rows(float* to, const T* weight, int64_t stride, in
   }
 }
 
-// Columns c..c+15 of a row-major [depth, cols] weight, each vector as `change(v, row)` makes it.
+// Columns c..c+15 of a row-major [depth, cols] weight, and of the `count` panels behind it, which lie `apart`: a row's part of them
+// all is read at once. Each vector as `change(v, row, column)` makes it.
 template <class T, class F>
-FL_INLINE void pack_columns(float* to, const T* weight, int64_t stride, int64_t cols, int64_t depth, int64_t c, F change) {
-  const vm inside = first(cols - c);
-  for (int64_t k = 0; k < depth; ++k) {
-    prefetch(weight + (k + 16) * stride + c);
-    store(to + k * kLanes, change(load(weight + k * stride + c, inside), k));
-  }
+FL_INLINE void pack_columns(float* to, int64_t apart, int64_t count, const T* weight, int64_t stride, int64_t cols, int64_t depth,
+                            int64_t c, F change) {
+  const int64_t ahead = (count > 1 ? 8 : 16) * stride;
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t column = c + p * kLanes;
+      const T* from = weight + k * stride + column;
+      prefetch(from + ahead);
+      store(to + p * apart + k * kLanes, change(load(from, first(cols - column)), k, column));
+    }
 }
 
 // Sixteen rows of a weight whose halves' panels may alternate: the first of them, and how many there are.

@@ -47,10 +47,15 @@ static inline int64_t packed_groups(int64_t depth) { return depth <= 2048 ? 4 : 
 static inline int64_t linear_thread_floats(const LinearArgs& a) {
   return 96 * 2 * 16 + (a.form == kPanels ? 0 : packed_groups(a.depth) * 2 * 16 * a.depth);
 }
-// x as the product reads it, where it must be made: normalised, widened or transposed rows, once, or for few rows once a thread.
-static inline bool makes_rows(const LinearArgs& a) { return a.norm || a.x_dtype != kFloat32 || a.form == kOuter; }
+// A tile multiplies twelve rows of x at once. Where these lie a multiple of 4 KiB apart, their elements of one k share a set of the
+// first cache, which has eight places, or twelve: so rows that are made lie 64 bytes further apart.
+static inline int64_t row_floats(int64_t depth) { return depth % 1024 ? depth : depth + 16; }
+static inline bool rows_collide(const LinearArgs& a) { return a.x_stride % 1024 == 0 && a.rows >= 12 && a.cols >= 256; }
+// x as the product reads it, where it must be made: normalised, widened, transposed or spread rows, once, or for few rows once a
+// thread.
+static inline bool makes_rows(const LinearArgs& a) { return a.norm || a.x_dtype != kFloat32 || a.form == kOuter || rows_collide(a); }
 static inline int64_t linear_x_floats(const LinearArgs& a, int64_t threads) {
-  return makes_rows(a) ? (a.rows <= 4 ? threads : 1) * a.rows * a.depth : 0;
+  return makes_rows(a) ? (a.rows <= 4 ? threads : 1) * a.rows * row_floats(a.depth) : 0;
 }
 static inline int64_t activation_bytes(int64_t rows, int64_t depth) { return (rows + 15) / 16 * 16 * (depth + depth / 32 * 8); }
 static inline int64_t scratch_bytes(const LinearArgs& a, int64_t threads) {

@@ -34,7 +34,8 @@ struct LoraRowNormsArgs {
 
 static inline int64_t up_to_16(int64_t n) { return (n + 15) / 16 * 16; }
 constexpr int64_t kNarrowRows = 48;    // of x, that a thread takes at a time against a few panels
-static inline int64_t narrow_floats(int64_t depth) { return 96 * 2 * 16 + kNarrowRows * up_to_16(depth); }    // a thread's own
+static inline int64_t narrow_width(int64_t depth) { return row_floats(up_to_16(depth)); }    // between rows that a thread makes
+static inline int64_t narrow_floats(int64_t depth) { return 96 * 2 * 16 + kNarrowRows * narrow_width(depth); }    // a thread's own
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static inline int64_t work(const LoraLinearArgs& a) { return work(a.base); }
@@ -51,7 +52,7 @@ static inline int64_t scratch_bytes(const LoraLinearBackwardArgs& a, int64_t thr
   const int64_t rows = a.base.rows, cols = a.base.cols, depth = a.base.depth;
   const int64_t panels = up_to_16(a.rank) * depth + up_to_16(cols) * a.rank, mask = rows * ((cols + 63) / 64) * 2;
   const int64_t own = threads * larger(narrow_floats(depth), 96 * 2 * 16 + packed_groups(rows) * 2 * 16 * rows);
-  return 4 * (panels + up_to_16(mask) + 3 * up_to_16(rows * a.rank) + up_to_16(depth * a.rank)) +
+  return 4 * (panels + up_to_16(mask) + up_to_16(rows * a.rank) + 2 * up_to_16(row_floats(rows) * a.rank) + up_to_16(depth * a.rank)) +
          larger(scratch_bytes(a.base, threads), 4 * own);
 }
 

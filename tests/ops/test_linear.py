@@ -92,6 +92,26 @@ def test_bits_of_the_contract(rows, depth, cols, packed):
 
 
 @PACKED
+@pytest.mark.parametrize("rows", [5, 12, 40])
+@pytest.mark.parametrize("depth", [1000, 1024])
+def test_rows_a_multiple_of_4_kib_apart(rows, depth, packed):
+    """Which are copied first, where they are many and meet many columns: the same bits, gradients too."""
+    wide, weight, given = draw(rows, 1024, 272, bias=True)
+    x, weight = wide[:, :depth], weight[:, :depth].contiguous()
+    apart = torch.full((rows, depth + 24), torch.nan)[:, :depth].copy_(x)
+    assert x.stride(0) == 1024 and apart.stride(0) == depth + 24
+    held = Panels.pack(weight) if packed else weight
+    ours, theirs = (ops.linear(t, held, given["bias"]) for t in (x, apart))
+    assert torch.equal(ours, theirs) and torch.equal(ours[:4], ops.linear(x[:4], held, given["bias"]))
+    dy = torch.randn(rows, 2048)[:, :272]
+    for d in (dy, dy.clone()):
+        leaf = x.detach().requires_grad_()
+        (dx,) = torch.autograd.grad(ops.linear(leaf, held), leaf, d)
+        assert torch.equal(dx[:4], torch.autograd.grad(ops.linear(leaf[:4], held), leaf, d[:4])[0][:4])
+        assert (dx - d @ weight).norm() <= 1e-5 * dx.norm()
+
+
+@PACKED
 @pytest.mark.parametrize("fused", FUSED, ids=" ".join)
 def test_a_row_has_one_value_whatever_stands_beside_it(fused, packed):
     """Every count of rows takes its own way through the tiles; the depth crosses a block of them."""
