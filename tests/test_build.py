@@ -340,18 +340,26 @@ def disassembled(source: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("source", "count", "loads"), [("quant_linear", 16, {"LDG.E.EF.128", "LDG.E.U16"}), ("linear", 8, {"LDG.E.EF.128"})]
+    ("source", "count", "loads"),
+    [
+        ("quant_linear", 16, {"LDG.E.EF.128", "LDG.E.U16"}),
+        ("linear", 8, {"LDG.E.EF.128"}),
+        ("kv_append", 2, {"LDG.E", "LDG.E.64"}),
+        ("paged_attention", 8, {"LDG.E"}),
+    ],
 )
-def test_what_begins_early_reads_nothing_but_weights(source, count, loads, tmp_path):
+def test_what_begins_early_reads_what_rests(source, count, loads, tmp_path):
     """quant_linear's product begins while the rows are being rounded, linear's while x is being made: before they wait (ACQBULK)
-    they load weights, 16 bytes a thread, and scales. What a compiler takes for constant it may move up from behind the wait."""
+    they load weights, 16 bytes a thread, and scales. kv_append and attention begin before the projection is done, with positions,
+    angles, lengths and page numbers. What a compiler takes for constant it may move up from behind the wait."""
     found = re.split(r"\n\s*Function : ", disassembled(source, tmp_path))
-    products, roundings = ([f for f in found if f"{name}_kernel" in f[:200]] for name in ("linear", "quantise"))
-    assert len(products) == count and all("PREEXIT" in f for f in (roundings or products))
-    for kernel in products:
+    begins = {"kv_append": "append", "paged_attention": "decode"}.get(source, "linear")
+    early, roundings = ([f for f in found if f"{name}_kernel" in f[:200]] for name in (begins, "quantise"))
+    assert len(early) == count and all("PREEXIT" in f for f in (roundings or early))
+    for kernel in early:
         before, _, after = kernel.partition("ACQBULK")
         assert set(re.findall(r"LDG\.E\S*", before)) == loads and "LDG.E" in after
-        assert "LDG.E.CONSTANT" not in kernel
+        assert "CONSTANT" not in kernel
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 // kv_append of a few tokens on a GPU, 16 bits, into pages of keys [16][dim]: a thread turns one pair of elements of a head, or two
 // that no position turns, and copies two of the values. The bits are those of csrc/cpu/rope.h: every rounding is stated.
 //
-// In a captured step it begins while the projection before it runs: where tokens stand, and their angles, it writes not.
+// In a captured step it begins while the projection before it runs, which writes neither where tokens stand nor their angles.
 #include "../records/kv_append.h"
 #include "mma.cuh"
 
@@ -18,7 +18,8 @@ template <bool kHalf> __global__ void __launch_bounds__(kThreads) append_kernel(
   const int64_t item = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = item / pairs, heads = a.heads + a.kv_heads;
   const int64_t token = row / heads < a.tokens ? row / heads : a.tokens - 1, head = row % heads;
   const int i = int(item % pairs);
-  const int64_t position = a.position_is_int64 ? static_cast<const int64_t*>(a.position)[token] : static_cast<const int32_t*>(a.position)[token];
+  const int64_t position = a.position_is_int64 ? static_cast<const int64_t*>(a.position)[token]
+                                               : static_cast<const int32_t*>(a.position)[token];
   const int64_t slot = a.slot[token];
   const bool known = position >= 0 && position < a.positions, turns = i < half;
   const float* angle = a.table + (known ? position : 0) * a.rotary;
@@ -33,13 +34,12 @@ template <bool kHalf> __global__ void __launch_bounds__(kThreads) append_kernel(
                            : static_cast<const uint16_t*>(a.k) + token * a.k_row + kv_head * a.k_head;
   uint16_t* out = of_q ? static_cast<uint16_t*>(a.q_out) + (token * a.heads + head) * dim
                        : static_cast<uint16_t*>(a.k_pages) + page * a.k_page + place;
-  const int rest = 2 * half + 2 * (i - half);    // of elements past the table's width
   if (turns) {
     const float first = wide<kHalf>(x[i]), second = wide<kHalf>(x[half + i]);
     out[i] = narrow<kHalf>(fmaf(first, cosine, -(second * sine)));
     out[half + i] = narrow<kHalf>(fmaf(first, sine, second * cosine));
   } else {
-    for (int at = rest; at < rest + 2 && at < dim; ++at) out[at] = x[at];
+    for (int at = 2 * i; at < 2 * i + 2 && at < dim; ++at) out[at] = x[at];    // past the table's width
   }
   if (of_q) return;
   const uint16_t* v = static_cast<const uint16_t*>(a.v) + token * a.v_row + kv_head * a.v_head;

@@ -66,7 +66,7 @@ template <int kDim, bool kHalf, int kTiles> struct Warp {
           static_cast<const uint16_t*>(a.q) + row * a.q_row + (int64_t(kv_head) * group + member) * a.q_head + t * 8;
 #pragma unroll
       for (int c = 0; c < kLoads; ++c) {
-        const uint4 v = member < group ? __ldg(reinterpret_cast<const uint4*>(from + c * 32)) : uint4{0, 0, 0, 0};
+        const uint4 v = member < group ? *reinterpret_cast<const uint4*>(from + c * 32) : uint4{0, 0, 0, 0};    // no __ldg: it may be moved up
         q[tile][c][0] = v.x, q[tile][c][1] = v.y, q[tile][c][2] = v.z, q[tile][c][3] = v.w;
       }
 #pragma unroll

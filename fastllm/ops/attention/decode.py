@@ -16,7 +16,6 @@ NAME = (
     f"CUDA C++ (16-bit, a row a sequence, not many, heads of 64 and 128, up to {HEADS} a KV head, no cap, ALiBi, exact; "
     "else Triton)"
 )
-AT_ONCE = 2  # blocks of a multiprocessor
 
 
 def refusal(
@@ -24,7 +23,8 @@ def refusal(
     alibi: Tensor | None, causal: bool, window: int, scale: float, softcap: float, exact: bool,
 ) -> str | None:  # fmt: skip
     """Why this kernel does not take the call; None when it does."""
-    device, blocks = q.device, q.shape[0] * k_pages.shape[1]
+    blocks = q.shape[0] * k_pages.shape[1]
+    at_once = 2 * multiprocessors(q.device.index or 0) if q.is_cuda else blocks
     for asked, what in (
         (exact, "exact"),
         (alibi is not None, "ALiBi"),
@@ -41,10 +41,8 @@ def refusal(
         return f"{q.shape[1] // k_pages.shape[1]} heads of a KV head: up to {HEADS}"
     if q.shape[0] > batch:  # rows of one sequence read their keys together there
         return f"{q.shape[0]} rows of {batch} sequences: up to one each"
-    if device.type == "cuda" and blocks > AT_ONCE * multiprocessors(
-        device.index or 0
-    ):  # Triton reads 6 % more a second then
-        return f"{blocks} rows and KV heads: as many as run at once"
+    if blocks > at_once:  # Triton's read 6 % more a second then
+        return f"{blocks} rows and KV heads: up to {at_once}"
     if window and not causal:
         return "a window on both sides"
     if scale <= 0:
