@@ -46,7 +46,7 @@ def triton_on_cpu():
     for op in OPS.values():
         if op.triton:
             op._kernels["cpu"] = interpreted(op)
-    importlib.import_module("fastllm.ops.linear").rounds = lambda x, exact, swiglu: swiglu or not exact
+    importlib.import_module("fastllm.ops.linear").rounds = lambda x, weight, bias, exact, swiglu: swiglu or not exact
     kv_cache.COLUMNS.clear()  # CPU tensors stand in for a GPU's: their pages lie as there
     # The interpreter pays for an operation, hardly for its size: large blocks, still several to a case.
     for name in ("EXACT", "DENSE", "KEYS", "QUERIES", "BIAS", "DECODE"):
