@@ -74,7 +74,7 @@ template <class F> void narrow_product(const Narrow& n, Team& team, float* scrat
     const int64_t row = b * height, rows = a.rows - row < height ? a.rows - row : height;
     const auto* x = static_cast<const float*>(a.x) + row * a.x_stride;
     int64_t stride = a.x_stride;
-    if (a.x_dtype != kFloat32 || n.dropout.threshold || stride % 1024 == 0) {
+    if (a.x_dtype != kFloat32 || n.dropout.threshold || collides(stride)) {
       with_dtype(a.x_dtype, [&](auto type) {
         const auto* from = static_cast<const decltype(type)*>(a.x);
         for (int64_t r = row; r < row + rows; ++r)

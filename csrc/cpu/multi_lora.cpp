@@ -115,7 +115,7 @@ void shrink(const MultiLoraArgs& a, float* s, int64_t row, int64_t rows, const P
   n.bias = n.residual = n.norm = nullptr, n.halves = kWhole;
   const auto* x = static_cast<const float*>(n.x) + row * n.x_stride;
   int64_t stride = n.x_stride;
-  if (a.base.norm || n.x_dtype != kFloat32 || (rows >= 12 && stride % 1024 == 0)) {
+  if (a.base.norm || n.x_dtype != kFloat32 || (rows >= 12 && collides(stride))) {
     float* own = rest + kRowBlock * 2 * kLanes;
     stride = narrow_width(n.depth);
     with_dtype(n.x_dtype, [&](auto type) {

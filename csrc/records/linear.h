@@ -48,9 +48,11 @@ static inline int64_t linear_thread_floats(const LinearArgs& a) {
   return 96 * 2 * 16 + (a.form == kPanels ? 0 : packed_groups(a.depth) * 2 * 16 * a.depth);
 }
 // A tile multiplies twelve rows of x at once. Where these lie a multiple of 4 KiB apart, their elements of one k share a set of the
-// first cache, which has eight places, or twelve: so rows that are made lie 64 bytes further apart.
-static inline int64_t row_floats(int64_t depth) { return depth % 1024 ? depth : depth + 16; }
-static inline bool rows_collide(const LinearArgs& a) { return a.x_stride % 1024 == 0 && a.rows >= 12 && a.cols >= 256; }
+// first cache, which has eight places, or twelve: so rows that are made lie 64 bytes further apart. Against fewer columns than 256
+// a copy costs what it saves.
+static inline bool collides(int64_t stride) { return stride % 1024 == 0; }    // floats from row to row
+static inline int64_t row_floats(int64_t depth) { return collides(depth) ? depth + 16 : depth; }
+static inline bool rows_collide(const LinearArgs& a) { return collides(a.x_stride) && a.rows >= 12 && a.cols >= 256; }
 // x as the product reads it, where it must be made: normalised, widened, transposed or spread rows, once, or for few rows once a
 // thread.
 static inline bool makes_rows(const LinearArgs& a) { return a.norm || a.x_dtype != kFloat32 || a.form == kOuter || rows_collide(a); }

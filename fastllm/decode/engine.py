@@ -233,7 +233,7 @@ class Engine:
                 self._busy = False
 
     def _sweep(self) -> None:
-        if self._ahead and self._cancelled:
+        if self._cancelled:
             self._drop_ahead()
         if self.scheduler.torn:
             self._mend()

@@ -160,11 +160,17 @@ def _output(k: Tensor, q: Tensor | None) -> Tensor:
     return torch.empty(0 if q is None else q.shape, dtype=k.dtype, device=k.device)
 
 
+def _laid_out(k, v, slot, position, table, q: Tensor | None) -> tuple:
+    """As kernels read them: the elements of a head side by side."""
+    q = None if q is None else unit_stride(q)
+    return unit_stride(k), unit_stride(v), slot.contiguous(), position.contiguous(), table.contiguous(), q
+
+
 def _fields(
-    q_out: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, scales: Tensor | None,
-    slot: Tensor, position: Tensor, table: Tensor, q: Tensor | None,
+    q_out: Tensor, k_pages: Tensor, v_pages: Tensor, scales: Tensor | None,
+    k: Tensor, v: Tensor, slot: Tensor, position: Tensor, table: Tensor, q: Tensor | None,
 ) -> tuple:  # fmt: skip
-    """csrc/records/kv_append.h. The caller keeps the tensors."""
+    """csrc/records/kv_append.h, of tensors that are `_laid_out`. The caller keeps them."""
     tokens, kv_heads, dim = k.shape
     return (
         q_out.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), pointer(q), k.data_ptr(), v.data_ptr(),
@@ -182,9 +188,8 @@ def cpu(
 ) -> Tensor:  # fmt: skip
     q_out = _output(k, q)
     if slot.numel():
-        k, v, q = unit_stride(k), unit_stride(v), None if q is None else unit_stride(q)
-        table, slot, position = table.contiguous(), slot.contiguous(), position.contiguous()
-        if _C.kv_append(*_fields(q_out, k, v, k_pages, v_pages, scales, slot, position, table, q)):
+        laid_out = _laid_out(k, v, slot, position, table, q)
+        if _C.kv_append(*_fields(q_out, k_pages, v_pages, scales, *laid_out)):
             raise IndexError(
                 f"kv_append: slots up to {slot.max()} in {k_pages.shape[0]} pages of {PAGE} tokens, positions from "
                 f"{position.min()} to {position.max()} in a table of {table.shape[0]}; one is out of range"
@@ -203,11 +208,8 @@ def cuda_refusal(k: Tensor, k_pages: Tensor, v_pages: Tensor, scales: Tensor | N
         return "float32"
     if k.shape[0] > CUDA_TOKENS:
         return f"{k.shape[0]} tokens: up to {CUDA_TOKENS}"
-    if k_pages.stride()[1:] != (PAGE * k.shape[2], 1, k.shape[2]) or v_pages.stride()[1:] != (
-        PAGE * k.shape[2],
-        k.shape[2],
-        1,
-    ):
+    dim = k.shape[2]
+    if k_pages.stride()[1:] != (PAGE * dim, 1, dim) or v_pages.stride()[1:] != (PAGE * dim, dim, 1):
         return "pages that are not [heads, 16, dim]"
     return None
 
@@ -219,11 +221,8 @@ def cuda(
     """A few tokens in CUDA C++; in a captured step, on its way before the projection is done."""
     if not slot.numel() or cuda_refusal(k, k_pages, v_pages, scales) is not None:
         return gpu(k, v, k_pages, v_pages, scales, slot, position, table, q)
-    q_out = _output(k, q)
-    k, v, q = unit_stride(k), unit_stride(v), None if q is None else unit_stride(q)
-    table, slot, position = table.contiguous(), slot.contiguous(), position.contiguous()
-    fields = _fields(q_out, k, v, k_pages, v_pages, scales, slot, position, table, q)
-    _cuda.launch("kv_append", fields, None, k.device)
+    q_out, laid_out = _output(k, q), _laid_out(k, v, slot, position, table, q)
+    _cuda.launch("kv_append", _fields(q_out, k_pages, v_pages, scales, *laid_out), None, k.device)
     return q_out
 
 
@@ -234,9 +233,7 @@ def gpu(
     q_out = _output(k, q)
     if slot.numel():
         asked = q is not None
-        k, v = unit_stride(k), unit_stride(v)
-        q = unit_stride(q) if asked else k
-        table, slot, position = table.contiguous(), slot.contiguous(), position.contiguous()
+        k, v, slot, position, table, q = _laid_out(k, v, slot, position, table, q if asked else k)
         tokens, kv_heads, dim = k.shape
         heads, half = q.shape[1] if asked else 0, table.shape[1] // 2
         block = min(8, triton.next_power_of_2(max(heads, kv_heads)))  # heads a program: 2 KiB of 128 bf16 elements
